@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python -m tests.tiny DIRECTORY        # writes student/, teacher/, train.jsonl and test.jsonl
 
-The tokenizer is a byte-level BPE trained on `make_chat_rows`, with the ChatML template, `<|im_end|>` as the end
-of a turn and a pad token of its own. Calls with the same arguments give the same bytes.
+The tokenizer is a byte-level BPE trained on `make_chat_rows`, with the ChatML template: `<|im_end|>` ends a
+turn, and the pad token is its own. Calls with the same arguments give the same bytes.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def make_jsonl(path: str | Path, n: int, seed: int = 0) -> Path:
 
 
 def make_everything(directory: str | Path, family: str = "llama", rows: int = 64, hidden: int = 64) -> Path:
-    """`student/` and `teacher/` (2 and 3 layers, one tokenizer), `train.jsonl`, `test.jsonl` in `directory`."""
+    """`student/`, `teacher/` (2 and 3 layers, one tokenizer), `train.jsonl`, `test.jsonl` in `directory`."""
     directory = Path(directory)
     tokenizer = make_tokenizer()
     make_model(family, directory / "student", seed=1, hidden=hidden, tokenizer=tokenizer)
