@@ -3,9 +3,9 @@
     from gkd_ds.secrets import redact
     redact({"url": "https://me:hunter2hunter2@host/data"})   # {'url': 'https://***@host/data'}
 
-A secret is the value of an environment variable whose name says so (HF_TOKEN, WANDB_API_KEY, DB_PASSWORD, ...)
-or the part of a URL before the `@`. Redacting happens where text is written, not where it is read, so that
-whatever a library put into a message or a path is caught as well.
+A secret is the value of an environment variable whose name says so (HF_TOKEN, WANDB_API_KEY, DB_PASSWORD) or
+the part of a URL before the `@`. Redacting happens where text is written, not where it is read, so that what
+a library put into a message or a path is caught as well.
 """
 
 import os
@@ -17,7 +17,8 @@ SECRET_NAME = re.compile(r"(_TOKEN|_API_KEY|_SECRET|PASSWORD)$", re.IGNORECASE)
 SHORTEST_SECRET = 8  # characters; hiding every "true" or "1234" would destroy the text and protect nothing
 
 URL_CREDENTIALS = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/?#\s\"'<>]*@", re.IGNORECASE)
-SECRET_FLAG = re.compile(r"--?(?!(eos|pad)[_-]token)[\w-]*(token|api[_-]?key|secret|password)$", re.IGNORECASE)
+SECRET_FLAG = re.compile(r"--?\w[\w-]*(token|api[_-]?key|secret|password)$", re.IGNORECASE)
+OPEN_FLAGS = ("--eos_token", "--pad_token")  # tokens of another kind
 
 
 def secret_values() -> list[str]:
@@ -29,24 +30,25 @@ def secret_values() -> list[str]:
 def redact(value: object) -> object:
     """The same value with every secret replaced by `***`.
 
-    Strings, and strings inside dictionaries (keys too), lists, tuples and sets, are cleaned; the containers are
-    new objects of the same kind. Numbers, None and other objects are returned as they are.
+    Strings, and strings inside dictionaries (keys too), lists, tuples and sets, are cleaned; the containers
+    are new objects of the same kind. Numbers, None and other objects are returned as they are.
     """
     return _redact(value, secret_values())
 
 
 def redact_argv(arguments: Sequence[str]) -> list[str]:
-    """A command line with the values of flags such as `--hub_token X` or `--hub_token=X` replaced by `***`."""
+    """A command line with the values of flags such as `--hub_token X` and `--hub_token=X` hidden."""
     clean, hide_next = [], False
     for argument in redact(list(arguments)):
         flag, equals, _ = argument.partition("=")
+        is_secret = bool(SECRET_FLAG.match(flag)) and flag not in OPEN_FLAGS
         if hide_next:
             clean.append(HIDDEN)
-        elif equals and SECRET_FLAG.match(flag):
+        elif equals and is_secret:
             clean.append(f"{flag}={HIDDEN}")
         else:
             clean.append(argument)
-        hide_next = not hide_next and not equals and bool(SECRET_FLAG.match(argument))
+        hide_next = not hide_next and not equals and is_secret
     return clean
 
 

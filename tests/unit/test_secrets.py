@@ -7,8 +7,8 @@ from gkd_ds.secrets import redact, redact_argv, secret_values
 CANARY = "canary-7f3a9c-secret"
 
 
-@pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MY_API_KEY", "my_secret",
-                                  "PGPASSWORD", "DB_PASSWORD"])
+@pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MY_API_KEY",
+                                  "my_secret", "PGPASSWORD", "DB_PASSWORD"])
 def test_environment_values_are_replaced_everywhere(monkeypatch, name):
     monkeypatch.setenv(name, CANARY)
     value = {"a": [f"x{CANARY}y", 1, None, 2.5], f"key {CANARY}": ({CANARY}, True)}
