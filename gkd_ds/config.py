@@ -3,14 +3,15 @@
     from gkd_ds import GKDConfig
     args = GKDConfig(output_dir="runs/first", per_device_train_batch_size=1, lmbda=1.0)
 
-The fields carry the names, meanings and defaults of TRL's GKDConfig, so code and recipes written for it keep working;
-our own fields stand beside the ones they belong to. A field that TRL has and we do not act on exists too, with its default, and
-is refused *by name* through the table NOT_SUPPORTED when it is set to anything else: to support one, act on it
-and delete its row.
+The fields carry the names, meanings and defaults of TRL's GKDConfig, so code and recipes written for it
+keep working; our own fields stand beside the ones they belong to. What TRL has and we do not act on exists
+too, with its default, and is refused *by name* through the table NOT_SUPPORTED when it is set to anything
+else: to support a field, act on it and delete its name there.
 
 Everything knowable without files is checked when the object is made (`validate`); files and directories by
-`validate_files`, which the command line and the trainer call before any model is loaded. Both raise InputError.
-Nothing here imports torch, so a wrong knob answers at once. `python -m gkd_ds.train --help` prints this file's fields.
+`validate_files`, which the command line and the trainer call before any model is loaded. Both raise
+InputError. Nothing here imports torch, so a wrong knob answers at once. `python -m gkd_ds.train --help`
+prints the fields.
 """
 
 import dataclasses
@@ -19,15 +20,15 @@ import math
 import os
 import re
 import tempfile
-import types
 from dataclasses import dataclass
 from enum import Enum
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from gkd_ds.deepspeed_files import check_student_file, check_teacher_file, read_deepspeed
 from gkd_ds.errors import InputError
+from gkd_ds.secrets import redact
+from gkd_ds.values import convert, is_text, show, wrong
 
 
 # Equal to transformers' enums of the same names (both are text), which cost an import of torch.
@@ -55,89 +56,98 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
     "inverse_sqrt": ("timescale",),
     "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
     "cosine_warmup_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"),
-    "warmup_stable_decay": ("num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"),
+    "warmup_stable_decay": (
+        "num_decay_steps",
+        "num_stable_steps",
+        "warmup_type",
+        "decay_type",
+        "min_lr_ratio",
+        "num_cycles",
+    ),
 }
 
-# What TRL's configuration has and this project does not act on (yet): field -> why, and what to do instead.
+# What TRL's configuration has and this project does not act on (yet): by the reason, which says what to do.
 NOT_SUPPORTED: dict[str, str] = {
-    "do_predict": "there is no prediction loop; use GKDTrainer.evaluate",
-    "per_gpu_train_batch_size": "it is an old name; use per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "it is an old name; use per_device_eval_batch_size",
-    "push_to_hub_model_id": "it is an old name; use hub_model_id",
-    "push_to_hub_organization": "it is an old name; put the organization into hub_model_id",
-    "push_to_hub_token": "it is an old name; use hub_token",
-    "no_cuda": "it is an old name; use use_cpu",
-    "use_mps_device": "DeepSpeed has no engine for MPS",
-    "tpu_num_cores": "DeepSpeed has no engine for TPUs",
-    "tpu_metrics_debug": "DeepSpeed has no engine for TPUs",
-    "eval_accumulation_steps": "evaluation keeps sums, not predictions",
-    "eval_do_concat_batches": "evaluation keeps sums, not predictions",
-    "eval_use_gather_object": "evaluation keeps sums, not predictions",
-    "batch_eval_metrics": "evaluation keeps sums, not predictions",
-    "include_inputs_for_metrics": "evaluation keeps sums, not predictions",
-    "include_for_metrics": "evaluation keeps sums, not predictions",
-    "label_names": "labels are always the completion tokens",
-    "use_legacy_prediction_loop": "there is only one evaluation loop",
-    "past_index": "the models have no past to carry between batches",
-    "bf16_full_eval": "evaluation uses the precision of training; set bf16",
-    "fp16_full_eval": "evaluation uses the precision of training; set fp16",
-    "fp16_opt_level": "apex is not used; set fp16 or bf16",
-    "fp16_backend": "apex is not used; set fp16 or bf16",
-    "half_precision_backend": "apex is not used; set fp16 or bf16",
-    "jit_mode_eval": "evaluation runs the ZeRO engines, which cannot be traced",
-    "debug": "use max_bad_updates, which stops a run with a diagnosis",
-    "torch_empty_cache_steps": "memory is bounded by rollout_memory_mb, score_memory_mb and loss_memory_mb",
-    "auto_find_batch_size": "memory is bounded by rollout_memory_mb, score_memory_mb and loss_memory_mb",
-    "log_level_replica": "only the first rank logs; use log_level",
-    "log_on_each_node": "only the first rank logs",
-    "save_safetensors": "models are always written as safetensors",
-    "save_on_each_node": "checkpoints need a directory that all nodes share",
-    "dataloader_num_workers": "the data set is tokenized once, before training, and needs no loader processes",
-    "dataloader_prefetch_factor": "the data set is tokenized once, before training, and needs no loader processes",
-    "dataloader_persistent_workers": "the data set is tokenized once, before training, and needs no loader processes",
-    "dataloader_pin_memory": "the data set is tokenized once, before training, and needs no loader processes",
-    "group_by_length": "the learn phase already packs a window's samples by length",
-    "length_column_name": "the learn phase already packs a window's samples by length",
-    "fsdp": "DeepSpeed ZeRO-3 shards the student",
-    "fsdp_min_num_params": "DeepSpeed ZeRO-3 shards the student",
-    "fsdp_config": "DeepSpeed ZeRO-3 shards the student; use deepspeed",
-    "fsdp_transformer_layer_cls_to_wrap": "DeepSpeed ZeRO-3 shards the student",
-    "accelerator_config": "the engines are DeepSpeed's own, without accelerate",
-    "parallelism_config": "the engines are DeepSpeed's own, without accelerate",
-    "mp_parameters": "it belongs to SageMaker",
-    "ddp_find_unused_parameters": "gradients are reduced by DeepSpeed; use its file",
-    "ddp_bucket_cap_mb": "gradients are reduced by DeepSpeed; use its file",
-    "ddp_broadcast_buffers": "gradients are reduced by DeepSpeed; use its file",
-    "label_smoothing_factor": "the teacher's whole distribution is the target",
-    "neftune_noise_alpha": "noise in the embeddings would make the student differ from the one that sampled",
-    "optim_args": "AdamW takes its values from learning_rate, weight_decay and adam_*",
-    "optim_target_modules": "only AdamW is available",
-    "adafactor": "only AdamW is available",
-    "trackio_space_id": "metrics go to metrics.jsonl and, with report_to: wandb, to W&B",
-    "hub_always_push": "a push always waits for the one before it",
-    "torchdynamo": "ZeRO-3 moves parameters in hooks, which compilation would break",
-    "torch_compile": "ZeRO-3 moves parameters in hooks, which compilation would break",
-    "torch_compile_backend": "ZeRO-3 moves parameters in hooks, which compilation would break",
-    "torch_compile_mode": "ZeRO-3 moves parameters in hooks, which compilation would break",
-    "ray_scope": "there is no hyperparameter search inside a run; see launch/ for sweeps",
-    "include_tokens_per_second": "perf/rollout_tokens_per_s is always in metrics.jsonl",
-    "use_liger_kernel": "the loss is already computed chunk by chunk; see loss_memory_mb",
-    "liger_kernel_config": "the loss is already computed chunk by chunk; see loss_memory_mb",
-    "dataset_kwargs": "rows are always read as chat messages or prompt/completion",
-    "packing": "the learn phase packs a window's samples itself; see learn_tokens_per_micro_batch",
-    "packing_strategy": "the learn phase packs a window's samples itself; see learn_tokens_per_micro_batch",
-    "eval_packing": "the learn phase packs a window's samples itself; see learn_tokens_per_micro_batch",
-    "padding_free": "the learn phase packs a window's samples itself; see learn_tokens_per_micro_batch",
-    "completion_only_loss": "the loss is always on the completion only",
-    "assistant_only_loss": "the loss is always on the last assistant turn only",
-    "loss_type": "the loss is always the generalized JSD; see beta",
-    "activation_offloading": "use gradient_checkpointing, or DeepSpeed's activation_checkpointing block",
+    name: reason
+    for reason, names in {
+        "there is no prediction loop; use GKDTrainer.evaluate": "do_predict",
+        "it is an old name; use per_device_train_batch_size": "per_gpu_train_batch_size",
+        "it is an old name; use per_device_eval_batch_size": "per_gpu_eval_batch_size",
+        "it is an old name; use hub_model_id": "push_to_hub_model_id",
+        "it is an old name; put the organization into hub_model_id": "push_to_hub_organization",
+        "it is an old name; use hub_token": "push_to_hub_token",
+        "it is an old name; use use_cpu": "no_cuda",
+        "DeepSpeed has no engine for MPS": "use_mps_device",
+        "DeepSpeed has no engine for TPUs": "tpu_num_cores tpu_metrics_debug",
+        "evaluation keeps sums, not predictions": (
+            "eval_accumulation_steps eval_do_concat_batches eval_use_gather_object batch_eval_metrics "
+            "include_inputs_for_metrics include_for_metrics"
+        ),
+        "labels are always the completion tokens": "label_names",
+        "there is only one evaluation loop": "use_legacy_prediction_loop",
+        "the models have no past to carry between batches": "past_index",
+        "evaluation uses the precision of training; set bf16": "bf16_full_eval",
+        "evaluation uses the precision of training; set fp16": "fp16_full_eval",
+        "apex is not used; set fp16 or bf16": "fp16_opt_level fp16_backend half_precision_backend",
+        "evaluation runs the ZeRO engines, which cannot be traced": "jit_mode_eval",
+        "use max_bad_updates, which stops a run with a diagnosis": "debug",
+        "memory is bounded by rollout_memory_mb, score_memory_mb and loss_memory_mb": (
+            "torch_empty_cache_steps auto_find_batch_size"
+        ),
+        "only the first rank logs; use log_level": "log_level_replica",
+        "only the first rank logs": "log_on_each_node",
+        "models are always written as safetensors": "save_safetensors",
+        "checkpoints need a directory that all nodes share": "save_on_each_node",
+        "the data set is tokenized once, before training, and needs no loader processes": (
+            "dataloader_num_workers dataloader_prefetch_factor dataloader_persistent_workers "
+            "dataloader_pin_memory"
+        ),
+        "the learn phase already packs a window's samples by length": "group_by_length length_column_name",
+        "DeepSpeed ZeRO-3 shards the student": (
+            "fsdp fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap"
+        ),
+        "DeepSpeed ZeRO-3 shards the student; use deepspeed": "fsdp_config",
+        "the engines are DeepSpeed's own, without accelerate": "accelerator_config parallelism_config",
+        "it belongs to SageMaker": "mp_parameters",
+        "gradients are reduced by DeepSpeed; use its file": (
+            "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers"
+        ),
+        "the teacher's whole distribution is the target": "label_smoothing_factor",
+        "noise in the embeddings would make the student differ from the one that sampled": (
+            "neftune_noise_alpha"
+        ),
+        "AdamW takes its values from learning_rate, weight_decay and adam_*": "optim_args",
+        "only AdamW is available": "optim_target_modules adafactor",
+        "metrics go to metrics.jsonl and, with report_to: wandb, to W&B": "trackio_space_id",
+        "a push always waits for the one before it": "hub_always_push",
+        "ZeRO-3 moves parameters in hooks, which compilation would break": (
+            "torchdynamo torch_compile torch_compile_backend torch_compile_mode"
+        ),
+        "there is no hyperparameter search inside a run; see launch/ for sweeps": "ray_scope",
+        "perf/rollout_tokens_per_s is always in metrics.jsonl": "include_tokens_per_second",
+        "the loss is already computed chunk by chunk; see loss_memory_mb": (
+            "use_liger_kernel liger_kernel_config"
+        ),
+        "rows are always read as chat messages or prompt/completion": "dataset_kwargs",
+        "the learn phase packs a window's samples itself; see learn_tokens_per_micro_batch": (
+            "packing packing_strategy eval_packing padding_free"
+        ),
+        "the loss is always on the completion only": "completion_only_loss",
+        "the loss is always on the last assistant turn only": "assistant_only_loss",
+        "the loss is always the generalized JSD; see beta": "loss_type",
+        "use gradient_checkpointing, or DeepSpeed's activation_checkpointing block": (
+            "activation_offloading"
+        ),
+    }.items()
+    for name in names.split()
 }
 
 
-def knob(default: Any, help: str, *, heading: str | None = None, secret: bool = False, **bounds: float) -> Any:
-    """A field: its default (`dict` and `list` mean an empty one), its meaning, and inclusive (`low`, `high`) or
-    exclusive (`above`, `below`) bounds. `heading` starts a group of fields."""
+def knob(
+    default: Any, help: str, *, heading: str | None = None, secret: bool = False, **bounds: float
+) -> Any:
+    """A field: its default (`dict` and `list` mean an empty one), its meaning, and inclusive (`low`, `high`)
+    or exclusive (`above`, `below`) bounds. `heading` starts a group of fields."""
     metadata = {"help": help, "heading": heading, "secret": secret, "bounds": bounds}
     if default in (dict, list):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -149,88 +159,114 @@ class GKDConfig:
     """All knobs of a run. See the module docstring; each field's line says what it does.
 
     Raises:
-        InputError: a value of the wrong type or out of bounds, a combination that contradicts itself, or a field
-            of TRL's that is not supported and was changed.
+        InputError: a value of the wrong type or out of bounds, a combination that contradicts itself, or a
+            field of TRL's that is not supported and was changed.
     """
 
-    output_dir: str | None = knob(None, "Directory of the run: metrics, checkpoints, final model (default trainer_output).",
-                                  heading="The run")
+    output_dir: str | None = knob(
+        None,
+        "Directory of the run: metrics, checkpoints, final model (default trainer_output).",
+        heading="The run",
+    )
     overwrite_output_dir: bool = knob(False, "Start over in an output_dir that already holds a run.")
     do_train: bool = knob(False, "Accepted for TRL's scripts; calling train() is what trains.")
-    do_eval: bool = knob(False, "Accepted for TRL's scripts; the command line reads the evaluation split if set.")
-    do_predict: bool = knob(False, "Run a prediction loop.")
-    seed: int = knob(42, "Seed of the model, of every sampled token and of the source draws.", low=0, below=2**32)
+    do_eval: bool = knob(
+        False, "Accepted for TRL's scripts; the command line reads the evaluation split if set."
+    )
+    seed: int = knob(
+        42, "Seed of the model, of every sampled token and of the source draws.", low=0, below=2**32
+    )
     data_seed: int | None = knob(None, "Seed of the sample order (default: seed).", low=0, below=2**32)
     full_determinism: bool = knob(False, "Deterministic kernels only (slower on GPUs).")
     max_runtime: float | str | None = knob(
-        None, "Stop with a checkpoint after this time: seconds, or text such as 3h30m; all ranks agree on it.")
-    stop_file: str | None = knob(None, "Stop with a checkpoint when this file appears (default <output_dir>/STOP).")
+        None, "Stop with a checkpoint after this time: seconds, or text such as 3h30m; all ranks agree on it."
+    )
+    stop_file: str | None = knob(
+        None, "Stop with a checkpoint when this file appears (default <output_dir>/STOP)."
+    )
     max_bad_updates: int = knob(5, "Stop with a diagnosis after this many skipped updates in a row.", low=1)
-    watchdog_timeout: float = knob(1800.0, "Seconds without progress on any rank before the run is ended.", above=0)
+    watchdog_timeout: float = knob(
+        1800.0, "Seconds without progress on any rank before the run is ended.", above=0
+    )
 
-    model_name_or_path: str | None = knob(None, "The student: a local directory or a hub name.", heading="Models")
+    model_name_or_path: str | None = knob(
+        None, "The student: a local directory or a hub name.", heading="Models"
+    )
     teacher_model_name_or_path: str | None = knob(None, "The teacher: a local directory or a hub name.")
     model_init_kwargs: dict | None = knob(None, "Keyword arguments of the student's from_pretrained.")
     teacher_model_init_kwargs: dict | None = knob(None, "Keyword arguments of the teacher's from_pretrained.")
     trust_remote_code: bool = knob(False, "Allow models that bring their own Python code.")
-    attn_implementation: str | None = knob(None, "Attention of both models: eager, sdpa, flash_attention_2, ...")
+    attn_implementation: str | None = knob(
+        None, "Attention of both models: eager, sdpa, flash_attention_2, ..."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = knob(
-        None, "Type of the student's weights (default: float32 unless bf16 or fp16).")
+        None, "Type of the student's weights (default: float32 unless bf16 or fp16)."
+    )
     disable_dropout: bool = knob(True, "Switch dropout off in the student.")
 
-    dataset_name: str | None = knob(None, "A hub name, a JSON, JSONL or Parquet file, or a directory of them.", heading="Data")
+    dataset_name: str | None = knob(
+        None, "A hub name, a JSON, JSONL or Parquet file, or a directory of them.", heading="Data"
+    )
     dataset_config: str | None = knob(None, "Configuration of the data set on the hub.")
     dataset_train_split: str = knob("train", "Split to train on.")
     dataset_test_split: str = knob("test", "Split to evaluate on.")
-    dataset_text_field: str = knob("text", "Accepted for TRL's scripts; rows are messages or prompt/completion.")
+    dataset_text_field: str = knob(
+        "text", "Accepted for TRL's scripts; rows are messages or prompt/completion."
+    )
     dataset_num_proc: int | None = knob(None, "Processes that tokenize.", low=1)
-    dataset_kwargs: dict | None = knob(None, "Further arguments for preparing the data set.")
-    row_errors: Literal["strict", "skip"] = knob("strict", "A malformed row ends the run (strict) or is counted (skip).")
-    max_skipped_rows: int = knob(100, "With row_errors=skip: more malformed rows than this end the run.", low=0)
-    chat_template_path: str | None = knob(None, "Chat template: a Jinja file, or a tokenizer's directory or hub name.")
+    row_errors: Literal["strict", "skip"] = knob(
+        "strict", "A malformed row ends the run (strict) or is counted (skip)."
+    )
+    max_skipped_rows: int = knob(
+        100, "With row_errors=skip: more malformed rows than this end the run.", low=0
+    )
+    chat_template_path: str | None = knob(
+        None, "Chat template: a Jinja file, or a tokenizer's directory or hub name."
+    )
     eos_token: str | None = knob(None, "End-of-turn token, if not the tokenizer's.")
     pad_token: str | None = knob(None, "Padding token, if not the tokenizer's.")
     max_length: int | None = knob(1024, "Tokens of prompt and completion together; null for no bound.", low=2)
     pad_to_multiple_of: int | None = knob(None, "Pad sequences to a multiple of this.", low=1)
     remove_unused_columns: bool = knob(True, "Accepted for TRL's scripts; only known columns are ever read.")
-    packing: bool = knob(False, "Pack several samples into one sequence.")
-    packing_strategy: str = knob("bfd", "How to pack.")
-    eval_packing: bool | None = knob(None, "Pack when evaluating.")
-    padding_free: bool = knob(False, "Flatten batches instead of padding them.")
-    completion_only_loss: bool | None = knob(None, "Loss on the completion only.")
-    assistant_only_loss: bool = knob(False, "Loss on the assistant's turns only.")
-    group_by_length: bool = knob(False, "Draw batches of similar lengths.")
-    length_column_name: str = knob("length", "Column with lengths computed before.")
     dataloader_drop_last: bool = knob(False, "Leave out the last window of an epoch when it is not full.")
-    dataloader_num_workers: int = knob(0, "Processes that load data.")
-    dataloader_prefetch_factor: int | None = knob(None, "Batches loaded ahead by each process.")
-    dataloader_persistent_workers: bool = knob(False, "Keep the loading processes between epochs.")
-    dataloader_pin_memory: bool = knob(True, "Load into pinned memory.")
 
-    lmbda: float = knob(0.5, "Share of on-policy micro-batches: 0 never samples the student, 1 always does.",
-                        heading="Distillation", low=0, high=1)
+    lmbda: float = knob(
+        0.5,
+        "Share of on-policy micro-batches: 0 never samples the student, 1 always does.",
+        heading="Distillation",
+        low=0,
+        high=1,
+    )
     beta: float = knob(
-        0.5, "L = beta*KL(P|M) + (1-beta)*KL(Q|M), M = beta*P + (1-beta)*Q, P teacher, Q student; 0 is exactly KL(P|Q) and 1 exactly "
-        "KL(Q|P), while the mixture tends to 0 at both ends (L/beta to KL(P|Q), L/(1-beta) to KL(Q|P)): the scale jumps there.",
-        low=0, high=1)
+        0.5,
+        "L = beta*KL(P|M) + (1-beta)*KL(Q|M), M = beta*P + (1-beta)*Q, P teacher, Q student; 0 is exactly "
+        "KL(P|Q) and 1 exactly "
+        "KL(Q|P), while the mixture tends to 0 at both ends (L/beta to KL(P|Q), L/(1-beta) to KL(Q|P)): the "
+        "scale jumps there.",
+        low=0,
+        high=1,
+    )
     temperature: float = knob(0.9, "Temperature of sampling only; 0 decodes greedily.", low=0)
     divergence_temperature: float = knob(1.0, "Temperature of both distributions in the divergence.", above=0)
     max_new_tokens: int = knob(128, "Longest sampled completion, in tokens.", low=1)
-    seq_kd: bool = knob(False, "Micro-batches that are not on-policy use completions generated by the teacher.")
+    seq_kd: bool = knob(
+        False, "Micro-batches that are not on-policy use completions generated by the teacher."
+    )
     rollout_engine: Literal["auto", "hybrid", "gather", "sharded"] = knob(
-        "auto", "How the student samples: DeepSpeed's hybrid engine, gathered once per window, or partitioned throughout.")
-    loss_type: str = knob("nll", "Loss of TRL's supervised trainer.")
-    label_smoothing_factor: float = knob(0.0, "Label smoothing.")
-    neftune_noise_alpha: float | None = knob(None, "Noise in the embeddings.")
+        "auto",
+        "How the student samples: DeepSpeed's hybrid engine, gathered once per window, or partitioned "
+        "throughout.",
+    )
 
-    per_device_train_batch_size: int = knob(8, "Samples per rank and micro-batch.", heading="Batches and length", low=1)
+    per_device_train_batch_size: int = knob(
+        8, "Samples per rank and micro-batch.", heading="Batches and length", low=1
+    )
     gradient_accumulation_steps: int = knob(1, "Micro-batches per window, that is, per update.", low=1)
     num_train_epochs: float = knob(3.0, "Passes over the data.", above=0)
     max_steps: int = knob(-1, "Updates; if positive, num_train_epochs does not count.", low=-1)
-    average_tokens_across_devices: bool = knob(True, "Every completion token of a window weighs the same on all ranks (always so).")
-    auto_find_batch_size: bool = knob(False, "Search for a batch size that fits.")
-    per_gpu_train_batch_size: int | None = knob(None, "Old name of per_device_train_batch_size.")
-    per_gpu_eval_batch_size: int | None = knob(None, "Old name of per_device_eval_batch_size.")
+    average_tokens_across_devices: bool = knob(
+        True, "Every completion token of a window weighs the same on all ranks (always so)."
+    )
 
     learning_rate: float = knob(2e-5, "Peak learning rate.", heading="Optimizer", low=0)
     weight_decay: float = knob(0.0, "Decoupled weight decay; biases and norms are left out.", low=0)
@@ -238,131 +274,210 @@ class GKDConfig:
     adam_beta2: float = knob(0.999, "Decay of Adam's second moment.", low=0, below=1)
     adam_epsilon: float = knob(1e-8, "Adam's epsilon.", above=0)
     max_grad_norm: float = knob(1.0, "Norm to which gradients are clipped; 0 for no clipping.", low=0)
-    optim: Literal["adamw_torch_fused", "adamw_torch"] = knob("adamw_torch_fused", "Optimizer: AdamW, fused or not.")
-    optim_args: str | None = knob(None, "Arguments of other optimizers.")
-    optim_target_modules: str | list | None = knob(None, "Modules that other optimizers treat specially.")
-    adafactor: bool = knob(False, "Use Adafactor.")
+    optim: Literal["adamw_torch_fused", "adamw_torch"] = knob(
+        "adamw_torch_fused", "Optimizer: AdamW, fused or not."
+    )
     lr_scheduler_type: str = knob("linear", "Schedule of the learning rate: " + ", ".join(SCHEDULES) + ".")
     lr_scheduler_kwargs: dict | None = knob(dict, "Arguments of the schedule, such as num_cycles or min_lr.")
-    warmup_ratio: float = knob(0.0, "Share of the updates over which the learning rate rises from 0.", low=0, high=1)
-    warmup_steps: int = knob(0, "Updates over which the learning rate rises from 0; if positive, warmup_ratio does not count.", low=0)
+    warmup_ratio: float = knob(
+        0.0, "Share of the updates over which the learning rate rises from 0.", low=0, high=1
+    )
+    warmup_steps: int = knob(
+        0,
+        "Updates over which the learning rate rises from 0; if positive, warmup_ratio does not count.",
+        low=0,
+    )
 
-    bf16: bool | None = knob(None, "bfloat16 training; null: where the accelerator is a GPU that supports it, else fp32.",
-                             heading="Precision and memory")
+    bf16: bool | None = knob(
+        None,
+        "bfloat16 training; null: where the accelerator is a GPU that supports it, else fp32.",
+        heading="Precision and memory",
+    )
     fp16: bool = knob(False, "float16 training with loss scaling.")
     tf32: bool | None = knob(None, "TF32 products on GPUs; null keeps torch's setting.")
-    gradient_checkpointing: bool = knob(True, "Recompute activations in the learn phase (never while sampling).")
+    gradient_checkpointing: bool = knob(
+        True, "Recompute activations in the learn phase (never while sampling)."
+    )
     gradient_checkpointing_kwargs: dict | None = knob(None, "Arguments of gradient checkpointing.")
     rollout_memory_mb: int | None = knob(
-        None, "MiB of one rank's KV cache; the window is sampled in as many batches as that takes; null: in one.", low=1)
+        None,
+        "MiB of one rank's KV cache; the window is sampled in as many batches as that takes; null: in one.",
+        low=1,
+    )
     score_memory_mb: int = knob(1024, "MiB of activations inside a layer of the teacher.", low=1)
-    targets_memory_mb: int = knob(4096, "MiB of the teacher's hidden states kept on the device; beyond it they go to the host.", low=0)
+    targets_memory_mb: int = knob(
+        4096, "MiB of the teacher's hidden states kept on the device; beyond it they go to the host.", low=0
+    )
     loss_memory_mb: int = knob(64, "MiB of the logits chunk in the loss, both models together.", low=1)
     learn_tokens_per_micro_batch: int | None = knob(
-        None, "Tokens per forward of the learn phase; null: as many as the widest micro-batch would hold.", low=1)
-    activation_offloading: bool = knob(False, "Move activations to the host.")
-    torch_empty_cache_steps: int | None = knob(None, "Empty torch's cache every so many steps.")
-    fp16_opt_level: str = knob("O1", "Level of apex.")
-    half_precision_backend: str = knob("auto", "Library for mixed precision.")
-    fp16_backend: str = knob("auto", "Old name of half_precision_backend.")
-    bf16_full_eval: bool = knob(False, "Evaluate entirely in bfloat16.")
-    fp16_full_eval: bool = knob(False, "Evaluate entirely in float16.")
-    use_liger_kernel: bool = knob(False, "Use Liger's kernels.")
-    liger_kernel_config: dict | None = knob(None, "Which of Liger's kernels.")
-    torch_compile: bool = knob(False, "Compile the model.")
-    torch_compile_backend: str | None = knob(None, "Backend of compilation.")
-    torch_compile_mode: str | None = knob(None, "Mode of compilation.")
-    torchdynamo: str | None = knob(None, "Old name of torch_compile_backend.")
+        None,
+        "Tokens per forward of the learn phase; null: as many as the widest micro-batch would hold.",
+        low=1,
+    )
 
-    deepspeed: dict | str | None = knob(None, "The student's DeepSpeed file or a dict; null: built-in ZeRO-3.",
-                                        heading="DeepSpeed and processes")
-    teacher_deepspeed: dict | str | None = knob(None, "The teacher's DeepSpeed file or a dict; null: built-in resident ZeRO-3.")
+    deepspeed: dict | str | None = knob(
+        None,
+        "The student's DeepSpeed file or a dict; null: built-in ZeRO-3.",
+        heading="DeepSpeed and processes",
+    )
+    teacher_deepspeed: dict | str | None = knob(
+        None, "The teacher's DeepSpeed file or a dict; null: built-in resident ZeRO-3."
+    )
     deepspeed_log_level: Literal["debug", "info", "warning", "error", "critical"] = knob(
-        "error", "How much of DeepSpeed's own log to show.")
+        "error", "How much of DeepSpeed's own log to show."
+    )
     use_cpu: bool = knob(False, "Run on the CPU even where there is an accelerator.")
     local_rank: int = knob(-1, "Rank on this node, given by the launcher.", low=-1)
     ddp_backend: Literal["nccl", "gloo", "mpi", "ccl", "hccl", "xccl", "cncl", "mccl"] | None = knob(
-        None, "Backend of torch.distributed; null: the accelerator's.")
+        None, "Backend of torch.distributed; null: the accelerator's."
+    )
     ddp_timeout: int = knob(1800, "Seconds after which a collective gives up.", low=1)
-    fsdp: list | str | None = knob(None, "Shard with FSDP.")
-    fsdp_min_num_params: int = knob(0, "FSDP's smallest shard.")
-    fsdp_config: dict | str | None = knob(None, "FSDP's configuration.")
-    fsdp_transformer_layer_cls_to_wrap: str | None = knob(None, "FSDP's layer class.")
-    accelerator_config: dict | str | None = knob(None, "accelerate's configuration.")
-    parallelism_config: dict | None = knob(None, "accelerate's parallelism.")
-    ddp_find_unused_parameters: bool | None = knob(None, "DDP: look for unused parameters.")
-    ddp_bucket_cap_mb: int | None = knob(None, "DDP: bucket size.")
-    ddp_broadcast_buffers: bool | None = knob(None, "DDP: broadcast buffers.")
-    mp_parameters: str = knob("", "SageMaker's model parallelism.")
-    no_cuda: bool = knob(False, "Old name of use_cpu.")
-    use_mps_device: bool = knob(False, "Run on Apple's MPS.")
-    tpu_num_cores: int | None = knob(None, "TPU cores.")
-    tpu_metrics_debug: bool = knob(False, "Debug TPU metrics.")
 
-    report_to: list | str | None = knob(None, "Where metrics go besides metrics.jsonl: wandb, or none.", heading="Logging")
+    report_to: list | str | None = knob(
+        None, "Where metrics go besides metrics.jsonl: wandb, or none.", heading="Logging"
+    )
     run_name: str | None = knob(None, "Name of the run on W&B.")
     project: str = knob("huggingface", "W&B project (the variable WANDB_PROJECT wins).")
     logging_strategy: IntervalStrategy = knob("steps", "When to log: no, steps, epoch.")
     logging_steps: float = knob(10, "Log every so many updates; below 1: a share of all updates.", low=0)
     logging_first_step: bool = knob(False, "Log the first update too.")
     logging_nan_inf_filter: bool = knob(True, "Leave losses that are NaN or infinite out of logged averages.")
-    log_rollouts: int = knob(4, "Sampled completions logged each time, beside the teacher's probability of them.", low=0)
+    log_rollouts: int = knob(
+        4, "Sampled completions logged each time, beside the teacher's probability of them.", low=0
+    )
     logging_dir: str | None = knob(None, "Directory of W&B's local files (default output_dir).")
     log_level: Literal["passive", "detail", "debug", "info", "warning", "error", "critical"] = knob(
-        "passive", "Level of our own log; passive leaves Python's logging as it is.")
-    disable_tqdm: bool | None = knob(None, "Plain lines instead of a progress bar; null: a bar on a terminal only.")
+        "passive", "Level of our own log; passive leaves Python's logging as it is."
+    )
+    disable_tqdm: bool | None = knob(
+        None, "Plain lines instead of a progress bar; null: a bar on a terminal only."
+    )
     include_num_input_tokens_seen: bool | str = knob(False, "Count input tokens: all, non_padding, no.")
     skip_memory_metrics: bool = knob(True, "Leave memory figures out of the metrics.")
-    log_level_replica: str = knob("warning", "Level of the log of other ranks.")
-    log_on_each_node: bool = knob(True, "Log on the first rank of every node.")
-    trackio_space_id: str | None = knob("trackio", "Space of Trackio.")
-    include_tokens_per_second: bool = knob(False, "Log tokens per second.")
-    debug: list | str = knob("", "Debugging aids.")
 
     eval_strategy: IntervalStrategy = knob("no", "When to evaluate: no, steps, epoch.", heading="Evaluation")
-    eval_steps: float | None = knob(None, "Evaluate every so many updates (default logging_steps); below 1: a share.", above=0)
+    eval_steps: float | None = knob(
+        None, "Evaluate every so many updates (default logging_steps); below 1: a share.", above=0
+    )
     eval_delay: float = knob(0, "Updates or epochs before the first evaluation.", low=0)
     eval_on_start: bool = knob(False, "Evaluate before the first update.")
     per_device_eval_batch_size: int = knob(8, "Samples per rank and batch when evaluating.", low=1)
-    eval_on_policy: bool = knob(True, "Evaluate on the student's own samples as well as on reference completions.")
+    eval_on_policy: bool = knob(
+        True, "Evaluate on the student's own samples as well as on reference completions."
+    )
     eval_max_samples: int | None = knob(None, "Evaluate on the first so many samples only.", low=1)
     load_best_model_at_end: bool = knob(False, "End with the best checkpoint instead of the last.")
     metric_for_best_model: str | None = knob(None, "Metric that decides which is best (default loss).")
-    greater_is_better: bool | None = knob(None, "Whether that metric should rise (default: not for a loss or divergence).")
-    prediction_loss_only: bool = knob(False, "Accepted for TRL's scripts; evaluation only ever returns losses.")
-    eval_accumulation_steps: int | None = knob(None, "Batches of predictions kept on the device.")
-    include_inputs_for_metrics: bool = knob(False, "Give the inputs to compute_metrics.")
-    include_for_metrics: list = knob(list, "What to give to compute_metrics.")
-    eval_do_concat_batches: bool = knob(True, "Concatenate predictions.")
-    batch_eval_metrics: bool = knob(False, "Call compute_metrics batch by batch.")
-    eval_use_gather_object: bool = knob(False, "Gather predictions as objects.")
-    use_legacy_prediction_loop: bool = knob(False, "Use the old evaluation loop.")
-    label_names: list | None = knob(None, "Columns with labels.")
-    jit_mode_eval: bool = knob(False, "Evaluate a traced model.")
-    past_index: int = knob(-1, "Output that carries a past.")
+    greater_is_better: bool | None = knob(
+        None, "Whether that metric should rise (default: not for a loss or divergence)."
+    )
+    prediction_loss_only: bool = knob(
+        False, "Accepted for TRL's scripts; evaluation only ever returns losses."
+    )
 
-    save_strategy: SaveStrategy = knob("steps", "When to write a checkpoint: no, steps, epoch, best.", heading="Checkpoints")
-    save_steps: float = knob(500, "Write a checkpoint every so many updates; below 1: a share of all updates.", low=0)
-    save_total_limit: int | None = knob(None, "Checkpoints to keep; older ones are deleted; null keeps all.", low=1)
+    save_strategy: SaveStrategy = knob(
+        "steps", "When to write a checkpoint: no, steps, epoch, best.", heading="Checkpoints"
+    )
+    save_steps: float = knob(
+        500, "Write a checkpoint every so many updates; below 1: a share of all updates.", low=0
+    )
+    save_total_limit: int | None = knob(
+        None, "Checkpoints to keep; older ones are deleted; null keeps all.", low=1
+    )
     save_only_model: bool = knob(False, "Checkpoints without optimizer and position; they cannot be resumed.")
     resume_from_checkpoint: bool | str | None = knob(
-        None, "A checkpoint's directory; true: the newest valid one in output_dir; auto: the same, or start if there is none.")
+        None,
+        "A checkpoint's directory; true: the newest valid one in output_dir; auto: the same, or start if "
+        "there is none.",
+    )
     restore_callback_states_from_checkpoint: bool = knob(False, "Restore the state of callbacks on resume.")
-    ignore_data_skip: bool = knob(False, "On resume start at the beginning of the data instead of where it stopped.")
-    save_safetensors: bool = knob(True, "Write models as safetensors.")
-    save_on_each_node: bool = knob(False, "Write checkpoints on every node.")
+    ignore_data_skip: bool = knob(
+        False, "On resume start at the beginning of the data instead of where it stopped."
+    )
 
     push_to_hub: bool = knob(False, "Push the model to the hub when it is saved.", heading="Hub")
     hub_model_id: str | None = knob(None, "Repository on the hub (default: the name of output_dir).")
-    hub_strategy: Literal["every_save", "end", "checkpoint", "all_checkpoints"] = knob("every_save", "What to push, and when.")
-    hub_token: str | None = knob(None, "Token of the hub (default: the one you logged in with); never written anywhere.", secret=True)
+    hub_strategy: Literal["every_save", "end", "checkpoint", "all_checkpoints"] = knob(
+        "every_save", "What to push, and when."
+    )
+    hub_token: str | None = knob(
+        None, "Token of the hub (default: the one you logged in with); never written anywhere.", secret=True
+    )
     hub_private_repo: bool | None = knob(None, "Make the repository private.")
     hub_revision: str | None = knob(None, "Branch to push to.")
-    hub_always_push: bool = knob(False, "Push even when the last push has not finished.")
+
+    do_predict: bool = knob(False, "Run a prediction loop.", heading="Of TRL's, not supported")
+    per_gpu_train_batch_size: int | None = knob(None, "Old name of per_device_train_batch_size.")
+    per_gpu_eval_batch_size: int | None = knob(None, "Old name of per_device_eval_batch_size.")
     push_to_hub_model_id: str | None = knob(None, "Old name of hub_model_id.")
     push_to_hub_organization: str | None = knob(None, "Old: organization of the repository.")
     push_to_hub_token: str | None = knob(None, "Old name of hub_token.", secret=True)
+    no_cuda: bool = knob(False, "Old name of use_cpu.")
+    use_mps_device: bool = knob(False, "Run on Apple's MPS.")
+    tpu_num_cores: int | None = knob(None, "TPU cores.")
+    tpu_metrics_debug: bool = knob(False, "Debug TPU metrics.")
+    eval_accumulation_steps: int | None = knob(None, "Batches of predictions kept on the device.")
+    eval_do_concat_batches: bool = knob(True, "Concatenate predictions.")
+    eval_use_gather_object: bool = knob(False, "Gather predictions as objects.")
+    batch_eval_metrics: bool = knob(False, "Call compute_metrics batch by batch.")
+    include_inputs_for_metrics: bool = knob(False, "Give the inputs to compute_metrics.")
+    include_for_metrics: list = knob(list, "What to give to compute_metrics.")
+    label_names: list | None = knob(None, "Columns with labels.")
+    use_legacy_prediction_loop: bool = knob(False, "Use the old evaluation loop.")
+    past_index: int = knob(-1, "Output that carries a past.")
+    bf16_full_eval: bool = knob(False, "Evaluate entirely in bfloat16.")
+    fp16_full_eval: bool = knob(False, "Evaluate entirely in float16.")
+    fp16_opt_level: str = knob("O1", "Level of apex.")
+    fp16_backend: str = knob("auto", "Old name of half_precision_backend.")
+    half_precision_backend: str = knob("auto", "Library for mixed precision.")
+    jit_mode_eval: bool = knob(False, "Evaluate a traced model.")
+    debug: list | str = knob("", "Debugging aids.")
+    torch_empty_cache_steps: int | None = knob(None, "Empty torch's cache every so many steps.")
+    auto_find_batch_size: bool = knob(False, "Search for a batch size that fits.")
+    log_level_replica: str = knob("warning", "Level of the log of other ranks.")
+    log_on_each_node: bool = knob(True, "Log on the first rank of every node.")
+    save_safetensors: bool = knob(True, "Write models as safetensors.")
+    save_on_each_node: bool = knob(False, "Write checkpoints on every node.")
+    dataloader_num_workers: int = knob(0, "Processes that load data.")
+    dataloader_prefetch_factor: int | None = knob(None, "Batches loaded ahead by each process.")
+    dataloader_persistent_workers: bool = knob(False, "Keep the loading processes between epochs.")
+    dataloader_pin_memory: bool = knob(True, "Load into pinned memory.")
+    group_by_length: bool = knob(False, "Draw batches of similar lengths.")
+    length_column_name: str = knob("length", "Column with lengths computed before.")
+    fsdp: list | str | None = knob(None, "Shard with FSDP.")
+    fsdp_min_num_params: int = knob(0, "FSDP's smallest shard.")
+    fsdp_transformer_layer_cls_to_wrap: str | None = knob(None, "FSDP's layer class.")
+    fsdp_config: dict | str | None = knob(None, "FSDP's configuration.")
+    accelerator_config: dict | str | None = knob(None, "accelerate's configuration.")
+    parallelism_config: dict | None = knob(None, "accelerate's parallelism.")
+    mp_parameters: str = knob("", "SageMaker's model parallelism.")
+    ddp_find_unused_parameters: bool | None = knob(None, "DDP: look for unused parameters.")
+    ddp_bucket_cap_mb: int | None = knob(None, "DDP: bucket size.")
+    ddp_broadcast_buffers: bool | None = knob(None, "DDP: broadcast buffers.")
+    label_smoothing_factor: float = knob(0.0, "Label smoothing.")
+    neftune_noise_alpha: float | None = knob(None, "Noise in the embeddings.")
+    optim_args: str | None = knob(None, "Arguments of other optimizers.")
+    optim_target_modules: str | list | None = knob(None, "Modules that other optimizers treat specially.")
+    adafactor: bool = knob(False, "Use Adafactor.")
+    trackio_space_id: str | None = knob("trackio", "Space of Trackio.")
+    hub_always_push: bool = knob(False, "Push even when the last push has not finished.")
+    torchdynamo: str | None = knob(None, "Old name of torch_compile_backend.")
+    torch_compile: bool = knob(False, "Compile the model.")
+    torch_compile_backend: str | None = knob(None, "Backend of compilation.")
+    torch_compile_mode: str | None = knob(None, "Mode of compilation.")
     ray_scope: str | None = knob("last", "Scope of Ray's hyperparameter search.")
+    include_tokens_per_second: bool = knob(False, "Log tokens per second.")
+    use_liger_kernel: bool = knob(False, "Use Liger's kernels.")
+    liger_kernel_config: dict | None = knob(None, "Which of Liger's kernels.")
+    dataset_kwargs: dict | None = knob(None, "Further arguments for preparing the data set.")
+    packing: bool = knob(False, "Pack several samples into one sequence.")
+    packing_strategy: str = knob("bfd", "How to pack.")
+    eval_packing: bool | None = knob(None, "Pack when evaluating.")
+    padding_free: bool = knob(False, "Flatten batches instead of padding them.")
+    completion_only_loss: bool | None = knob(None, "Loss on the completion only.")
+    assistant_only_loss: bool = knob(False, "Loss on the assistant's turns only.")
+    loss_type: str = knob("nll", "Loss of TRL's supervised trainer.")
+    activation_offloading: bool = knob(False, "Move activations to the host.")
 
     def __post_init__(self) -> None:
         self.validate()
@@ -392,25 +507,40 @@ class GKDConfig:
 
     def _check_learning(self) -> None:
         if self.max_steps == 0:
-            raise wrong("max_steps", "must be a positive number of updates, or -1 to let num_train_epochs decide, not 0")
+            raise wrong(
+                "max_steps",
+                "must be a positive number of updates, or -1 to let num_train_epochs decide, not 0",
+            )
         if self.bf16 and self.fp16:
             raise InputError("GKDConfig fields 'bf16' and 'fp16' are both true; switch one of them off.")
         if self.fp16 and self.use_cpu:
             raise InputError("GKDConfig field 'fp16' does not work with 'use_cpu'; use bf16 or neither.")
         if self.dtype in ("bfloat16", "float16") and (self.bf16 is False and self.fp16 is False):
-            raise wrong("dtype", f"is {self.dtype} while bf16 and fp16 are false; set the one that matches, or remove dtype")
+            raise wrong(
+                "dtype",
+                f"is {self.dtype} while bf16 and fp16 are false; set the one that matches, or remove dtype",
+            )
         # Enums of transformers arrive here as text already; the value of a schedule is what counts.
         if self.lr_scheduler_type not in SCHEDULES:
-            raise wrong("lr_scheduler_type", f"must be one of {', '.join(SCHEDULES)}, not {show(self.lr_scheduler_type)}")
+            raise wrong(
+                "lr_scheduler_type",
+                f"must be one of {', '.join(SCHEDULES)}, not {show(self.lr_scheduler_type)}",
+            )
         self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or {}
         allowed = SCHEDULES[self.lr_scheduler_type]
         for name in self.lr_scheduler_kwargs:
             if name not in allowed:
-                raise wrong("lr_scheduler_kwargs", f"holds {show(name)}, but the schedule {self.lr_scheduler_type} takes "
-                            + (f"only {', '.join(allowed)}" if allowed else "no arguments"))
+                raise wrong(
+                    "lr_scheduler_kwargs",
+                    f"holds {show(name)}, but the schedule {self.lr_scheduler_type} takes "
+                    + (f"only {', '.join(allowed)}" if allowed else "no arguments"),
+                )
         if self.include_num_input_tokens_seen not in (True, False, "all", "non_padding", "no"):
-            raise wrong("include_num_input_tokens_seen", "must be true, false, all, non_padding or no, "
-                        f"not {show(self.include_num_input_tokens_seen)}")
+            raise wrong(
+                "include_num_input_tokens_seen",
+                "must be true, false, all, non_padding or no, "
+                f"not {show(self.include_num_input_tokens_seen)}",
+            )
 
     def _check_intervals(self) -> None:
         if self.eval_strategy == IntervalStrategy.STEPS and self.eval_steps is None:
@@ -419,7 +549,11 @@ class GKDConfig:
             name, strategy = f"{what}_steps", getattr(self, f"{what}_strategy")
             steps = getattr(self, name)
             if strategy == "steps" and not steps:
-                raise wrong(name, f"must be above 0 when {what}_strategy is steps; set {what}_strategy: no to switch it off")
+                raise wrong(
+                    name,
+                    f"must be above 0 when {what}_strategy is steps; set {what}_strategy: no to switch it "
+                    "off",
+                )
             if steps is not None and steps >= 1:
                 if steps != int(steps):
                     raise wrong(name, f"must be a whole number, or a share below 1, not {show(steps)}")
@@ -430,14 +564,25 @@ class GKDConfig:
         if not self.load_best_model_at_end and self.save_strategy != SaveStrategy.BEST:
             return
         if self.eval_strategy == IntervalStrategy.NO:
-            raise InputError(f"GKDConfig setting '{wanted}' needs evaluations to choose from; set eval_strategy to steps or epoch.")
+            raise InputError(
+                f"GKDConfig setting '{wanted}' needs evaluations to choose from; set eval_strategy to steps "
+                "or epoch."
+            )
         if self.load_best_model_at_end and self.save_strategy != SaveStrategy.BEST:
             if self.save_strategy != self.eval_strategy:
-                raise InputError("GKDConfig field 'load_best_model_at_end' needs a checkpoint for every evaluation; set save_strategy "
-                                 f"to {self.eval_strategy.value}, like eval_strategy.")
-            if self.eval_strategy == IntervalStrategy.STEPS and not is_multiple(self.save_steps, self.eval_steps):
-                raise InputError("GKDConfig field 'load_best_model_at_end' needs save_steps to be a multiple of eval_steps, but they "
-                                 f"are {self.save_steps} and {self.eval_steps}.")
+                raise InputError(
+                    "GKDConfig field 'load_best_model_at_end' needs a checkpoint for every evaluation; set "
+                    "save_strategy "
+                    f"to {self.eval_strategy.value}, like eval_strategy."
+                )
+            if self.eval_strategy == IntervalStrategy.STEPS and not is_multiple(
+                self.save_steps, self.eval_steps
+            ):
+                raise InputError(
+                    "GKDConfig field 'load_best_model_at_end' needs save_steps to be a multiple of "
+                    "eval_steps, but they "
+                    f"are {self.save_steps} and {self.eval_steps}."
+                )
         if self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
         if self.greater_is_better is None:
@@ -446,68 +591,101 @@ class GKDConfig:
     # ---- What is checked in the file system, before any model is loaded ----
 
     def validate_files(self) -> None:
-        """Check paths, DeepSpeed files and the output directory. Call it before torch.distributed starts: later, the
-        first rank may already have written into output_dir.
+        """Check paths, DeepSpeed files and the output directory. Call it before torch.distributed starts:
+        later, the first rank may already have written into output_dir.
 
         Raises:
             InputError: a file or directory is missing, malformed, contradicts a field, or cannot be written.
         """
         self.read_deepspeed_files()
         check_model("model_name_or_path", self.model_name_or_path, self.model_init_kwargs)
-        check_model("teacher_model_name_or_path", self.teacher_model_name_or_path, self.teacher_model_init_kwargs)
+        check_model(
+            "teacher_model_name_or_path", self.teacher_model_name_or_path, self.teacher_model_init_kwargs
+        )
         check_dataset("dataset_name", self.dataset_name)
         if self.chat_template_path is not None:
-            check_path_or_hub_name("chat_template_path", self.chat_template_path, "a Jinja file or a tokenizer's directory")
+            check_path_or_hub_name(
+                "chat_template_path", self.chat_template_path, "a Jinja file or a tokenizer's directory"
+            )
         if isinstance(self.resume_from_checkpoint, str) and self.resume_from_checkpoint != "auto":
             if not Path(self.resume_from_checkpoint).is_dir():
-                raise wrong("resume_from_checkpoint", f"names {show(self.resume_from_checkpoint)}, which is not a directory; give a "
-                            "checkpoint-<step> directory, true or auto")
+                raise wrong(
+                    "resume_from_checkpoint",
+                    f"names {show(self.resume_from_checkpoint)}, which is not a directory; give a "
+                    "checkpoint-<step> directory, true or auto",
+                )
         self._check_output_dir()
 
     def read_deepspeed_files(self) -> tuple[dict | None, dict | None]:
-        """The student's and the teacher's DeepSpeed configuration, read and checked; None where none was given."""
+        """The student's and the teacher's DeepSpeed configuration, read and checked; None if not given."""
         student = read_deepspeed("deepspeed", self.deepspeed)
         teacher = read_deepspeed("teacher_deepspeed", self.teacher_deepspeed)
         if student is not None:
             check_student_file(student, self)
         if teacher is not None:
-            check_teacher_file(teacher)
+            check_teacher_file(teacher, self)
         return student, teacher
 
     def _check_output_dir(self) -> None:
         directory = Path(self.output_dir)
         for name in ("model_name_or_path", "teacher_model_name_or_path", "dataset_name"):
             other = getattr(self, name)
-            if other is not None and os.path.exists(other) and directory.exists() and os.path.samefile(other, directory):
-                raise wrong("output_dir", f"is the same directory as {name}, which the run would overwrite; choose another")
+            if (
+                other is not None
+                and os.path.exists(other)
+                and directory.exists()
+                and os.path.samefile(other, directory)
+            ):
+                raise wrong(
+                    "output_dir",
+                    f"is the same directory as {name}, which the run would overwrite; choose another",
+                )
         existing = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
         try:
             with tempfile.TemporaryFile(dir=existing):
                 pass
         except OSError as error:
-            raise wrong("output_dir", f"is {show(self.output_dir)}, where nothing can be written ({error.strerror}); "
-                        "choose another directory") from None
+            raise wrong(
+                "output_dir",
+                f"is {show(self.output_dir)}, where nothing can be written ({error.strerror}); "
+                "choose another directory",
+            ) from None
         if self.overwrite_output_dir or self.resume_from_checkpoint:
             return
-        traces = [*directory.glob("checkpoint-*"), *directory.glob("metrics.jsonl"), *directory.glob("*.safetensors")]
+        traces = [
+            *directory.glob("checkpoint-*"),
+            *directory.glob("metrics.jsonl"),
+            *directory.glob("*.safetensors"),
+        ]
         if traces:
-            raise wrong("output_dir", f"is {show(self.output_dir)}, which already holds a run ({traces[0].name}); choose another "
-                        "directory, or set resume_from_checkpoint: auto to continue it, or overwrite_output_dir: true to replace it")
+            raise wrong(
+                "output_dir",
+                f"is {show(self.output_dir)}, which already holds a run ({traces[0].name}); choose another "
+                "directory, or set resume_from_checkpoint: auto to continue it, or overwrite_output_dir: "
+                "true to replace it",
+            )
 
     # ---- Derived values ----
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved configuration as plain JSON values, without tokens or passwords."""
-        return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self) if not field.metadata["secret"]}
+        return {
+            field.name: plain(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if not field.metadata["secret"]
+        }
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
     def to_sanitized_dict(self) -> dict[str, Any]:
         """`to_dict` with text in place of nested values, as transformers' callbacks want it."""
-        return {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in self.to_dict().items()}
+        return {
+            name: value if isinstance(value, (bool, int, float, str)) else str(value)
+            for name, value in self.to_dict().items()
+        }
 
-    # transformers' callbacks and progress code read these from TrainingArguments; the launcher sets the variables.
+    # transformers' callbacks read these from TrainingArguments; the launcher sets the variables.
     @property
     def world_size(self) -> int:
         return int(os.environ.get("WORLD_SIZE", 1))
@@ -542,151 +720,37 @@ class GKDConfig:
         return self.stop_file or os.path.join(self.output_dir, "STOP")
 
 
-# ---- One value: from what a recipe, a flag or a caller gave to the field's type ----
-
-TRUE_WORDS = {"true", "yes", "on", "1"}
-FALSE_WORDS = {"false", "no", "off", "0"}
-MEANINGS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", dict: "a mapping", list: "a list"}
-
-
-def convert(name: str, kind: Any, value: Any) -> Any:
-    """`value` as the type `kind` (a type, an Enum, a Literal, or a union of them).
-
-    Recipes and flags give text, so text is read as the type that is asked for: "2e-5", "false", '{"a": 1}', "null".
-
-    Raises:
-        InputError: it cannot be read as that type.
-    """
-    kinds = get_args(kind) if isinstance(kind, types.UnionType) or get_origin(kind) not in (None, Literal) else (kind,)
-    optional = types.NoneType in kinds
-    if optional and (value is None or (str not in kinds and is_text(value) and value.strip().lower() in ("null", "none"))):
-        return None
-    for one in kinds:
-        try:
-            if one is not types.NoneType:
-                return read_as(one, value)
-        except ValueError:
-            continue
-    wanted = " or ".join(describe(one) for one in kinds if one is not types.NoneType)
-    raise wrong(name, f"must be {wanted}{', or null' if optional else ''}, not {show(value)}")
-
-
-def read_as(kind: Any, value: Any) -> Any:
-    """`value` as one type; ValueError when that is not possible."""
-    if isinstance(value, Enum):
-        value = value.value
-    if get_origin(kind) is Literal:
-        return choose(get_args(kind), value)
-    if issubclass(kind, Enum):
-        return kind(choose([member.value for member in kind], value))
-    return {bool: read_bool, int: read_int, float: read_float, str: read_text, dict: read_dict, list: read_list}[kind](value)
-
-
-def choose(choices: Any, value: Any) -> str:
-    if value is False and "no" in choices:  # YAML 1.1 reads a bare `no` as false
-        value = "no"
-    if is_text(value) and value in choices:
-        return value
-    raise ValueError
-
-
-def read_bool(value: Any) -> bool:
-    word = value.strip().lower() if is_text(value) else value
-    if word is True or word is False:
-        return word
-    if is_text(word) and word in TRUE_WORDS | FALSE_WORDS:
-        return word in TRUE_WORDS
-    if isinstance(word, Integral) and word in (0, 1):
-        return bool(word)
-    raise ValueError
-
-
-def read_float(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (Real, str)):
-        raise ValueError
-    try:
-        number = float(value)
-    except OverflowError:
-        raise ValueError from None
-    if not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-def read_int(value: Any) -> int:
-    if isinstance(value, bool):
-        raise ValueError
-    if isinstance(value, Integral):
-        number = int(value)
-    else:
-        real = read_float(value)
-        number = int(value) if is_text(value) and re.fullmatch(r"\s*[+-]?\d+\s*", value) else int(real)
-        if number != real and abs(real) < 2**53:
-            raise ValueError
-    if abs(number) >= 2**63:
-        raise ValueError
-    return number
-
-
-def read_text(value: Any) -> str:
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if not is_text(value) or "\0" in value:
-        raise ValueError
-    value.encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
-    return value
-
-
-def read_dict(value: Any) -> dict:
-    if is_text(value) and value.lstrip().startswith("{"):
-        value = read_json(value)
-    if not isinstance(value, dict) or not all(is_text(key) for key in value):
-        raise ValueError
-    return value
-
-
-def read_list(value: Any) -> list:
-    if is_text(value) and value.lstrip().startswith("["):
-        value = read_json(value)
-    if not isinstance(value, (list, tuple)):
-        raise ValueError
-    return list(value)
-
-
-def read_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError from None
-
-
-def is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def describe(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(get_args(kind))
-    if issubclass(kind, Enum):
-        return "one of " + ", ".join(member.value for member in kind)
-    return MEANINGS[kind]
+# ---- Single fields ----
 
 
 def check_bounds(name: str, value: Any, bounds: dict[str, float]) -> None:
     if value is None:
         return
-    inside = (value >= bounds.get("low", -math.inf) and value <= bounds.get("high", math.inf)
-              and value > bounds.get("above", -math.inf) and value < bounds.get("below", math.inf)) if bounds else True
+    inside = (
+        (
+            value >= bounds.get("low", -math.inf)
+            and value <= bounds.get("high", math.inf)
+            and value > bounds.get("above", -math.inf)
+            and value < bounds.get("below", math.inf)
+        )
+        if bounds
+        else True
+    )
     if not inside:
         words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
-        raise wrong(name, f"must be {' and '.join(f'{words[key]} {bounds[key]}' for key in words if key in bounds)}, not {show(value)}")
+        wanted = " and ".join(f"{words[key]} {bounds[key]}" for key in words if key in bounds)
+        raise wrong(
+            name,
+            f"must be {wanted}, not {show(value)}",
+        )
 
 
 def check_supported(field: dataclasses.Field, value: Any) -> None:
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     switched_off = not value and not default  # "", [], None and False all say the same
-    if field.name in NOT_SUPPORTED and value != default and not switched_off:
-        raise InputError(f"GKDConfig field '{field.name}' is not supported by gkd_ds ({NOT_SUPPORTED[field.name]}); remove it.")
+    reason = NOT_SUPPORTED.get(field.name)
+    if reason and value != default and not switched_off:
+        raise InputError(f"GKDConfig field '{field.name}' is not supported by gkd_ds ({reason}); remove it.")
 
 
 def read_report_to(value: list | str | None) -> list[str]:
@@ -695,7 +759,9 @@ def read_report_to(value: list | str | None) -> list[str]:
     names = [name.strip() if is_text(name) else name for name in names]
     for name in names:
         if name not in ("wandb", "all", "none"):
-            raise wrong("report_to", f"must be wandb, all or none, not {show(name)}; metrics.jsonl is always written")
+            raise wrong(
+                "report_to", f"must be wandb, all or none, not {show(name)}; metrics.jsonl is always written"
+            )
     return ["wandb"] if "wandb" in names or "all" in names else []
 
 
@@ -703,10 +769,17 @@ def read_duration(name: str, value: float | str | None) -> float | None:
     """Seconds from seconds or from text such as "3h30m", "45m", "1d2h", "90s"; positive."""
     seconds = value
     if is_text(value):
-        match = re.fullmatch(r"(?=.)(?:(\d{1,6})d)?(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", value.strip().lower())
+        match = re.fullmatch(
+            r"(?=.)(?:(\d{1,6})d)?(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", value.strip().lower()
+        )
         if not match:
             raise wrong(name, f"must be seconds or a time such as 3h30m, not {show(value)}")
-        seconds = float(sum(int(count or 0) * unit for count, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True)))
+        seconds = float(
+            sum(
+                int(count or 0) * unit
+                for count, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True)
+            )
+        )
     if seconds is not None and seconds <= 0:
         raise wrong(name, f"must be more than no time, not {show(value)}")
     return seconds
@@ -722,7 +795,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 def check_model(name: str, model: str | None, init_kwargs: dict | None) -> None:
-    """A local directory with a config.json (or the GGUF file that the init kwargs name), or a plausible hub name."""
+    """A local directory with a config.json (or the init kwargs' gguf_file), or a plausible hub name."""
     if model is None:
         return
     if not os.path.isdir(model):
@@ -730,7 +803,10 @@ def check_model(name: str, model: str | None, init_kwargs: dict | None) -> None:
         return
     needed = (init_kwargs or {}).get("gguf_file") or "config.json"
     if is_text(needed) and not os.path.isfile(os.path.join(model, needed)):
-        raise wrong(name, f"names the directory {show(model)}, which has no {needed}; give the directory of a saved model")
+        raise wrong(
+            name,
+            f"names the directory {show(model)}, which has no {needed}; give the directory of a saved model",
+        )
 
 
 def check_dataset(name: str, dataset: str | None) -> None:
@@ -749,30 +825,27 @@ def check_path_or_hub_name(name: str, value: str, what: str, existing_is_fine: b
     if existing_is_fine and os.path.exists(value):
         return
     if not HUB_NAME.fullmatch(value) or os.path.exists(value):
-        raise wrong(name, f"is {show(value)}, which is neither {what} that exists nor a hub name such as org/name; check the path")
+        raise wrong(
+            name,
+            f"is {show(value)}, which is neither {what} that exists nor a hub name such as org/name; check "
+            "the path",
+        )
 
 
-# ---- Words ----
+# ---- Writing ----
 
-def wrong(name: str, problem: str) -> InputError:
-    return InputError(f"GKDConfig field '{name}' {problem}.")
-
-
-def show(value: Any) -> str:
-    """The value as a user would recognise it, on one line and short."""
-    text = ascii(value)
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
-SECRET_NAMES = re.compile(r"token|password|secret|api_?key|credential", re.IGNORECASE)
+SECRET_KEYS = re.compile(r"(^|_)(token|api_?key|password|secret|credentials?)$", re.IGNORECASE)
+OPEN_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")  # tokens of another kind
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it; nested entries that look like secrets (model_init_kwargs={"token": ...}) are left out."""
+    """`value` as JSON can hold it, without secrets: a nested entry such as model_init_kwargs={"token": ...}
+    is left out, and the values of secret environment variables are hidden."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, dict):
-        return {str(key): plain(one) for key, one in value.items() if not SECRET_NAMES.search(str(key))}
+        open_keys = [key for key in value if key in OPEN_KEYS or not SECRET_KEYS.search(str(key))]
+        return {str(key): plain(value[key]) for key in open_keys}
     if isinstance(value, (list, tuple)):
         return [plain(one) for one in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    return value if value is None or isinstance(value, (bool, int, float)) else redact(str(value))

@@ -1,7 +1,7 @@
 """Read a DeepSpeed JSON file and refuse what contradicts GKDConfig, before torch or DeepSpeed are imported.
 
-One owner per knob: GKDConfig owns batch sizes, accumulation, learning rate, clipping, precision and tracking; the DeepSpeed file
-owns ZeRO, offload and communication. In the file our knobs are "auto", absent, or equal to ours.
+One owner per knob: GKDConfig owns batch sizes, accumulation, learning rate, clipping, precision and tracking;
+the DeepSpeed file owns ZeRO, offload and communication. In it our knobs are "auto", absent, or equal to ours.
 """
 
 import difflib
@@ -12,26 +12,30 @@ from typing import Any
 
 from gkd_ds.errors import InputError
 
-# DeepSpeed ignores a top-level key that it does not know: a misspelt "zero_optimization" would silently train at stage 0.
-TOP_LEVEL_KEYS = """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler bf16 bfloat16 fp16
-torch_autocast amp gradient_clipping zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer hybrid_engine aio checkpoint
-communication_data_type seq_parallel_communication_data_type prescale_gradients gradient_predivide_factor gradient_allreduce_op data_types
-steps_per_print wall_clock_breakdown memory_breakdown dump_state comms_logger flops_profiler activation_checkpointing tensorboard wandb
-csv_monitor comet monitor_config sparse_gradients disable_allgather compile tensor_parallel elasticity autotuning nebula weight_quantization
-sequence_parallel_size ulysses data_efficiency curriculum_learning compression_training pipeline moe log_level""".split()
+# DeepSpeed ignores a top-level key it does not know: a misspelt "zero_optimization" would train at stage 0.
+TOP_LEVEL_KEYS = """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer
+scheduler bf16 bfloat16 fp16 torch_autocast amp gradient_clipping zero_optimization
+zero_allow_untested_optimizer zero_force_ds_cpu_optimizer hybrid_engine aio
+checkpoint communication_data_type seq_parallel_communication_data_type
+prescale_gradients gradient_predivide_factor gradient_allreduce_op data_types
+steps_per_print wall_clock_breakdown memory_breakdown dump_state comms_logger
+flops_profiler activation_checkpointing tensorboard wandb csv_monitor comet
+monitor_config sparse_gradients disable_allgather compile tensor_parallel elasticity
+autotuning nebula weight_quantization sequence_parallel_size ulysses data_efficiency
+curriculum_learning compression_training pipeline moe log_level""".split()
 
 MONITORS = ("wandb", "tensorboard", "csv_monitor", "comet")
 
-# Values of our built-in Adam that the file may repeat; everything else in `optimizer.params` selects an implementation.
+# What of GKDConfig the file's optimizer may repeat; the switches only choose between implementations.
 ADAM_VALUES = {"lr": "learning_rate", "eps": "adam_epsilon", "weight_decay": "weight_decay"}
 ADAM_SWITCHES = ("torch_adam", "fused", "adam_w_mode", "bias_correction", "amsgrad", "fp32_optimizer_states")
 
 
 def read_deepspeed(name: str, source: dict | str | None) -> dict | None:
-    """The configuration behind GKDConfig's field `name`: a dict as it is, a path as the JSON object in that file.
+    """The configuration behind GKDConfig's field `name`: a dict as it is, a path as the object in that file.
 
     Raises:
-        InputError: the file is missing, unreadable, not JSON, or does not hold one object; a misspelt top-level key.
+        InputError: the file is missing, unreadable, not JSON or not an object, or misspells a top-level key.
     """
     if source is None:
         return None
@@ -42,18 +46,27 @@ def read_deepspeed(name: str, source: dict | str | None) -> dict | None:
             with open(source, encoding="utf-8") as file:
                 text = file.read()
         except UnicodeDecodeError:
-            raise InputError(f"The DeepSpeed file {source!r} ({name}) is not UTF-8 text; it must be JSON.") from None
+            raise InputError(
+                f"The DeepSpeed file {source!r} ({name}) is not UTF-8 text; it must be JSON."
+            ) from None
         except OSError as error:
-            raise InputError(f"The DeepSpeed file {source!r} ({name}) cannot be read ({error.strerror}); check the path.") from None
+            raise InputError(
+                f"The DeepSpeed file {source!r} ({name}) cannot be read ({error.strerror}); check the path."
+            ) from None
         try:
             config = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_repeated)
         except json.JSONDecodeError as error:
-            raise InputError(f"The DeepSpeed file {source!r} ({name}) is not valid JSON in line {error.lineno}, column {error.colno}: "
-                             f"{error.msg}.") from None
+            raise InputError(
+                f"The DeepSpeed file {source!r} ({name}) is not valid JSON in line {error.lineno}, column "
+                f"{error.colno}: "
+                f"{error.msg}."
+            ) from None
         except (ValueError, RecursionError) as error:
             raise InputError(f"The DeepSpeed file {source!r} ({name}) is not valid JSON: {error}.") from None
     if not isinstance(config, dict):
-        raise InputError(f"The DeepSpeed configuration of {name} must be a JSON object, not {type(config).__name__}.")
+        raise InputError(
+            f"The DeepSpeed configuration of {name} must be a JSON object, not {type(config).__name__}."
+        )
     for key in config:
         near = difflib.get_close_matches(str(key), TOP_LEVEL_KEYS, n=1, cutoff=0.85)
         if near and key not in TOP_LEVEL_KEYS:
@@ -84,12 +97,28 @@ def check_student_file(file: dict, config: Any) -> None:
     name = "deepspeed"
     stage = check_zero(name, file)
     if config.rollout_engine == "sharded" and stage != 3:
-        raise conflict(name, f"has ZeRO stage {stage}, but rollout_engine: sharded keeps parameters partitioned and needs stage 3")
+        raise conflict(
+            name,
+            f"has ZeRO stage {stage}, but rollout_engine: sharded keeps parameters partitioned and needs "
+            "stage 3",
+        )
     if "hybrid_engine" in file:
         raise conflict(name, "holds a hybrid_engine block; remove it and choose with rollout_engine")
     check_foreign_blocks(name, file)
-    check_equal(name, "train_micro_batch_size_per_gpu", file, "per_device_train_batch_size", config.per_device_train_batch_size)
-    check_equal(name, "gradient_accumulation_steps", file, "gradient_accumulation_steps", config.gradient_accumulation_steps)
+    check_equal(
+        name,
+        "train_micro_batch_size_per_gpu",
+        file,
+        "per_device_train_batch_size",
+        config.per_device_train_batch_size,
+    )
+    check_equal(
+        name,
+        "gradient_accumulation_steps",
+        file,
+        "gradient_accumulation_steps",
+        config.gradient_accumulation_steps,
+    )
     check_equal(name, "gradient_clipping", file, "max_grad_norm", config.max_grad_norm)
     check_train_batch_size(name, file, config)
     check_precision(name, file, config)
@@ -97,14 +126,16 @@ def check_student_file(file: dict, config: Any) -> None:
 
 
 def check_equal(name: str, key: str, block: dict, field: str, ours: float) -> None:
-    """`block[key]` is absent, "auto" or the number `ours`; `key` may show the way to it, as in optimizer.params.lr."""
+    """`block[key]` is absent, "auto" or `ours`; `key` may show the way there, as optimizer.params.lr does."""
     theirs = block.get(key.rpartition(".")[2], "auto")
     if theirs == "auto":
         return
     if not is_number(theirs):
         raise conflict(name, f'has {key} {theirs!r}, which is not a number; write "auto" to take {field}')
     if not math.isclose(theirs, ours, rel_tol=1e-9):
-        raise conflict(name, f'has {key} {theirs}, but {field} is {ours}; write "auto" in the file or change {field}')
+        raise conflict(
+            name, f'has {key} {theirs}, but {field} is {ours}; write "auto" in the file or change {field}'
+        )
 
 
 def check_train_batch_size(name: str, file: dict, config: Any) -> None:
@@ -114,8 +145,12 @@ def check_train_batch_size(name: str, file: dict, config: Any) -> None:
     per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
     ranks = config.world_size if "WORLD_SIZE" in os.environ else None
     if not is_number(theirs) or theirs <= 0 or theirs % per_rank or (ranks and theirs != per_rank * ranks):
-        raise conflict(name, f"has train_batch_size {theirs!r}, but per_device_train_batch_size x gradient_accumulation_steps is {per_rank} "
-                       f'on each of {ranks or "the"} ranks; write "auto" in the file')
+        raise conflict(
+            name,
+            f"has train_batch_size {theirs!r}, but per_device_train_batch_size x gradient_accumulation_steps "
+            f"is {per_rank} "
+            f'on each of {ranks or "the"} ranks; write "auto" in the file',
+        )
 
 
 def check_precision(name: str, file: dict, config: Any) -> None:
@@ -127,10 +162,16 @@ def check_precision(name: str, file: dict, config: Any) -> None:
             raise conflict(name, f'has {key}.enabled {enabled!r}; it must be true, false or "auto"')
         if enabled is not ours:
             state = "not set" if ours is None else str(ours).lower()
-            raise conflict(name, f'has {key}.enabled {str(enabled).lower()}, but {key} is {state}; write "auto" in the file or set {key}')
+            raise conflict(
+                name,
+                f'has {key}.enabled {str(enabled).lower()}, but {key} is {state}; write "auto" in the file '
+                f"or set {key}",
+            )
     for key in ("amp", "torch_autocast"):
         if block_of(name, file, key).get("enabled"):
-            raise conflict(name, f"switches {key} on; precision is set by bf16 and fp16, so remove that block")
+            raise conflict(
+                name, f"switches {key} on; precision is set by bf16 and fp16, so remove that block"
+            )
 
 
 def check_optimizer(name: str, file: dict, config: Any) -> None:
@@ -139,25 +180,37 @@ def check_optimizer(name: str, file: dict, config: Any) -> None:
     optimizer = block_of(name, file, "optimizer")
     kind = optimizer.get("type")
     if kind not in ("Adam", "AdamW"):
-        raise conflict(name, f"has the optimizer {kind!r}, but the student is trained with AdamW; use AdamW or remove the block")
+        raise conflict(
+            name,
+            f"has the optimizer {kind!r}, but the student is trained with AdamW; use AdamW or remove the "
+            "block",
+        )
     params = block_of(name, optimizer, "params")
     for key, value in params.items():
         if key in ADAM_VALUES:
-            check_equal(name, f"optimizer.params.{key}", params, ADAM_VALUES[key], getattr(config, ADAM_VALUES[key]))
+            check_equal(
+                name, f"optimizer.params.{key}", params, ADAM_VALUES[key], getattr(config, ADAM_VALUES[key])
+            )
         elif key == "betas":
             ours = [config.adam_beta1, config.adam_beta2]
             if value != "auto" and list(value if isinstance(value, (list, tuple)) else [value]) != ours:
-                raise conflict(name, f'has optimizer.params.betas {value!r}, but adam_beta1 and adam_beta2 are {ours}; write "auto"')
+                raise conflict(
+                    name,
+                    f"has optimizer.params.betas {value!r}, but adam_beta1 and adam_beta2 are {ours}; write "
+                    '"auto"',
+                )
         elif key not in ADAM_SWITCHES:
             raise conflict(name, f"has optimizer.params.{key}, which AdamW does not take here; remove it")
     if params.get("adam_w_mode", True) is not True:
-        raise conflict(name, "has optimizer.params.adam_w_mode off, but weight_decay is decoupled (AdamW); remove it")
+        raise conflict(
+            name, "has optimizer.params.adam_w_mode off, but weight_decay is decoupled (AdamW); remove it"
+        )
 
 
 # ---- The teacher ----
 
 
-def check_teacher_file(file: dict) -> None:
+def check_teacher_file(file: dict, config: Any) -> None:
     """The teacher is scored, never trained: stage 3, parameters possibly offloaded, no optimizer.
 
     Raises:
@@ -166,14 +219,18 @@ def check_teacher_file(file: dict) -> None:
     name = "teacher_deepspeed"
     stage = check_zero(name, file)
     if stage != 3:
-        raise conflict(name, f"has ZeRO stage {stage}, but the teacher is streamed layer by layer and needs stage 3")
+        raise conflict(
+            name, f"has ZeRO stage {stage}, but the teacher is streamed layer by layer and needs stage 3"
+        )
     for key in ("optimizer", "hybrid_engine"):
         if key in file:
             raise conflict(name, f"holds a block {key!r}, but the teacher is never trained; remove it")
     if "offload_optimizer" in block_of(name, file, "zero_optimization"):
-        raise conflict(name, "holds zero_optimization.offload_optimizer, but the teacher has no optimizer; use offload_param")
-    if all(block_of(name, file, key).get("enabled") is True for key in ("bf16", "fp16")):
-        raise conflict(name, "switches bf16 and fp16 on; keep one of them")
+        raise conflict(
+            name,
+            "holds zero_optimization.offload_optimizer, but the teacher has no optimizer; use offload_param",
+        )
+    check_precision(name, file, config)
     check_foreign_blocks(name, file)
 
 
@@ -182,6 +239,8 @@ def check_teacher_file(file: dict) -> None:
 
 def check_zero(name: str, file: dict) -> int:
     """The ZeRO stage, after checking it and the offload blocks that depend on it."""
+    if "zero_optimization" not in file:
+        raise conflict(name, 'has no zero_optimization block; add one, such as {"stage": 3}')
     zero = block_of(name, file, "zero_optimization")
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
@@ -190,24 +249,42 @@ def check_zero(name: str, file: dict) -> int:
         block = block_of(name, zero, key)
         device = block.get("device", "none")
         if device not in ("none", "cpu", "nvme"):
-            raise conflict(name, f"has zero_optimization.{key}.device {device!r}; it must be none, cpu or nvme")
+            raise conflict(
+                name, f"has zero_optimization.{key}.device {device!r}; it must be none, cpu or nvme"
+            )
         if device != "none" and stage < least:
-            raise conflict(name, f"has zero_optimization.{key} at stage {stage}, but it needs stage {least} or more")
+            raise conflict(
+                name, f"has zero_optimization.{key} at stage {stage}, but it needs stage {least} or more"
+            )
         if device == "nvme" and not isinstance(block.get("nvme_path"), str):
-            raise conflict(name, f"offloads to NVMe without zero_optimization.{key}.nvme_path; give a directory on the local NVMe")
+            raise conflict(
+                name,
+                f"offloads to NVMe without zero_optimization.{key}.nvme_path; give a directory on the local "
+                "NVMe",
+            )
         if device == "nvme" and not writable_ancestor(block["nvme_path"]):
-            raise conflict(name, f"has zero_optimization.{key}.nvme_path {block['nvme_path']!r}, where nothing can be written; "
-                           "give a directory on the local NVMe")
+            raise conflict(
+                name,
+                f"has zero_optimization.{key}.nvme_path {block['nvme_path']!r}, where nothing can be "
+                "written; "
+                "give a directory on the local NVMe",
+            )
     return stage
 
 
 def check_foreign_blocks(name: str, file: dict) -> None:
     for key in MONITORS:
         if key in file:
-            raise conflict(name, f"holds a block {key!r}, but gkd_ds owns the run's metrics; remove it and use report_to")
+            raise conflict(
+                name, f"holds a block {key!r}, but gkd_ds owns the run's metrics; remove it and use report_to"
+            )
     if "scheduler" in file:
-        raise conflict(name, "holds a block 'scheduler'; remove it and use lr_scheduler_type and warmup_ratio"
-                       if name == "deepspeed" else "holds a block 'scheduler', but the teacher is never trained; remove it")
+        raise conflict(
+            name,
+            "holds a block 'scheduler'; remove it and use lr_scheduler_type and warmup_ratio"
+            if name == "deepspeed"
+            else "holds a block 'scheduler', but the teacher is never trained; remove it",
+        )
 
 
 def block_of(name: str, file: dict, key: str) -> dict:
@@ -218,7 +295,7 @@ def block_of(name: str, file: dict, key: str) -> dict:
 
 
 def writable_ancestor(path: str) -> bool:
-    """Whether `path`, or the nearest directory above it that exists, is a directory that may be written to."""
+    """Whether `path`, or the nearest thing above it that exists, is a directory that may be written to."""
     path = os.path.abspath(path)
     while not os.path.lexists(path):
         path = os.path.dirname(path)
