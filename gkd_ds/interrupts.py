@@ -1,0 +1,141 @@
+"""From a signal or a stop file to one decision that all ranks share.
+
+A scheduler's SIGTERM, a Ctrl-C or a full time budget reaches the ranks at different moments, or only one of
+them. If each acted on its own, the others would wait for it in a collective. So a signal only leaves a note,
+and at safe points, between windows, the ranks agree whether to stop:
+
+    with Interrupts(stop_file=run_dir / "STOP", max_runtime=parse_duration("3h30m")) as interrupts:
+        ...
+        if reason := interrupts.agreed_reason():
+            save, close the tracker, then ranks.barrier() and sys.exit(STOPPED)
+
+    touch RUN_DIR/STOP        # stops a run from any host; the file is removed when the run obeys
+
+Which signals: SIGTERM, SIGINT and SIGUSR1, sent to any rank. The deepspeed launcher passes SIGTERM and SIGINT
+on as SIGTERM, kills what is left after 30 s, and then exits with 1 whatever its ranks did; SIGUSR1 kills the
+launcher itself. Where a window takes longer than that, or the exit code matters, use the stop file.
+"""
+
+import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+from gkd_ds import ranks
+from gkd_ds.errors import InputError
+
+# Exit codes of gkd_ds.train. The numbers from 65 on are those of sysexits.h.
+FINISHED = 0
+FAILED = 1  # an unexpected error, with a traceback; also what Python and the launcher use
+WRONG_INPUT = 2  # InputError: one sentence on stderr
+DIVERGED = 65  # EX_DATAERR: too many bad updates in a row (guards.TrainingStopped)
+STUCK = 70  # EX_SOFTWARE: the watchdog ended a rank that made no progress
+NOT_SAVED = 74  # EX_IOERR: stopped, or finished, but the last checkpoint could not be written
+STOPPED = 75  # EX_TEMPFAIL: stopped early with a checkpoint; the same command with resume 'auto' continues
+
+SIGNALS = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
+UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
+
+
+def parse_duration(text: float | str | None) -> float | None:
+    """Seconds in 5400, "5400", "1h30m", "90m" or "1d 2h"; None for None. Raises InputError."""
+    if text is None:
+        return None
+    words = re.sub(r"\s", "", str(text)).lower()
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)", words):
+        seconds = float(match[1])
+    elif re.fullmatch(r"(\d+(\.\d+)?d)?(\d+(\.\d+)?h)?(\d+(\.\d+)?m)?(\d+(\.\d+)?s)?", words):
+        seconds = sum(float(number) * UNITS[unit] for number, unit in re.findall(r"([\d.]+)([dhms])", words))
+    else:
+        seconds = 0.0
+    if isinstance(text, bool) or not 0 < seconds < float("inf"):
+        raise InputError(f"max_runtime is {text!r}; give seconds or a length of time such as '3h30m'.")
+    return seconds
+
+
+class Interrupts:
+    """Notes requests to stop on this rank; `agreed_reason` turns them into the decision of all ranks.
+
+    Make it as early as possible: `max_runtime` (seconds) counts from here, and a stop file that is already
+    there is one that an earlier run did not get to see, so rank 0 removes it. Handlers are installed on `with`
+    (in the main thread only; elsewhere Python allows none) and the previous ones restored at its end. Leave
+    the block only after a barrier: the launcher sends SIGTERM to the other ranks as soon as one has exited.
+    """
+
+    def __init__(self, stop_file: str | Path | None = None, max_runtime: float | None = None) -> None:
+        self.stop_file = Path(stop_file) if stop_file is not None else None
+        self.max_runtime = max_runtime
+        self._started = time.monotonic()
+        self._previous_point: float | None = None
+        self._longest_gap = 0.0  # seconds between two safe points so far
+        self._received = 0  # index of the strongest signal in SIGNALS + 1
+        self._reason: str | None = None
+        self._handlers: dict[int, object] = {}
+        if self.stop_file is not None and ranks.rank() == 0:
+            self.stop_file.unlink(missing_ok=True)
+
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        """The handler. It must never raise, however often it is called: a save may be under way."""
+        self._received = max(self._received, 1 + SIGNALS.index(number))
+
+    def agreed_reason(self) -> str | None:
+        """Why all ranks stop now, or None. A collective (one all-reduce of one integer) for safe points.
+
+        Once there is a reason it stays, and no more collectives are made.
+        """
+        if self._reason is None:
+            world = ranks.world_size()
+            strongest = ranks.maximum([self._request() * world + ranks.rank() % world])[0]
+            request, rank = divmod(strongest, world)
+            self._reason = self._sentence(request, rank)
+            if self._reason and ranks.rank() == 0 and self.stop_file is not None:
+                self.stop_file.unlink(missing_ok=True)
+        return self._reason
+
+    def _request(self) -> int:
+        """0 nothing, 1 stop file, 2 time budget, 3 on: signals. Rank 0 watches file and clock for all."""
+        if self._received:
+            return 2 + self._received
+        if ranks.rank() != 0:
+            return 0
+        now = time.monotonic()
+        if self._previous_point is not None:
+            self._longest_gap = max(self._longest_gap, now - self._previous_point)
+        self._previous_point = now
+        # The budget must not run out in the middle of the next window.
+        if self.max_runtime is not None and now - self._started + self._longest_gap >= self.max_runtime:
+            return 2
+        return 1 if self.stop_file is not None and self.stop_file.exists() else 0
+
+    def _sentence(self, request: int, rank: int) -> str | None:
+        if request == 0:
+            return None
+        if request == 1:
+            return f"the stop file {self.stop_file} was found"
+        if request == 2:
+            return f"the time budget of {self.max_runtime:g} s does not allow another window"
+        return f"{signal.Signals(SIGNALS[request - 3]).name} was received by rank {rank}"
+
+
+def report_stop(reason: str, step: int, checkpoint: Path | None) -> None:
+    """One line on stderr, on rank 0: why the run stopped and how to go on."""
+    if ranks.rank() == 0:
+        saved = (
+            f"its state is in {checkpoint}; resume_from_checkpoint=auto continues"
+            if checkpoint
+            else "not saved"
+        )
+        print(f"gkd_ds: stopped after step {step} because {reason}; {saved}", file=sys.stderr, flush=True)
