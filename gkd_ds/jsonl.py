@@ -1,8 +1,8 @@
 """An append-only file of JSON lines that survives crashes, full disks and resumes.
 
-    rows = JsonLines(Path("metrics.jsonl"))
-    rows.append({"step": 1, "loss": 0.5})
-    rows.truncate(step=0)
+rows = JsonLines(Path("metrics.jsonl"))
+rows.append({"step": 1, "loss": 0.5})
+rows.truncate(step=0)
 """
 
 import json
@@ -75,7 +75,7 @@ class JsonLines:
         rest = self._waiting
         try:
             while rest:
-                rest = rest[self._file.write(rest):]
+                rest = rest[self._file.write(rest) :]
         except OSError:
             self._file.truncate(self._end)
             self._file.seek(self._end)
@@ -88,8 +88,8 @@ class JsonLines:
         # Unbuffered: a row is either handed to the operating system or it raises here.
         self._file = open(self.path, "r+b" if self.path.exists() else "x+b", buffering=0)
         whole = self._file.read()
-        while whole and not (whole.endswith(b"\n") and _parsed(whole[whole.rfind(b"\n", 0, -1) + 1:])):
-            whole = whole[:whole.rfind(b"\n", 0, -1) + 1]
+        while whole and not (whole.endswith(b"\n") and _parsed(whole[whole.rfind(b"\n", 0, -1) + 1 :])):
+            whole = whole[: whole.rfind(b"\n", 0, -1) + 1]
         self._end = len(whole)
         self._file.truncate(self._end)
         self._file.seek(self._end)

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gkd_ds.errors import InputError
 from gkd_ds.jsonl import JsonLines, Row
 from gkd_ds.provenance import provenance
 from gkd_ds.secrets import redact, redact_argv
@@ -42,8 +41,14 @@ class Tracker:
         where: where to look at the W&B run: an address or a local directory; None without W&B.
     """
 
-    def __init__(self, config, rank: int, run_dir: str | os.PathLike, total_steps: int,
-                 resume_run_id: str | None = None):
+    def __init__(
+        self,
+        config,
+        rank: int,
+        run_dir: str | os.PathLike,
+        total_steps: int,
+        resume_run_id: str | None = None,
+    ):
         self._writes = rank == 0
         self._config = config
         self._run_dir = Path(run_dir)
@@ -61,7 +66,7 @@ class Tracker:
         self._metrics = JsonLines(self._run_dir / METRICS_FILE)
         self._rollouts = JsonLines(self._run_dir / ROLLOUTS_FILE)
         self.run_id = resume_run_id or os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
-        if wants_wandb(config.report_to):
+        if "wandb" in config.report_to:
             self._start_wandb()
 
     def log_update(self, row: Row) -> None:
@@ -75,7 +80,7 @@ class Tracker:
             self._epoch = int((row.get("epoch") or 0) - 1e-9)
         due = self._is_due(row)
         self._unlogged.append(row)
-        shown = _averaged(self._unlogged)
+        shown = _averaged(self._unlogged, self._config.logging_nan_inf_filter)
         if self._on_terminal():
             self._advance_bar(shown)
         elif due:
@@ -90,16 +95,19 @@ class Tracker:
             return
         row = redact(row)
         self._metrics.append(row)
-        numbers = [f"{name.removeprefix('eval/')} {_short(value)}" for name, value in _flat(row).items()
-                   if name != "step" and isinstance(value, (int, float))]
+        numbers = [
+            f"{name.removeprefix('eval/')} {_short(value)}"
+            for name, value in _flat(row).items()
+            if name != "step" and isinstance(value, (int, float))
+        ]
         self.say(f"evaluation after update {row['step']}:  {'  '.join(numbers)}")
         self._to_wandb(_flat(row))
 
     def log_rollouts(self, step: int, rows: list[Row]) -> None:
         """Record sampled completions beside what both models think of them.
 
-        Each row: prompt, completion, source (texts); teacher_logprob, student_logprob (mean log-probability per
-        completion token) and divergence (mean per completion token), in nats, None if unknown.
+        Each row: prompt, completion, source (texts); teacher_logprob, student_logprob (mean log-probability
+        per completion token) and divergence (mean per completion token), in nats, None if unknown.
         """
         if not self._writes or not rows:
             return
@@ -145,7 +153,7 @@ class Tracker:
     # ---- console
 
     def _is_due(self, row: Row) -> bool:
-        step, strategy = row["step"], str(getattr(self._config.logging_strategy, "value", "steps"))
+        step, strategy = row["step"], self._config.logging_strategy
         epoch_before, self._epoch = self._epoch, int(row.get("epoch") or 0)
         if strategy == "no":
             return False
@@ -162,11 +170,19 @@ class Tracker:
 
     def _advance_bar(self, row: Row) -> None:
         if self._bar is None:
-            has_width = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # some containers say 0
-            self._bar = tqdm(total=self._total, initial=row["step"] - 1, desc="distilling", unit="update",
-                             dynamic_ncols=has_width, ncols=None if has_width else 100, file=sys.stderr)
-        self._bar.set_postfix_str(f"loss {_short(row.get('loss'))}, {_short(_tokens_per_s(row))} tokens/s",
-                                  refresh=False)
+            knows_size = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # some containers say 0
+            size = {"dynamic_ncols": True} if knows_size else {"ncols": 100, "nrows": 25}
+            self._bar = tqdm(
+                total=self._total,
+                initial=row["step"] - 1,
+                desc="distilling",
+                unit="update",
+                file=sys.stderr,
+                **size,
+            )
+        self._bar.set_postfix_str(
+            f"loss {_short(row.get('loss'))}, {_short(_tokens_per_s(row))} tokens/s", refresh=False
+        )
         self._bar.update(row["step"] - self._bar.n)
 
     def _line(self, row: Row) -> str:
@@ -211,8 +227,12 @@ class Tracker:
     def _has_credentials(self, wandb) -> bool:
         """Asked before wandb.init, which would ask for a key on a terminal and so block every rank."""
         found = []
-        wandb.setup(wandb.Settings(silent=True))
-        self._guard_wandb(lambda: found.append(wandb.login(verify=False, prompt=False)), "refused its key")
+
+        def ask() -> None:
+            wandb.setup(wandb.Settings(silent=True))
+            found.append(wandb.login(verify=False, prompt=False))
+
+        self._guard_wandb(ask, "refused its key")
         if found == [False]:
             self.say("W&B has no API key (set WANDB_API_KEY or run `wandb login`), so it records offline.")
         return found == [True]
@@ -230,9 +250,14 @@ class Tracker:
         argv, sys.argv = sys.argv, redact_argv(sys.argv)  # W&B records the command line
         try:
             run = wandb.init(
-                project=environment("WANDB_PROJECT") or self._config.project, name=self._config.run_name,
-                id=self.run_id, resume="allow", dir=str(self._run_dir),
-                config=redact({**self._config.to_dict(), **provenance()}), settings=settings)
+                project=environment("WANDB_PROJECT") or self._config.project,
+                name=self._config.run_name,
+                id=self.run_id,
+                resume="allow",
+                dir=str(self._run_dir),
+                config=redact({**self._config.to_dict(), **provenance()}),
+                settings=settings,
+            )
         finally:
             sys.argv = argv
         # Our own step, not W&B's: after a resume from an older checkpoint W&B would refuse smaller steps.
@@ -257,21 +282,12 @@ class Tracker:
         return True
 
 
-def wants_wandb(report_to: str | list[str] | None) -> bool:
-    """Whether `report_to` (None, "none", "all", "wandb" or a list) asks for W&B; InputError for others."""
-    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
-    unknown = [name for name in names if name not in ("none", "all", "wandb")]
-    if unknown:
-        raise InputError(f"report_to does not know {unknown[0]!r}: use 'wandb', 'all' or 'none' "
-                         f"({METRICS_FILE} is always written).")
-    return "wandb" in names or "all" in names
-
-
-def _averaged(rows: list[Row]) -> Row:
+def _averaged(rows: list[Row], only_finite: bool) -> Row:
     """The last row with its losses averaged over `rows`: the loss of one window is too noisy to show."""
     shown = dict(rows[-1])
     for name in {name for row in rows for name in row if name == "loss" or name.startswith("loss/")}:
         values = [row[name] for row in rows if row.get(name) is not None]
+        values = [value for value in values if math.isfinite(value) or not only_finite]
         shown[name] = sum(values) / len(values) if values else None
     return shown
 
@@ -301,8 +317,27 @@ def _table(step: int, rows: list[Row]):
     def probability(logprob: float | None) -> float | None:
         return None if logprob is None else math.exp(logprob)
 
-    columns = ["step", "source", "prompt", "completion", "teacher probability per token",
-               "student probability per token", "divergence (nats per token)"]
-    return wandb.Table(columns=columns, data=[
-        [step, row["source"], row["prompt"], row["completion"], probability(row.get("teacher_logprob")),
-         probability(row.get("student_logprob")), row.get("divergence")] for row in rows])
+    columns = [
+        "step",
+        "source",
+        "prompt",
+        "completion",
+        "teacher probability per token",
+        "student probability per token",
+        "divergence (nats per token)",
+    ]
+    return wandb.Table(
+        columns=columns,
+        data=[
+            [
+                step,
+                row["source"],
+                row["prompt"],
+                row["completion"],
+                probability(row.get("teacher_logprob")),
+                probability(row.get("student_logprob")),
+                row.get("divergence"),
+            ]
+            for row in rows
+        ],
+    )

@@ -7,8 +7,18 @@ from gkd_ds.secrets import redact, redact_argv, secret_values
 CANARY = "canary-7f3a9c-secret"
 
 
-@pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MY_API_KEY",
-                                  "my_secret", "PGPASSWORD", "DB_PASSWORD"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WANDB_API_KEY",
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "MY_API_KEY",
+        "my_secret",
+        "PGPASSWORD",
+        "DB_PASSWORD",
+    ],
+)
 def test_environment_values_are_replaced_everywhere(monkeypatch, name):
     monkeypatch.setenv(name, CANARY)
     value = {"a": [f"x{CANARY}y", 1, None, 2.5], f"key {CANARY}": ({CANARY}, True)}
@@ -31,20 +41,30 @@ def test_a_secret_that_contains_another_leaves_no_rest(monkeypatch):
     assert redact("abcdefgh-and-more") == "***"
 
 
-@pytest.mark.parametrize(("text", "clean"), [
-    ("https://user:pass@host/path", "https://***@host/path"),
-    ("https://hf_abc@host", "https://***@host"),
-    ("git clone https://u:p@ss@host:8080/x.git now", "git clone https://***@host:8080/x.git now"),
-    ("HTTP_PROXY=http://u:p@proxy:3128", "HTTP_PROXY=http://***@proxy:3128"),
-    ("s3://key:secret@bucket, mysql+pymysql://root:pw@db/x", "s3://***@bucket, mysql+pymysql://***@db/x"),
-    ("https://host/path?mail=a@b.c", "https://host/path?mail=a@b.c"),
-    ("https://host/@user", "https://host/@user"),
-    ("mail someone@example.org", "mail someone@example.org"),
-])
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("https://user:pass@host/path", "https://***@host/path"),
+        ("https://hf_abc@host", "https://***@host"),
+        ("git clone https://u:p@ss@host:8080/x.git now", "git clone https://***@host:8080/x.git now"),
+        ("HTTP_PROXY=http://u:p@proxy:3128", "HTTP_PROXY=http://***@proxy:3128"),
+        ("s3://key:secret@bucket, mysql+pymysql://root:pw@db/x", "s3://***@bucket, mysql+pymysql://***@db/x"),
+        ("https://host/path?mail=a@b.c", "https://host/path?mail=a@b.c"),
+        ("https://host/@user", "https://host/@user"),
+        ("mail someone@example.org", "mail someone@example.org"),
+    ],
+)
 def test_url_credentials(text, clean):
     assert redact(text) == clean
 
 
 def test_command_line():
     assert redact_argv(["--hub_token", "abc", "--lr", "1", "--hub-token=abc", "--eos_token", "</s>"]) == [
-        "--hub_token", "***", "--lr", "1", "--hub-token=***", "--eos_token", "</s>"]
+        "--hub_token",
+        "***",
+        "--lr",
+        "1",
+        "--hub-token=***",
+        "--eos_token",
+        "</s>",
+    ]
