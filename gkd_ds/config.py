@@ -143,6 +143,21 @@ NOT_SUPPORTED: dict[str, str] = {
 }
 
 
+# Fields in which a leading ~ means the user's home.
+PATHS = (
+    "output_dir",
+    "logging_dir",
+    "stop_file",
+    "model_name_or_path",
+    "teacher_model_name_or_path",
+    "dataset_name",
+    "chat_template_path",
+    "deepspeed",
+    "teacher_deepspeed",
+    "resume_from_checkpoint",
+)
+
+
 def knob(
     default: Any, help: str, *, heading: str | None = None, secret: bool = False, **bounds: float
 ) -> Any:
@@ -495,6 +510,9 @@ class GKDConfig:
             check_bounds(field.name, value, field.metadata["bounds"])
             check_supported(field, value)
             setattr(self, field.name, value)
+        for name in PATHS:
+            if is_text(getattr(self, name)):
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
         if self.output_dir is None:
             self.output_dir = "trainer_output"
         if not self.output_dir.strip():

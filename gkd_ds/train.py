@@ -1,0 +1,166 @@
+"""Train from a recipe: what the launcher runs on every rank.
+
+    deepspeed --module gkd_ds.train --config launch/recipes/quickstart.yaml --lmbda 1.0
+    python -m gkd_ds.train --config recipe.yaml --dry_run     # one process; what it would do, then stop
+    python -m gkd_ds.train --help                             # every knob
+
+A recipe is a flat YAML file of GKDConfig's names; every name is a flag too, and the command line wins. Wrong
+input ends with exit code 2 and one sentence on stderr, before torch is imported where that is possible.
+"""
+
+import dataclasses
+import os
+import shutil
+import sys
+import textwrap
+import time
+from typing import Any
+
+from gkd_ds.config import NOT_SUPPORTED, GKDConfig
+from gkd_ds.errors import InputError
+from gkd_ds.recipe import read_flags, read_recipe
+
+# The launcher ends all ranks of a node as soon as one has failed: the silent ones give rank 0 time to speak.
+SECONDS_BEFORE_SILENT_EXIT = 3.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0 when done, 2 for wrong input."""
+    try:
+        given = read_flags(sys.argv[1:] if argv is None else argv)
+        if given.pop("help", False):
+            print_help()
+            return 0
+        dry_run = given.pop("dry_run", False)
+        recipe = given.pop("config", None)
+        config = GKDConfig(**{**(read_recipe(recipe) if recipe else {}), **given})
+        check_inputs(config)
+        if dry_run:
+            print_plan(config)
+        else:
+            run(config)
+        return 0
+    except InputError as error:
+        return refuse(error)
+
+
+def check_inputs(config: GKDConfig) -> None:
+    """Everything that can be wrong with the input and be found without importing torch.
+
+    Raises:
+        InputError: a needed name is missing, or a file, directory, split or hub model is not there.
+    """
+    for name, what in (
+        ("model_name_or_path", "the student"),
+        ("teacher_model_name_or_path", "the teacher"),
+        ("dataset_name", "the data to train on"),
+    ):
+        if getattr(config, name) is None:
+            raise InputError(f"No {name} is given ({what}); set it in the recipe or with --{name}.")
+    config.validate_files()
+    check_hub_model("model_name_or_path", config.model_name_or_path, config.model_init_kwargs)
+    check_hub_model(
+        "teacher_model_name_or_path", config.teacher_model_name_or_path, config.teacher_model_init_kwargs
+    )
+
+
+def check_hub_model(field: str, model: str, init_kwargs: dict | None) -> None:
+    """A model that is no local directory is in the hub's local cache or on the hub (asked once, no retries)."""
+    if os.path.isdir(model):
+        return
+    import httpx
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    revision = (init_kwargs or {}).get("revision")
+    try:
+        if not isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
+            HfApi().model_info(model, revision=revision, timeout=10)
+    except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:  # unknown, forbidden or no network
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise InputError(
+            f"GKDConfig field '{field}' is '{model}', which is neither a local directory nor a model that the "
+            f"hub gives us ({reason}); check the name."
+        ) from None
+
+
+def read_datasets(config: GKDConfig) -> tuple[Any, Any]:
+    """The training data and, when any evaluation is asked for, the evaluation data (else None)."""
+    from gkd_ds.data import dataset_splits, read_dataset
+
+    train = read_dataset(config.dataset_name, config.dataset_train_split, config.dataset_config)
+    if not (config.do_eval or config.eval_on_start or config.eval_strategy != "no"):
+        return train, None
+    splits = dataset_splits(config.dataset_name, config.dataset_config)
+    if config.dataset_test_split not in splits:
+        raise InputError(
+            f"Evaluation is asked for, but '{config.dataset_name}' has no split "
+            f"'{config.dataset_test_split}' (it "
+            f"has: {', '.join(splits)}); set dataset_test_split, or switch evaluation off."
+        )
+    return train, read_dataset(config.dataset_name, config.dataset_test_split, config.dataset_config)
+
+
+def run(config: GKDConfig) -> None:
+    """Build the trainer and train to the end."""
+    train_dataset, eval_dataset = read_datasets(config)
+
+    from gkd_ds.trainer import GKDTrainer  # torch and DeepSpeed: only now, when the input is known to be good
+
+    trainer = GKDTrainer(
+        model=config.model_name_or_path,
+        teacher_model=config.teacher_model_name_or_path,
+        args=config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+    )
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+
+
+def print_plan(config: GKDConfig) -> None:
+    """The resolved configuration, the batch arithmetic and the memory estimate."""
+    train_dataset, _ = read_datasets(config)
+
+    from gkd_ds.plan import dry_run_report
+
+    report = dry_run_report(config, num_samples=len(train_dataset))
+    if config.process_index == 0:
+        print(report)
+
+
+def refuse(error: InputError) -> int:
+    """Say what is wrong, once per node; the exit code for wrong input."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("gkd_ds: error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+    else:
+        time.sleep(SECONDS_BEFORE_SILENT_EXIT)
+    return 2
+
+
+def print_help() -> None:
+    """GKDConfig's fields in their groups."""
+    width = min(shutil.get_terminal_size().columns, 110)
+    print(__doc__)
+    print("  --config FILE\n      A recipe: flat YAML of the names below.")
+    print(
+        "  --dry_run\n      Print the configuration, the batch arithmetic and the memory estimate, and stop."
+    )
+    for field in dataclasses.fields(GKDConfig):
+        if field.name in NOT_SUPPORTED:
+            continue
+        if field.metadata["heading"]:
+            print(f"\n{field.metadata['heading']}")
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        shown = (
+            ""
+            if default is None
+            else f" (default: {str(default).lower() if default in (True, False) else default})"
+        )
+        print(f"  --{field.name}{shown}")
+        print(textwrap.fill(field.metadata["help"], width, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    print("\nOf TRL's, accepted with their defaults only")
+    print(textwrap.fill(", ".join(sorted(NOT_SUPPORTED)), width, initial_indent="  ", subsequent_indent="  "))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
