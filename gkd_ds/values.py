@@ -50,7 +50,8 @@ def convert(name: str, kind: Any, value: Any) -> Any:
         except ValueError:
             continue
     wanted = " or ".join(describe(one) for one in kinds if one is not types.NoneType)
-    raise wrong(name, f"must be {wanted}{', or null' if optional else ''}, {'but is empty' if value is None else 'not ' + show(value)}")
+    problem = "but is empty" if value is None else f"not {show(value)}"
+    raise wrong(name, f"must be {wanted}{' or null' if optional else ''}, {problem}")
 
 
 def read_as(kind: Any, value: Any) -> Any:
