@@ -111,7 +111,7 @@ def slurm_cluster(hosts: tuple[Host, Host]) -> Iterator[SlurmCluster]:
     for host in hosts:
         host.environment["SLURM_CONF"] = str(config)
         munge = ["munged", "--force", f"--key-file={key}", "--socket=/run/munge.socket", "--pid-file=/run/munge.pid"]
-        munge += [f"--log-file={directory}/munge-{host.name}.log", f"--seed-file=/run/munge.seed"]
+        munge += [f"--log-file={directory}/munge-{host.name}.log", "--seed-file=/run/munge.seed"]
         _check(host.run(munge))
     cluster = SlurmCluster(hosts[0], directory)
     _check(hosts[0].run(["slurmctld", "-c"]))
