@@ -44,12 +44,8 @@ def parse(text: str) -> list[Fault]:
     for entry in filter(None, text.split(",")):
         action, _, rest = entry.partition(":")
         name, *numbers = rest.split(":")
-        if (
-            action not in ACTIONS
-            or not name
-            or len(numbers) not in (1, 2)
-            or not all(n.isdecimal() for n in numbers)
-        ):
+        well_formed = name and len(numbers) in (1, 2) and all(number.isdecimal() for number in numbers)
+        if action not in ACTIONS or not well_formed:
             raise InputError(
                 f"GKD_FAULT entry {entry!r} is not <action>:<point>:<n>[:<rank>] with one of the actions "
                 f"{', '.join(ACTIONS)}; correct it or unset GKD_FAULT."
@@ -58,12 +54,21 @@ def parse(text: str) -> list[Fault]:
     return faults
 
 
-_faults = parse(os.environ.get("GKD_FAULT", ""))
+_faults: list[Fault] | None = None  # None: GKD_FAULT was not looked at yet
 _passed: Counter[str] = Counter()
+
+
+def arm(text: str) -> None:
+    """Plant these faults instead of the present ones, and count from zero. Raises InputError."""
+    global _faults
+    _faults = parse(text)
+    _passed.clear()
 
 
 def point(name: str) -> None:
     """Mark a place where a fault can be planted: `faults.point("rollout")`."""
+    if _faults is None:
+        arm(os.environ.get("GKD_FAULT", ""))
     if not _faults:
         return
     names = [name, *(name[:i] for i, letter in enumerate(name) if letter == ".")]

@@ -4,7 +4,7 @@ A scheduler's SIGTERM, a Ctrl-C or a full time budget reaches the ranks at diffe
 them. If each acted on its own, the others would wait for it in a collective. So a signal only leaves a note,
 and at safe points, between windows, the ranks agree whether to stop:
 
-    with Interrupts(stop_file=run_dir / "STOP", max_runtime=parse_duration("3h30m")) as interrupts:
+    with Interrupts(stop_file=run_dir / "STOP", max_runtime=config.max_runtime) as interrupts:
         ...
         if reason := interrupts.agreed_reason():
             save, close the tracker, then ranks.barrier() and sys.exit(STOPPED)
@@ -16,16 +16,13 @@ on as SIGTERM, kills what is left after 30 s, and then exits with 1 whatever its
 launcher itself. Where a window takes longer than that, or the exit code matters, use the stop file.
 """
 
-import re
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
 from types import FrameType
 
 from gkd_ds import ranks
-from gkd_ds.errors import InputError
 
 # Exit codes of gkd_ds.train. The numbers from 65 on are those of sysexits.h.
 FINISHED = 0
@@ -37,23 +34,6 @@ NOT_SAVED = 74  # EX_IOERR: stopped, or finished, but the last checkpoint could 
 STOPPED = 75  # EX_TEMPFAIL: stopped early with a checkpoint; the same command with resume 'auto' continues
 
 SIGNALS = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
-UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
-
-
-def parse_duration(text: float | str | None) -> float | None:
-    """Seconds in 5400, "5400", "1h30m", "90m" or "1d 2h"; None for None. Raises InputError."""
-    if text is None:
-        return None
-    words = re.sub(r"\s", "", str(text)).lower()
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)", words):
-        seconds = float(match[1])
-    elif re.fullmatch(r"(\d+(\.\d+)?d)?(\d+(\.\d+)?h)?(\d+(\.\d+)?m)?(\d+(\.\d+)?s)?", words):
-        seconds = sum(float(number) * UNITS[unit] for number, unit in re.findall(r"([\d.]+)([dhms])", words))
-    else:
-        seconds = 0.0
-    if isinstance(text, bool) or not 0 < seconds < float("inf"):
-        raise InputError(f"max_runtime is {text!r}; give seconds or a length of time such as '3h30m'.")
-    return seconds
 
 
 class Interrupts:
@@ -128,14 +108,3 @@ class Interrupts:
         if request == 2:
             return f"the time budget of {self.max_runtime:g} s does not allow another window"
         return f"{signal.Signals(SIGNALS[request - 3]).name} was received by rank {rank}"
-
-
-def report_stop(reason: str, step: int, checkpoint: Path | None) -> None:
-    """One line on stderr, on rank 0: why the run stopped and how to go on."""
-    if ranks.rank() == 0:
-        saved = (
-            f"its state is in {checkpoint}; resume_from_checkpoint=auto continues"
-            if checkpoint
-            else "not saved"
-        )
-        print(f"gkd_ds: stopped after step {step} because {reason}; {saved}", file=sys.stderr, flush=True)

@@ -55,6 +55,15 @@ def maximum(values: list[int]) -> list[int]:
     return tensor.tolist()
 
 
+def total(values: list[float]) -> list[float]:
+    """The sum of each number over all ranks: one all-reduce of `len(values)` float64, and one host sync."""
+    if world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=_device())
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
 def refuse_differences(fields: dict[str, str], what: str) -> None:
     """Raise the same InputError on every rank when the ranks were started with different `fields`.
 
