@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from gkd_ds import kernels
 
-
-# A token that a model rules out (logit -inf) gets this log-probability: exp of it is exactly 0, differences stay finite.
+# The log-probability of a token that a model rules out (logit -inf): exp of it is 0, differences stay finite.
 _IMPOSSIBLE = -1e4
 
 

@@ -31,7 +31,10 @@ def shared_vocabulary_size(
                 f"{_show(student, token_id)} to the student and {_show(teacher, token_id)} to the teacher; "
                 "choose two models with one tokenizer"
             )
-    known = max(student) + 1
+    # Loading a tokenizer may add a token of its own (Qwen2's <|endoftext|>) that the model has no row for. It does
+    # no harm as long as it is not used; the pieces that text is made of must all have one.
+    added = student_tokenizer.added_tokens_decoder.keys()
+    known = max((token_id for token_id in student if token_id not in added), default=0) + 1
     for name, size in (("student", student_vocab_size), ("teacher", teacher_vocab_size)):
         if size < known:
             raise InputError(

@@ -1,0 +1,30 @@
+"""Grouping ragged sequences so that little is spent on padding."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def length_groups(lengths: list[int], token_limit: int, overhead_tokens: int) -> list[list[int]]:
+    """Partition sequences into groups that are each padded to their longest: indices into `lengths`, longest first.
+
+    Minimises padded tokens + `overhead_tokens` per group, exactly, by dynamic programming over the sorted lengths.
+    No group has more than `token_limit` padded tokens, unless it is a single sequence. Empty input gives no group.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    longest = np.array([lengths[index] for index in order], dtype=np.int64)
+    best = np.zeros(len(order) + 1)
+    first_of_last_group = np.zeros(len(order) + 1, dtype=np.int64)
+    for end in range(1, len(order) + 1):
+        rows = end - np.arange(end)
+        padded = rows * longest[:end]
+        allowed = (padded <= token_limit) | (rows == 1)
+        cost = np.where(allowed, best[:end] + padded + overhead_tokens, np.inf)
+        first_of_last_group[end] = cost.argmin()
+        best[end] = cost.min()
+    groups, end = [], len(order)
+    while end:
+        first = int(first_of_last_group[end])
+        groups.append(order[first:end])
+        end = first
+    return groups[::-1]

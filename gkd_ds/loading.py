@@ -1,0 +1,137 @@
+"""From what the user gave (names or objects) to tokenizers, token lists and models; everything cheap comes first."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from gkd_ds import zero
+from gkd_ds.config import GKDConfig
+from gkd_ds.data import Examples, prepare_tokenizer
+from gkd_ds.errors import InputError
+from gkd_ds.vocabulary import shared_vocabulary_size
+
+logger = logging.getLogger(__name__)
+
+Model = str | PreTrainedModel
+
+
+def require_causal_lm(model: Any, role: str) -> Model:
+    """`model` itself, if it is a name or a transformers model. Raises InputError otherwise."""
+    if isinstance(model, str | PreTrainedModel):
+        return model
+    if model is None:
+        raise InputError(f"no {role} is given; pass the {role}'s directory or hub name, or a transformers model.")
+    raise InputError(
+        f"the {role} is a {type(model).__name__}; pass a transformers causal language model or the name of one."
+    )
+
+
+def load_tokenizer(model: Model, given: Any, config: GKDConfig) -> PreTrainedTokenizerBase:
+    """The run's tokenizer, ready to use: `given` (processing_class), or the student's own."""
+    if given is not None and not isinstance(given, PreTrainedTokenizerBase):
+        raise InputError(f"processing_class is a {type(given).__name__}; pass the student's tokenizer.")
+    tokenizer = given if given is not None else _tokenizer_of(_name(model), config)
+    if tokenizer is None:
+        raise InputError(f"the student {_name(model)!r} comes without a tokenizer; pass processing_class.")
+    prepare_tokenizer(tokenizer, config)
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def shared_vocabulary(student: Model, teacher: Model, tokenizer: PreTrainedTokenizerBase, config: GKDConfig) -> int:
+    """How many token ids both models score, after checking that they mean the same. No weights are loaded.
+
+    A teacher object, or a directory without tokenizer, is taken at its word: then only sizes can be checked.
+    """
+    teacher_tokenizer = _tokenizer_of(_name(teacher), config)
+    if teacher_tokenizer is None:
+        logger.warning("the teacher comes without a tokenizer; it is taken to use the student's.")
+        teacher_tokenizer = tokenizer
+    sizes = [
+        _model_config(model, config, init_kwargs).get_text_config().vocab_size
+        for model, init_kwargs in (
+            (student, config.model_init_kwargs),
+            (teacher, config.teacher_model_init_kwargs),
+        )
+    ]
+    return shared_vocabulary_size(tokenizer, teacher_tokenizer, *sizes)
+
+
+def require_known_tokens(examples: Examples | None, vocabulary: int) -> None:
+    """Raise InputError where the data uses a token id that the models do not score."""
+    for tokens in (examples.prompt_ids, examples.completion_ids) if examples is not None else ():
+        largest = max(tokens.tokens)
+        if largest >= vocabulary:
+            raise InputError(
+                f"the data uses token id {largest} but student and teacher score only the first {vocabulary}; use the "
+                "models' own tokenizer, or resize their embeddings."
+            )
+
+
+def load_student(model: Model, config: GKDConfig, world_size: int) -> PreTrainedModel:
+    """The student's model; a name is loaded partitioned when its DeepSpeed configuration is ZeRO-3."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    width = _model_config(model, config, config.model_init_kwargs).get_text_config().hidden_size
+    ds_config = zero.student_config(config, world_size, width)
+    return zero.load(model, ds_config, _dtype(config.dtype, config), **_init_kwargs(config, config.model_init_kwargs))
+
+
+def load_teacher(model: Model, config: GKDConfig) -> PreTrainedModel:
+    """The teacher's model; a name is loaded shard by shard, straight to where its DeepSpeed file wants it."""
+    if isinstance(model, PreTrainedModel):
+        if config.teacher_model_init_kwargs:
+            raise InputError("teacher_model_init_kwargs is set but teacher_model is already a model; drop one of them.")
+        return model.to(zero.precision(config))
+    width = _model_config(model, config, config.teacher_model_init_kwargs).get_text_config().hidden_size
+    ds_config = zero.teacher_config(config, width)
+    return zero.load(model, ds_config, zero.precision(config), **_init_kwargs(config, config.teacher_model_init_kwargs))
+
+
+def _name(model: Model) -> str:
+    return model if isinstance(model, str) else model.config._name_or_path
+
+
+def _tokenizer_of(name: str, config: GKDConfig) -> PreTrainedTokenizerBase | None:
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError):
+        return None
+
+
+def _model_config(model: Model, config: GKDConfig, init_kwargs: dict | None):
+    if isinstance(model, PreTrainedModel):
+        return model.config
+    known = {key: value for key, value in (init_kwargs or {}).items() if key in ("revision", "token", "subfolder")}
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code, **known)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise InputError(f"the configuration of model {model!r} cannot be read: {reason}.") from error
+
+
+def _init_kwargs(config: GKDConfig, given: dict | None) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, **(given or {})}
+    if config.attn_implementation:
+        kwargs.setdefault("attn_implementation", config.attn_implementation)
+    # TRL's name for it; a name such as "bfloat16" in either is a torch dtype.
+    dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
+    if dtype is not None:
+        kwargs["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    # ZeRO-3 decides where weights are.
+    kwargs.pop("device_map", None)
+    kwargs.pop("use_cache", None)
+    return kwargs
+
+
+def _dtype(name: str | None, config: GKDConfig) -> torch.dtype | str:
+    """DeepSpeed trains bf16 and fp16 models with fp32 master weights, made from what is loaded here."""
+    if name in (None, "auto"):
+        return zero.precision(config)
+    return getattr(torch, name)

@@ -1,0 +1,69 @@
+"""Which samples a window holds and who completes each of them: a pure function of (seed, step), equal on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gkd_ds.records import Source
+
+_MASK = (1 << 64) - 1
+
+
+def hashed_uniform(*key: int) -> float:
+    """A uniform number in [0, 1) that depends on `key` alone (splitmix64, chained over the integers of the key)."""
+    state = 0x9E3779B97F4A7C15
+    for part in key:
+        state = _splitmix64(state ^ (part & _MASK))
+    return (state >> 11) / (1 << 53)
+
+
+def _splitmix64(value: int) -> int:
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+@dataclass(frozen=True)
+class StepScheduler:
+    """Lays the epochs of a dataset out in windows of `micro_batches` x `world_size` x `micro_batch_size` samples.
+
+    Micro-batch m of all ranks is one contiguous stretch of the epoch's order, so the same global batch holds the
+    same samples, with the same sources, for any number of ranks. The last window of an epoch may be short (ranks
+    may then have fewer rows, or none) unless `drop_last`.
+    """
+
+    num_samples: int
+    micro_batch_size: int
+    micro_batches: int
+    world_size: int
+    seed: int
+    lmbda: float
+    seq_kd: bool
+    drop_last: bool = False
+
+    @property
+    def window_samples(self) -> int:
+        return self.micro_batches * self.world_size * self.micro_batch_size
+
+    @property
+    def windows_per_epoch(self) -> int:
+        if self.drop_last and self.num_samples >= self.window_samples:
+            return self.num_samples // self.window_samples
+        return -(-self.num_samples // self.window_samples)
+
+    def epoch_of(self, step: int) -> int:
+        return step // self.windows_per_epoch
+
+    def source(self, step: int, micro_batch: int) -> Source:
+        """Student with probability `lmbda`; otherwise the teacher (`seq_kd`) or the dataset. lmbda=0 never samples."""
+        if hashed_uniform(self.seed, 0x50, step, micro_batch) < self.lmbda:
+            return Source.STUDENT
+        return Source.TEACHER if self.seq_kd else Source.DATA
+
+    def rows(self, step: int, micro_batch: int, rank: int) -> range:
+        """Places in the epoch's order that this rank completes in this micro-batch; may be empty at an epoch's end."""
+        first_of_window = (step % self.windows_per_epoch) * self.window_samples
+        first = first_of_window + (micro_batch * self.world_size + rank) * self.micro_batch_size
+        last = min(first + self.micro_batch_size, self.num_samples)
+        return range(min(first, last), last)

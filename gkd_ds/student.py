@@ -1,0 +1,168 @@
+"""The student: one DeepSpeed engine, two modes: rollout (decode the window) and learn (loss, backward, step)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
+
+from gkd_ds import causal_lm, kernels, ranks, zero
+from gkd_ds.config import GKDConfig
+from gkd_ds.decoding import Completions, Sampling, decode
+from gkd_ds.divergence import DivergenceHead, LogitTransform, LossInputs
+from gkd_ds.errors import InputError
+from gkd_ds.records import Sample, SequenceBatch
+
+logger = logging.getLogger(__name__)
+
+
+class Student:
+    """Wraps `model` (whole, or partitioned by `zero.load`) in a DeepSpeed engine.
+
+    Args: `total_updates` is the length of the learning-rate schedule; `vocabulary` the number V of token ids that
+    the student and the teacher share; `optimizers` an optional (torch optimizer, scheduler) pair of the caller.
+    Raises InputError when the architecture's logits cannot be reproduced or the rollout engine is not possible.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: GKDConfig,
+        vocabulary: int,
+        total_updates: int,
+        counters: zero.Counters,
+        optimizers: tuple = (None, None),
+    ):
+        self.model, self.config, self.vocabulary, self.counters = model, config, vocabulary, counters
+        self.device = zero.device()
+        width = model.config.get_text_config().hidden_size
+        model.set_output_embeddings(DivergenceHead(model.get_output_embeddings(), LogitTransform.of(model.config)))
+        if config.disable_dropout:
+            causal_lm.disable_dropout(model)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
+        optimizer, scheduler = optimizers
+        ds_config = zero.student_config(config, ranks.world_size(), width)
+        if optimizer is None and "optimizer" not in ds_config:
+            optimizer = _optimizer(model, config)
+        self.engine = zero.initialize(
+            zero.EngineRoot(model=model),
+            ds_config,
+            optimizer=optimizer,
+            lr_scheduler=scheduler or (lambda optimizer: _schedule(optimizer, config, total_updates)),
+        )
+        self._in_root(lambda: causal_lm.check_head(model, "student", self.device))
+        self.rollout_engine = self._choose_rollout_engine()
+
+    # -- rollout ------------------------------------------------------------------------------------------------
+
+    def generate(self, samples: list[Sample], sampling: Sampling, max_rows: int | None) -> Completions:
+        """Complete the prompts of one window. Collective, also for a rank without samples."""
+        prompts = [sample.prompt_ids for sample in samples]
+        sample_ids = [sample.sample_id for sample in samples]
+        self.model.eval()
+        forward = causal_lm.decoding_forward(self.model, self.vocabulary)
+        try:
+            if self.rollout_engine == "sharded":
+                stepwise = lambda *args: self._in_root(lambda: forward(*args))  # noqa: E731
+                agree = lambda here: bool(ranks.maximum([int(here)])[0])  # noqa: E731
+                return decode(stepwise, prompts, sample_ids, sampling, self.device, max_rows, agree)
+            with zero.whole_parameters(self.engine, self.counters), kernels.fast_decoding(self.model):
+                return decode(forward, prompts, sample_ids, sampling, self.device, max_rows)
+        finally:
+            self.model.train()
+
+    def _choose_rollout_engine(self) -> str:
+        wanted = self.config.rollout_engine
+        if wanted in ("gather", "sharded"):
+            return wanted
+        reason = hybrid_obstacle(self.model)
+        if wanted == "hybrid":
+            raise InputError(f"rollout_engine 'hybrid' is not possible here: {reason}; use 'gather' or 'auto'.")
+        if ranks.rank() == 0:
+            logger.warning("rollout_engine auto: gathering the student once per window, because %s.", reason)
+        return "gather"
+
+    # -- learn --------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: SequenceBatch, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Divergence of a micro-batch from the teacher: what `DivergenceHead` returns for it. Collective."""
+
+        def run():
+            hidden_BTD = causal_lm.body_forward(self.model, batch.input_ids_BT)
+            hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.index_N)
+            return self.model.get_output_embeddings()(hidden_ND, loss=inputs)
+
+        return self.engine(run=run)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate the gradient of `loss`; on the window's last micro-batch, make it ready for `update`.
+
+        DeepSpeed averages gradients over ranks and would divide by the accumulation steps. The loss is a sum over
+        the window's tokens, already divided by their number, so the first is undone here and the second left out.
+        """
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.engine.backward(loss * ranks.world_size(), scale_wrt_gas=False)
+
+    def update(self) -> bool:
+        """Apply the accumulated gradient. False when it was not finite on some rank: then nothing has changed."""
+        self.engine.step()
+        return self.engine.was_step_applied()
+
+    @property
+    def grad_norm(self) -> float:
+        """L2 norm of the last gradient, before clipping."""
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.engine.get_lr()[0])
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients, no dropout."""
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train()
+
+    def _in_root(self, run: Callable):
+        with torch.no_grad():
+            return self.engine.module(run=run)
+
+
+def hybrid_obstacle(model: PreTrainedModel) -> str:
+    """Why DeepSpeed's hybrid engine cannot inject its kernels into this model on this machine."""
+    if kernels.on_cpu():
+        return "DeepSpeed's inference kernels are not implemented on the CPU"
+    return f"no injected {type(model).__name__} has been shown to write the plain model's tokens"
+
+
+def _optimizer(model: PreTrainedModel, config: GKDConfig) -> torch.optim.Optimizer:
+    """AdamW over all trainable parameters; vectors (biases, norms) are not decayed, as in transformers."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if len(zero.full_shape(p)) > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if len(zero.full_shape(p)) <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=config.optim == "adamw_torch_fused",
+    )
+
+
+def _schedule(optimizer, config: GKDConfig, total_updates: int):
+    warmup = config.warmup_steps or int(-(-total_updates * config.warmup_ratio // 1))
+    return get_scheduler(
+        config.lr_scheduler_type, optimizer, warmup, total_updates, scheduler_specific_kwargs=config.lr_scheduler_kwargs
+    )

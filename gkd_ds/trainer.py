@@ -1,0 +1,520 @@
+"""GKDTrainer: wires the parts, runs windows, evaluates, saves. TRL's name, arguments and methods.
+
+    trainer = GKDTrainer(model="student", teacher_model="teacher", args=GKDConfig(output_dir="run"),
+                         train_dataset=dataset)
+    trainer.train()
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from gkd_ds import checkpoint, engine_files, export, loading, ranks, trl, zero
+from gkd_ds.config import GKDConfig
+from gkd_ds.data import Examples, SampleOrder, stop_token_ids, tokenize
+from gkd_ds.decoding import Sampling
+from gkd_ds.errors import InputError
+from gkd_ds.evaluate import evaluate
+from gkd_ds.guards import BadUpdates, RateLimit, warnings
+from gkd_ds.interrupts import FAILED, FINISHED, STOPPED, Interrupts
+from gkd_ds.pipeline import Pipeline, count_tokens
+from gkd_ds.records import Sample
+from gkd_ds.report_row import rollout_rows, update_row, window_stats
+from gkd_ds.scheduler import StepScheduler
+from gkd_ds.student import Student
+from gkd_ds.teacher import Teacher
+from gkd_ds.tracking import Tracker
+from gkd_ds.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+FINISHED_FILE = "FINISHED"
+
+
+class GKDTrainer:
+    """Distils `teacher_model` into `model` by generalized knowledge distillation, with DeepSpeed engines for both.
+
+    Args (TRL's): `model`, `teacher_model` (names or transformers models), `args` (GKDConfig), `train_dataset`,
+    `eval_dataset` (one, or a dict of them), `processing_class` (the tokenizer; default the student's), `callbacks`
+    (transformers' TrainerCallback), `optimizers` (torch optimizer, scheduler). Every rank builds it alike; without
+    a launcher it is the only rank. Raises InputError for wrong input, before any weights are loaded.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        teacher_model: Any = None,
+        args: GKDConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        preprocess_logits_for_metrics: Callable | None = None,
+        peft_config: Any = None,
+        formatting_func: Callable | None = None,
+    ):
+        _refuse_unsupported(
+            data_collator=data_collator,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
+        )
+        self.args = config = args if args is not None else GKDConfig()
+        student = loading.require_causal_lm(model if model is not None else config.model_name_or_path, "student")
+        teacher = teacher_model if teacher_model is not None else config.teacher_model_name_or_path
+        teacher = loading.require_causal_lm(teacher, "teacher")
+        config.validate_files()
+        self.processing_class = loading.load_tokenizer(student, processing_class, config)
+        self._stop_ids = stop_token_ids(self.processing_class, getattr(student, "generation_config", None))
+        self._train_examples = self._tokenize(train_dataset, "the training data")
+        self._eval_examples = self._tokenize_eval(eval_dataset)
+        self._vocabulary = loading.shared_vocabulary(student, teacher, self.processing_class, config)
+        for examples in (self._train_examples, *self._eval_examples.values()):
+            loading.require_known_tokens(examples, self._vocabulary)
+
+        zero.start(config)
+        self._refuse_different_ranks()
+        torch.manual_seed(config.seed)
+        self.state = self._initial_state()
+        self.counters = zero.Counters()
+        self.watchdog = Watchdog(config.watchdog_timeout, config.output_dir)
+        self._names = {"student": loading._name(student), "teacher": loading._name(teacher)}
+        self.pipeline = self._build_pipeline(student, teacher, optimizers)
+        self.model = self.pipeline.student.model
+        self.control = TrainerControl()
+        self.callback_handler = CallbackHandler(
+            [DefaultFlowCallback(), *(callbacks or [])],
+            self.model,
+            self.processing_class,
+            self.pipeline.student.engine.optimizer,
+            self.pipeline.student.engine.lr_scheduler,
+        )
+        self.control = self.callback_handler.on_init_end(config, self.state, self.control)
+        self.tracker: Tracker | None = None
+        self.stop_reason: str | None = None
+
+    # -- building -----------------------------------------------------------------------------------------------
+
+    def _tokenize(self, dataset: Any, where: str) -> Examples | None:
+        if dataset is None:
+            return None
+        return tokenize(dataset, self.processing_class, self.args, where, self._stop_ids)
+
+    def _tokenize_eval(self, dataset: Any) -> dict[str, Examples]:
+        """Evaluation sets by name; a single one has the empty name."""
+        if dataset is None:
+            return {}
+        sets = dataset if isinstance(dataset, dict) and "messages" not in dataset else {"": dataset}
+        return {name: self._tokenize(rows, f"the evaluation data {name}".rstrip()) for name, rows in sets.items()}
+
+    def _refuse_different_ranks(self) -> None:
+        fields = {name: repr(value) for name, value in self.args.to_dict().items() if name != "local_rank"}
+        ranks.refuse_differences(fields, "configuration")
+        data = {"training data": self._train_examples, **self._eval_examples}
+        ranks.refuse_differences({name: rows.fingerprint for name, rows in data.items() if rows is not None}, "data")
+
+    def _initial_state(self) -> TrainerState:
+        config = self.args
+        samples = len(self._train_examples) if self._train_examples is not None else 1
+        self.scheduler = StepScheduler(
+            num_samples=samples,
+            micro_batch_size=config.per_device_train_batch_size,
+            micro_batches=config.gradient_accumulation_steps,
+            world_size=ranks.world_size(),
+            seed=config.seed,
+            lmbda=config.lmbda,
+            seq_kd=config.seq_kd,
+            drop_last=config.dataloader_drop_last,
+        )
+        self.order = SampleOrder(samples, config.seed if config.data_seed is None else config.data_seed)
+        by_epochs = math.ceil(config.num_train_epochs * self.scheduler.windows_per_epoch)
+        state = TrainerState(
+            max_steps=config.max_steps if config.max_steps > 0 else by_epochs,
+            num_train_epochs=math.ceil(config.num_train_epochs),
+            train_batch_size=config.per_device_train_batch_size,
+            is_local_process_zero=os.environ.get("LOCAL_RANK", "0") == "0",
+            is_world_process_zero=ranks.rank() == 0,
+        )
+        state.compute_steps(config, state.max_steps)
+        state.eval_steps = state.eval_steps or state.logging_steps
+        return state
+
+    def _build_pipeline(self, student, teacher, optimizers: tuple) -> Pipeline:
+        config = self.args
+        # Padding is told by position, so any token will do where the models have no row for the pad token.
+        pad_id = self.processing_class.pad_token_id if self.processing_class.pad_token_id < self._vocabulary else 0
+        teacher_model = loading.load_teacher(teacher, config)
+        self.teacher = Teacher(teacher_model, config, self._vocabulary, pad_id, self.counters)
+        student_model = loading.load_student(student, config, ranks.world_size())
+        total = self.state.max_steps
+        self.student = Student(student_model, config, self._vocabulary, total, self.counters, optimizers)
+        sampling = Sampling(
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed,
+            stop_ids=tuple(self._stop_ids),
+            pad_id=pad_id,
+            vocabulary=self._vocabulary,
+            max_length=config.max_length,
+        )
+        return Pipeline(self.student, self.teacher, config, sampling, self.watchdog)
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: bool | str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        **kwargs: Any,
+    ) -> TrainOutput:
+        """Run windows until `max_steps`, a callback, a signal, the stop file or the time budget ends the run.
+
+        `resume_from_checkpoint`: True (newest valid one in output_dir), "auto" (the same, or start) or a directory.
+        The finished student is left in output_dir. After an early stop `stop_reason` says why. Raises InputError
+        when there is nothing to resume from, TrainingStopped when too many updates in a row were not finite.
+        """
+        _refuse_unsupported(trial=trial, **kwargs)
+        if self._train_examples is None:
+            raise InputError("no train_dataset is given; pass one to GKDTrainer.")
+        config, handler = self.args, self.callback_handler
+        self.watchdog = self.pipeline.watchdog = Watchdog(config.watchdog_timeout, config.output_dir)
+        with Interrupts(config.stop_path, config.max_runtime) as interrupts, self.watchdog:
+            self._begin(resume_from_checkpoint)
+            exit_code = FAILED
+            try:
+                self.control = handler.on_train_begin(config, self.state, self.control)
+                if config.eval_on_start and self.state.global_step == 0:
+                    self._evaluate_and_log()
+                while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+                    self._window_with_events()
+                    self.stop_reason = interrupts.agreed_reason()
+                    if self.stop_reason:
+                        break
+                self.control = handler.on_train_end(config, self.state, self.control)
+                self._end()
+                exit_code = STOPPED if self.stop_reason else FINISHED
+            finally:
+                self.tracker.close(exit_code)
+            ranks.barrier()
+        seconds = time.monotonic() - self._started
+        metrics = {"train_runtime": seconds, "train_loss": self._mean_loss, "epoch": self.state.epoch or 0.0}
+        return TrainOutput(self.state.global_step, self._mean_loss, metrics)
+
+    def _begin(self, resume: bool | str | None) -> None:
+        config, run_dir = self.args, Path(self.args.output_dir)
+        found, passed_over = checkpoint.find(run_dir, resume if resume is not None else config.resume_from_checkpoint)
+        if found is None and config.overwrite_output_dir:
+            _clear(run_dir)
+        ranks.barrier()
+        self._started, self._losses = time.monotonic(), (0.0, 0)
+        self.bad_updates, self._history, self._told = BadUpdates(config.max_bad_updates), [], RateLimit()
+        run_id = found.state["tracker_run_id"] if found else None
+        self.tracker = Tracker(config, ranks.rank(), run_dir, self.state.max_steps, run_id)
+        for _, reason in passed_over:
+            self.tracker.say(f"resume: passed over {reason}")
+        if found is not None:
+            self._resume(found)
+        self.tracker.truncate(self.state.global_step if found is not None else -1)
+        if ranks.rank() == 0:
+            (run_dir / FINISHED_FILE).unlink(missing_ok=True)
+            (run_dir / "config.resolved.json").write_text(config.to_json_string())
+
+    def _window_with_events(self) -> None:
+        """One window, with the events of transformers' TrainerCallback around it."""
+        config, handler, step = self.args, self.callback_handler, self.state.global_step
+        windows = self.scheduler.windows_per_epoch
+        if step % windows == 0:
+            self.control = handler.on_epoch_begin(config, self.state, self.control)
+        self.control = handler.on_step_begin(config, self.state, self.control)
+        self._window(step)
+        self.state.global_step += 1
+        self.state.epoch = self.state.global_step / windows
+        self.control = handler.on_step_end(config, self.state, self.control)
+        self._act()
+        if self.state.global_step % windows == 0:
+            self.control = handler.on_epoch_end(config, self.state, self.control)
+            self._act()
+
+    def _window(self, step: int) -> None:
+        """rollout -> score -> learn -> update, and one row of metrics."""
+        config, handler = self.args, self.callback_handler
+        started, counted = time.perf_counter(), dataclasses.replace(self.counters)
+        samples, sources = self._samples(step)
+        rollouts = self.pipeline.rollout(samples, sources)
+        total_tokens = count_tokens(rollouts)
+        targets = self.pipeline.score(rollouts)
+        torch.manual_seed(config.seed + step)  # dropout, where it is on, does not depend on what ran before
+        learned = self.pipeline.learn(rollouts, targets, total_tokens)
+        rate = self.student.learning_rate
+        self.control = handler.on_pre_optimizer_step(config, self.state, self.control)
+        with self.pipeline.phase("update"):
+            applied = self.student.update()
+        self.control = handler.on_optimizer_step(config, self.state, self.control)
+
+        row = update_row(rollouts, learned, self.pipeline, self.counters, counted)
+        bad = None if applied else _what_was_bad(row)
+        row |= {"step": step + 1, "epoch": (step + 1) / self.scheduler.windows_per_epoch, "lr": rate}
+        row |= {"grad_norm": self.student.grad_norm, "skipped": int(not applied)}
+        row["perf/step_s"] = time.perf_counter() - started
+        self._row, self._rollouts, self._learned = row, rollouts, learned
+        self._losses = (self._losses[0] + row["loss"], self._losses[1] + 1) if applied else self._losses
+        self.tracker.log_update(row)
+        if sentence := self.bad_updates.record(step + 1, bad):
+            self.tracker.say(sentence)
+            self.tracker.log_rollouts(step + 1, rollout_rows(rollouts, learned, self.processing_class, 2))
+        self._history += [window_stats(row)] if row["source"]["student"] else []
+        for sentence in warnings(self._history, self._told):
+            self.tracker.say(sentence)
+
+    def _samples(self, step: int) -> tuple[list[Sample], set]:
+        """This rank's samples of a window, and the sources that the whole window uses."""
+        epoch, scheduler = self.scheduler.epoch_of(step), self.scheduler
+        if self._order_of != epoch:
+            self._order_of, self._permutation = epoch, self.order.permutation(epoch)
+        samples, sources = [], set()
+        for micro_batch in range(scheduler.micro_batches):
+            source = scheduler.source(step, micro_batch)
+            sources.add(source)
+            for place in scheduler.rows(step, micro_batch, ranks.rank()):
+                row, examples = int(self._permutation[place]), self._train_examples
+                sample_id = epoch * scheduler.num_samples + row
+                samples.append(Sample(sample_id, examples.prompt_ids[row], examples.completion_ids[row], source))
+        return samples, sources
+
+    _order_of = -1
+
+    # -- what callbacks may ask for -----------------------------------------------------------------------------
+
+    def _act(self) -> None:
+        """Log, evaluate and save as `control` says, on all ranks when it says so on any."""
+        control = self.control
+        flags = [control.should_log, control.should_evaluate, control.should_save, control.should_training_stop]
+        log, evaluation, save, stop = ranks.maximum([int(flag) for flag in flags])
+        control.should_training_stop = bool(stop)
+        if log:
+            self._log()
+        if evaluation and self._eval_examples:
+            self._evaluate_and_log()
+        if save:
+            self._save_checkpoint()
+        control.should_log = control.should_evaluate = control.should_save = False
+
+    def _log(self) -> None:
+        row, config = self._row, self.args
+        logs = {"loss": row["loss"], "grad_norm": row["grad_norm"], "learning_rate": row["lr"], "epoch": row["epoch"]}
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        rows = rollout_rows(self._rollouts, self._learned, self.processing_class, config.log_rollouts)
+        self.tracker.log_rollouts(self.state.global_step, rows)
+        self.control = self.callback_handler.on_log(config, self.state, self.control, logs)
+
+    def _evaluate_and_log(self) -> None:
+        metrics = self.evaluate()
+        name = self.args.metric_for_best_model
+        if name is None:
+            return
+        value = metrics.get(name if name.startswith("eval_") else f"eval_{name}")
+        if value is None:
+            raise InputError(f"metric_for_best_model {name!r} is none of {sorted(metrics)}; name one of them.")
+        best = self.state.best_metric
+        if best is None or (value > best if self.args.greater_is_better else value < best):
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+            self.control.should_save |= self.args.save_strategy == "best"
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out divergence (evaluate.py) of `eval_dataset`, by default the one given to the trainer. Collective.
+
+        Returns `<prefix>_loss`, `<prefix>_on_policy_loss`, ...; with several sets `<prefix>_<name>_loss`.
+        """
+        sets = self._eval_examples if eval_dataset is None else self._tokenize_eval(eval_dataset)
+        if not sets:
+            raise InputError("no eval_dataset is given; pass one to GKDTrainer or to evaluate().")
+        metrics: dict[str, float] = {}
+        for name, examples in sets.items():
+            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            values = evaluate(self.pipeline, examples, self.args)
+            metrics |= {f"{prefix}_{key}": value for key, value in values.items()}
+        if self.tracker is not None:
+            step, row = self.state.global_step, {}
+            for key, value in metrics.items():
+                row[key.replace(f"{metric_key_prefix}_", f"{metric_key_prefix}/", 1)] = value
+            self.tracker.log_eval({"step": step, **row})
+        self.state.log_history.append({**metrics, "step": self.state.global_step, "epoch": self.state.epoch})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self) -> Path | None:
+        """A checkpoint of this step; None (and a sentence) when it could not be written. Training goes on then."""
+        config, run_dir, step = self.args, self.args.output_dir, self.state.global_step
+        self.watchdog.beat("save")
+        self.tracker.sync()
+        state = {
+            "trainer_state": {**dataclasses.asdict(self.state), "log_history": self.state.log_history},
+            "bad_updates": dataclasses.asdict(self.bad_updates),
+            "tracker_run_id": self.tracker.run_id,
+            "config": config.to_dict(),
+            "schedule": self._schedule(),
+        }
+        try:
+            if config.save_only_model:
+                path = checkpoint.save(run_dir, step, self._export, state)
+            else:
+                write = lambda directory: engine_files.save_engine(self.student.engine, directory)  # noqa: E731
+                path = checkpoint.save(run_dir, step, write, state)
+        except checkpoint.CheckpointError as error:
+            self.tracker.say(str(error))
+            return None
+        best = self.state.best_global_step
+        checkpoint.prune(run_dir, config.save_total_limit, f"checkpoint-{best}" if best else None)
+        ranks.barrier()
+        self._saved_step = step
+        self.control = self.callback_handler.on_save(config, self.state, self.control)
+        return path
+
+    _saved_step = -1
+
+    def _schedule(self) -> dict[str, Any]:
+        """What decides which samples a window holds; a resume must agree on it."""
+        names = ("num_samples", "window_samples", "seed", "drop_last")
+        schedule = {name: getattr(self.scheduler, name) for name in names}
+        return schedule | {"data_seed": self.order.seed, "training data": self._train_examples.fingerprint}
+
+    def _resume(self, found: checkpoint.Manifest) -> None:
+        for name, value in self._schedule().items():
+            before = found.state["schedule"][name]
+            if value != before:
+                raise InputError(
+                    f"cannot resume from {found.path}: its {name} was {before} and is now {value}; start with the same "
+                    "data, seeds and global batch (batch size x accumulation x ranks)."
+                )
+        if found.world_size != ranks.world_size():
+            raise InputError(
+                f"cannot resume from {found.path}: it was written by {found.world_size} ranks and there are now "
+                f"{ranks.world_size()}; start as many ranks, or convert it with tools/convert_checkpoint.py."
+            )
+        engine_files.load_engine(self.student.engine, found.path)
+        saved = found.state["trainer_state"]
+        for name in ("global_step", "epoch", "log_history", "best_metric", "best_global_step"):
+            setattr(self.state, name, saved[name])
+        self.bad_updates = BadUpdates(**{**found.state["bad_updates"], "limit": self.args.max_bad_updates})
+        self.tracker.say(f"resumed from {found.path} at step {self.state.global_step}")
+
+    def _end(self) -> None:
+        """After the last window: a checkpoint if the run was stopped early, the finished student otherwise."""
+        if self.stop_reason:
+            saved = self.state.global_step == self._saved_step
+            path = Path(self.args.output_dir, f"checkpoint-{self._saved_step}") if saved else self._save_checkpoint()
+            saved = f"its state is in {path}; resume_from_checkpoint=auto continues" if path else "it was not saved"
+            self.tracker.say(f"stopped after update {self.state.global_step}: {self.stop_reason}; {saved}")
+            return
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+            found, _ = checkpoint.find(self.args.output_dir, best)
+            engine_files.load_engine(self.student.engine, found.path)
+        self.save_model()
+        if ranks.rank() == 0:
+            Path(self.args.output_dir, FINISHED_FILE).write_text(f"{self.state.global_step}\n")
+        if self.args.push_to_hub:
+            self.push_to_hub("End of training")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student as a Hugging Face directory (default: output_dir). Collective."""
+        self._export(Path(output_dir or self.args.output_dir))
+
+    def _export(self, directory: Path) -> None:
+        state_dict = zero.full_state_dict(self.student.engine, self.model)
+        if ranks.rank() == 0:
+            export.export_model(
+                self.model, state_dict, self.processing_class, self.model.generation_config, directory, self._card()
+            )
+        ranks.barrier()
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            **self._names,
+            "dataset": self.args.dataset_name,
+            "data_fingerprint": self._train_examples.fingerprint if self._train_examples is not None else None,
+            "config": self.args.to_dict(),
+            "step": self.state.global_step,
+            "metrics": next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), None),
+        }
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload output_dir (without checkpoints) to the hub; rank 0 does it, the others return None."""
+        if ranks.rank() != 0:
+            return None
+        config = dataclasses.replace(
+            self.args, hub_token=token or self.args.hub_token, hub_revision=revision or self.args.hub_revision
+        )
+        return export.push_to_hub(config.output_dir, config, commit_message, blocking, **kwargs)
+
+    # -- small things of transformers' Trainer ------------------------------------------------------------------
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Add a transformers TrainerCallback."""
+        self.callback_handler.add_callback(callback)
+
+    def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Remove a callback, by instance or class."""
+        self.callback_handler.remove_callback(callback)
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this is rank 0."""
+        return ranks.rank() == 0
+
+    @property
+    def _mean_loss(self) -> float:
+        total, count = self._losses
+        return total / max(count, 1)
+
+    generalized_jsd_loss = staticmethod(trl.generalized_jsd_loss)
+    generate_on_policy_outputs = staticmethod(trl.generate_on_policy_outputs)
+
+
+def _refuse_unsupported(**arguments: Any) -> None:
+    """Refuse by name what TRL's trainer takes and this one does not yet."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise InputError(f"GKDTrainer does not support {name} yet; leave it out.")
+
+
+def _what_was_bad(row: dict[str, Any]) -> str:
+    if not math.isfinite(row["teacher_logprob"]):
+        return "teacher targets"
+    return "gradients" if math.isfinite(row["loss"]) else "loss"
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove the checkpoints of the run that overwrite_output_dir gives up. Rank 0 only."""
+    if ranks.rank() == 0:
+        for path in run_dir.glob("checkpoint-*"):
+            if checkpoint.COMPLETE_NAME.fullmatch(path.name) or checkpoint.LEFTOVER_NAME.fullmatch(path.name):
+                shutil.rmtree(path)

@@ -1,0 +1,273 @@
+"""The only file that touches DeepSpeed's internals: its configuration, loading under ZeRO-3, gathering, hooks.
+
+Everything it relies on was read in, and is tested against, deepspeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import gc
+import json
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from gkd_ds.config import GKDConfig
+
+
+@dataclass
+class Counters:
+    """What a run did, counted rather than timed; reset by nobody, so callers take differences."""
+
+    student_gathers: int = 0  # whole-model gathers of the student
+    teacher_passes: int = 0  # passes over the teacher's layers
+    teacher_bytes: int = 0  # weight bytes that these passes made available on this rank
+    head_gathers: int = 0  # gathers of the teacher's head for a learn phase
+
+
+def start(config: GKDConfig) -> None:
+    """Join the process group: the launcher's, or one of a single process when there is no launcher.
+
+    A CPU run must not spend three minutes building DeepSpeed's shared-memory communication op; gloo does without.
+    """
+    logging.getLogger("DeepSpeed").setLevel(config.deepspeed_log_level.upper())
+    if config.deepspeed_log_level in ("error", "critical"):
+        # DeepSpeed calls collectives by names that torch deprecates: a line per call.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if torch.distributed.is_initialized() and deepspeed.comm.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(
+        dist_backend=config.ddp_backend or get_accelerator().communication_backend_name(),
+        timeout=datetime.timedelta(seconds=config.ddp_timeout),
+        auto_mpi_discovery=False,
+        verbose=False,
+    )
+
+
+def device() -> torch.device:
+    return torch.device(get_accelerator().current_device_name())
+
+
+def precision(config: GKDConfig) -> torch.dtype:
+    """bf16 and fp16 as configured; by default bf16 on an asynchronous accelerator (a GPU) that has it, else fp32."""
+    if config.fp16:
+        return torch.float16
+    accelerator = get_accelerator()
+    default = not accelerator.is_synchronized_device() and accelerator.is_bf16_supported()
+    return torch.bfloat16 if (default if config.bf16 is None else config.bf16) else torch.float32
+
+
+def student_config(config: GKDConfig, world_size: int, hidden_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of the student: the user's file, with the knobs that GKDConfig owns filled in."""
+    resolved = _read(config.deepspeed) or {"zero_optimization": {"stage": 3}}
+    micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    resolved |= {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro * accumulation * world_size,
+        "gradient_clipping": config.max_grad_norm,
+    }
+    if "optimizer" in resolved:
+        resolved["optimizer"].setdefault("params", {}).update(
+            lr=config.learning_rate,
+            betas=[config.adam_beta1, config.adam_beta2],
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+    return _finish(resolved, config, hidden_size)
+
+
+def teacher_config(config: GKDConfig, hidden_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of the teacher: ZeRO-3 without optimizer, offloaded as the user's file says."""
+    resolved = _read(config.teacher_deepspeed) or {"zero_optimization": {"stage": 3}}
+    resolved |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    resolved.pop("train_batch_size", None)
+    return _finish(resolved, config, hidden_size)
+
+
+def _read(source: str | dict | None) -> dict[str, Any]:
+    if source is None:
+        return {}
+    return copy.deepcopy(source) if isinstance(source, dict) else json.loads(Path(source).read_text())
+
+
+def _finish(resolved: dict[str, Any], config: GKDConfig, hidden_size: int) -> dict[str, Any]:
+    dtype = precision(config)
+    resolved["bf16"] = {**_section(resolved, "bf16"), "enabled": dtype == torch.bfloat16}
+    resolved["fp16"] = {**_section(resolved, "fp16"), "enabled": dtype == torch.float16}
+    resolved["steps_per_print"] = 2**62
+    # The optimizer is torch's fused AdamW, on CPU partitions too: it needs no compiler on the nodes.
+    resolved["zero_allow_untested_optimizer"] = True
+    resolved["zero_force_ds_cpu_optimizer"] = False
+    zero = resolved["zero_optimization"]
+    # transformers' formulas for these three, so that one file serves both trainers.
+    by_width = {
+        "reduce_bucket_size": hidden_size * hidden_size,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    for name, value in by_width.items():
+        if zero.get(name) == "auto":
+            zero[name] = value
+    return _without_auto(resolved)
+
+
+def _section(resolved: dict, name: str) -> dict:
+    return resolved.get(name) or {}
+
+
+def _without_auto(value: Any) -> Any:
+    """What is still "auto" is left to DeepSpeed's default."""
+    if isinstance(value, dict):
+        return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
+    return value
+
+
+class _Zero3Loading:
+    """What transformers asks of its HfDeepSpeedConfig, which itself needs accelerate."""
+
+    def __init__(self, config: dict[str, Any]):
+        self.config = config
+
+    def is_zero3(self) -> bool:
+        return self.config["zero_optimization"].get("stage") == 3
+
+
+def load(source: str, ds_config: dict[str, Any], dtype: torch.dtype, **init_kwargs: Any) -> PreTrainedModel:
+    """`from_pretrained` under `ds_config`: at ZeRO-3 every parameter is partitioned as soon as it exists.
+
+    Rank 0 maps the checkpoint's files and hands the ranks one module after the other; nobody holds the whole model.
+    """
+    loading = _Zero3Loading(ds_config)
+    set_hf_deepspeed_config(loading)
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, **{"dtype": dtype, **init_kwargs})
+    finally:
+        # While it is alive the next from_pretrained would be partitioned, too.
+        unset_hf_deepspeed_config()
+        del loading
+        gc.collect()
+
+
+class EngineRoot(nn.Module):
+    """The module that DeepSpeed wraps. Its forward runs whatever it is given, inside ZeRO-3's hooks.
+
+    ZeRO-3 counts one pass over the parameters per call of the root module (that is when its prefetch trace starts
+    anew), so everything that touches partitioned parameters goes through here.
+    """
+
+    def __init__(self, **modules: nn.Module):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, *, run: Callable[[], Any]) -> Any:
+        return run()
+
+
+def initialize(model: nn.Module, ds_config: dict[str, Any], **kwargs: Any):
+    """`deepspeed.initialize` without its prints; returns the engine."""
+    engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False, **kwargs)
+    return engine
+
+
+def stage(engine) -> int:
+    return engine.zero_optimization_stage()
+
+
+@contextmanager
+def whole_parameters(engine, counters: Counters) -> Iterator[None]:
+    """All parameters of a ZeRO-3 engine whole on every rank, with one gather; ZeRO's hooks are off meanwhile.
+
+    The hooks would re-partition a gathered layer after its first use. They come back whatever happens inside.
+    Collective: every rank enters and leaves. Below stage 3 the parameters are whole anyway.
+    """
+    if stage(engine) < 3:
+        yield
+        return
+    offload = _parameter_offload(engine)
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        counters.student_gathers += 1
+        for hook in offload.forward_hooks + offload.backward_hooks:
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield
+        finally:
+            offload._register_deepspeed_module(offload.module)
+
+
+def _parameter_offload(engine):
+    """The object that owns ZeRO-3's hooks: for an engine without optimizer it stands in the optimizer's place."""
+    optimizer = engine.optimizer
+    return optimizer if isinstance(optimizer, DeepSpeedZeRoOffload) else optimizer.parameter_offload
+
+
+@contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """These parameters whole on every rank; a collective. Does nothing for parameters that are not partitioned."""
+    partitioned = [p for p in parameters if is_partitioned(p)]
+    with deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext():
+        yield
+
+
+def keep_whole(parameters: list[nn.Parameter]) -> None:
+    """Gather these parameters for good; a collective. For small ones that no engine manages."""
+    partitioned = [p for p in parameters if is_partitioned(p)]
+    if partitioned:
+        partitioned[0].all_gather(param_list=partitioned)
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    return "ds_status" in parameter.__dict__ and parameter.ds_status != ZeroParamStatus.AVAILABLE
+
+
+def full_numel(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter, partitioned or not."""
+    return parameter.ds_numel if "ds_numel" in parameter.__dict__ else parameter.numel()
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    return torch.Size(parameter.ds_shape) if "ds_shape" in parameter.__dict__ else parameter.shape
+
+
+def full_state_dict(engine, model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """The student's whole weights on the CPU of rank 0 (None on the others), under the names `model` gives them.
+
+    Collective, one parameter at a time, so that no device holds more than one whole parameter beyond its shard.
+    """
+    keep = deepspeed.comm.get_rank() == 0
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        with gathered([parameter]):
+            if keep:
+                state[name] = parameter.detach().to("cpu", copy=True)
+    persistent = set(model.state_dict())
+    for name, buffer in model.named_buffers():
+        if keep and name in persistent:
+            state[name] = buffer.detach().to("cpu", copy=True)
+    return state if keep else None
