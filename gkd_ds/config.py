@@ -99,13 +99,10 @@ NOT_SUPPORTED: dict[str, str] = {
         "models are always written as safetensors": "save_safetensors",
         "checkpoints need a directory that all nodes share": "save_on_each_node",
         "the data set is tokenized once, before training, and needs no loader processes": (
-            "dataloader_num_workers dataloader_prefetch_factor dataloader_persistent_workers "
-            "dataloader_pin_memory"
+            "dataloader_num_workers dataloader_prefetch_factor dataloader_persistent_workers dataloader_pin_memory"
         ),
         "the learn phase already packs a window's samples by length": "group_by_length length_column_name",
-        "DeepSpeed ZeRO-3 shards the student": (
-            "fsdp fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap"
-        ),
+        "DeepSpeed ZeRO-3 shards the student": ("fsdp fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap"),
         "DeepSpeed ZeRO-3 shards the student; use deepspeed": "fsdp_config",
         "the engines are DeepSpeed's own, without accelerate": "accelerator_config parallelism_config",
         "it belongs to SageMaker": "mp_parameters",
@@ -113,9 +110,7 @@ NOT_SUPPORTED: dict[str, str] = {
             "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers"
         ),
         "the teacher's whole distribution is the target": "label_smoothing_factor",
-        "noise in the embeddings would make the student differ from the one that sampled": (
-            "neftune_noise_alpha"
-        ),
+        "noise in the embeddings would make the student differ from the one that sampled": ("neftune_noise_alpha"),
         "AdamW takes its values from learning_rate, weight_decay and adam_*": "optim_args",
         "only AdamW is available": "optim_target_modules adafactor",
         "metrics go to metrics.jsonl and, with report_to: wandb, to W&B": "trackio_space_id",
@@ -125,9 +120,7 @@ NOT_SUPPORTED: dict[str, str] = {
         ),
         "there is no hyperparameter search inside a run; see launch/ for sweeps": "ray_scope",
         "perf/rollout_tokens_per_s is always in metrics.jsonl": "include_tokens_per_second",
-        "the loss is already computed chunk by chunk; see loss_memory_mb": (
-            "use_liger_kernel liger_kernel_config"
-        ),
+        "the loss is already computed chunk by chunk; see loss_memory_mb": ("use_liger_kernel liger_kernel_config"),
         "rows are always read as chat messages or prompt/completion": "dataset_kwargs",
         "the learn phase packs a window's samples itself; see learn_tokens_per_micro_batch": (
             "packing packing_strategy eval_packing padding_free"
@@ -135,9 +128,7 @@ NOT_SUPPORTED: dict[str, str] = {
         "the loss is always on the completion only": "completion_only_loss",
         "the loss is always on the last assistant turn only": "assistant_only_loss",
         "the loss is always the generalized JSD; see beta": "loss_type",
-        "use gradient_checkpointing, or DeepSpeed's activation_checkpointing block": (
-            "activation_offloading"
-        ),
+        "use gradient_checkpointing, or DeepSpeed's activation_checkpointing block": ("activation_offloading"),
     }.items()
     for name in names.split()
 }
@@ -158,9 +149,7 @@ PATHS = (
 )
 
 
-def knob(
-    default: Any, help: str, *, heading: str | None = None, secret: bool = False, **bounds: float
-) -> Any:
+def knob(default: Any, help: str, *, heading: str | None = None, secret: bool = False, **bounds: float) -> Any:
     """A field: its default (`dict` and `list` mean an empty one), its meaning, and inclusive (`low`, `high`)
     or exclusive (`above`, `below`) bounds. `heading` starts a group of fields."""
     metadata = {"help": help, "heading": heading, "secret": secret, "bounds": bounds}
@@ -185,35 +174,23 @@ class GKDConfig:
     )
     overwrite_output_dir: bool = knob(False, "Start over in an output_dir that already holds a run.")
     do_train: bool = knob(False, "Accepted for TRL's scripts; calling train() is what trains.")
-    do_eval: bool = knob(
-        False, "Accepted for TRL's scripts; the command line reads the evaluation split if set."
-    )
-    seed: int = knob(
-        42, "Seed of the model, of every sampled token and of the source draws.", low=0, below=2**32
-    )
+    do_eval: bool = knob(False, "Accepted for TRL's scripts; the command line reads the evaluation split if set.")
+    seed: int = knob(42, "Seed of the model, of every sampled token and of the source draws.", low=0, below=2**32)
     data_seed: int | None = knob(None, "Seed of the sample order (default: seed).", low=0, below=2**32)
     full_determinism: bool = knob(False, "Deterministic kernels only (slower on GPUs).")
     max_runtime: float | str | None = knob(
         None, "Stop with a checkpoint after this time: seconds, or text such as 3h30m; all ranks agree on it."
     )
-    stop_file: str | None = knob(
-        None, "Stop with a checkpoint when this file appears (default <output_dir>/STOP)."
-    )
+    stop_file: str | None = knob(None, "Stop with a checkpoint when this file appears (default <output_dir>/STOP).")
     max_bad_updates: int = knob(5, "Stop with a diagnosis after this many skipped updates in a row.", low=1)
-    watchdog_timeout: float = knob(
-        1800.0, "Seconds without progress on any rank before the run is ended.", above=0
-    )
+    watchdog_timeout: float = knob(1800.0, "Seconds without progress on any rank before the run is ended.", above=0)
 
-    model_name_or_path: str | None = knob(
-        None, "The student: a local directory or a hub name.", heading="Models"
-    )
+    model_name_or_path: str | None = knob(None, "The student: a local directory or a hub name.", heading="Models")
     teacher_model_name_or_path: str | None = knob(None, "The teacher: a local directory or a hub name.")
     model_init_kwargs: dict | None = knob(None, "Keyword arguments of the student's from_pretrained.")
     teacher_model_init_kwargs: dict | None = knob(None, "Keyword arguments of the teacher's from_pretrained.")
     trust_remote_code: bool = knob(False, "Allow models that bring their own Python code.")
-    attn_implementation: str | None = knob(
-        None, "Attention of both models: eager, sdpa, flash_attention_2, ..."
-    )
+    attn_implementation: str | None = knob(None, "Attention of both models: eager, sdpa, flash_attention_2, ...")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = knob(
         None, "Type of the student's weights (default: float32 unless bf16 or fp16)."
     )
@@ -225,19 +202,13 @@ class GKDConfig:
     dataset_config: str | None = knob(None, "Configuration of the data set on the hub.")
     dataset_train_split: str = knob("train", "Split to train on.")
     dataset_test_split: str = knob("test", "Split to evaluate on.")
-    dataset_text_field: str = knob(
-        "text", "Accepted for TRL's scripts; rows are messages or prompt/completion."
-    )
+    dataset_text_field: str = knob("text", "Accepted for TRL's scripts; rows are messages or prompt/completion.")
     dataset_num_proc: int | None = knob(None, "Processes that tokenize.", low=1)
     row_errors: Literal["strict", "skip"] = knob(
         "strict", "A malformed row ends the run (strict) or is counted (skip)."
     )
-    max_skipped_rows: int = knob(
-        100, "With row_errors=skip: more malformed rows than this end the run.", low=0
-    )
-    chat_template_path: str | None = knob(
-        None, "Chat template: a Jinja file, or a tokenizer's directory or hub name."
-    )
+    max_skipped_rows: int = knob(100, "With row_errors=skip: more malformed rows than this end the run.", low=0)
+    chat_template_path: str | None = knob(None, "Chat template: a Jinja file, or a tokenizer's directory or hub name.")
     eos_token: str | None = knob(None, "End-of-turn token, if not the tokenizer's.")
     pad_token: str | None = knob(None, "Padding token, if not the tokenizer's.")
     max_length: int | None = knob(1024, "Tokens of prompt and completion together; null for no bound.", low=2)
@@ -264,18 +235,13 @@ class GKDConfig:
     temperature: float = knob(0.9, "Temperature of sampling only; 0 decodes greedily.", low=0)
     divergence_temperature: float = knob(1.0, "Temperature of both distributions in the divergence.", above=0)
     max_new_tokens: int = knob(128, "Longest sampled completion, in tokens.", low=1)
-    seq_kd: bool = knob(
-        False, "Micro-batches that are not on-policy use completions generated by the teacher."
-    )
+    seq_kd: bool = knob(False, "Micro-batches that are not on-policy use completions generated by the teacher.")
     rollout_engine: Literal["auto", "hybrid", "gather", "sharded"] = knob(
         "auto",
-        "How the student samples: DeepSpeed's hybrid engine, gathered once per window, or partitioned "
-        "throughout.",
+        "How the student samples: DeepSpeed's hybrid engine, gathered once per window, or partitioned throughout.",
     )
 
-    per_device_train_batch_size: int = knob(
-        8, "Samples per rank and micro-batch.", heading="Batches and length", low=1
-    )
+    per_device_train_batch_size: int = knob(8, "Samples per rank and micro-batch.", heading="Batches and length", low=1)
     gradient_accumulation_steps: int = knob(1, "Micro-batches per window, that is, per update.", low=1)
     num_train_epochs: float = knob(3.0, "Passes over the data.", above=0)
     max_steps: int = knob(-1, "Updates; if positive, num_train_epochs does not count.", low=-1)
@@ -289,14 +255,10 @@ class GKDConfig:
     adam_beta2: float = knob(0.999, "Decay of Adam's second moment.", low=0, below=1)
     adam_epsilon: float = knob(1e-8, "Adam's epsilon.", above=0)
     max_grad_norm: float = knob(1.0, "Norm to which gradients are clipped; 0 for no clipping.", low=0)
-    optim: Literal["adamw_torch_fused", "adamw_torch"] = knob(
-        "adamw_torch_fused", "Optimizer: AdamW, fused or not."
-    )
+    optim: Literal["adamw_torch_fused", "adamw_torch"] = knob("adamw_torch_fused", "Optimizer: AdamW, fused or not.")
     lr_scheduler_type: str = knob("linear", "Schedule of the learning rate: " + ", ".join(SCHEDULES) + ".")
     lr_scheduler_kwargs: dict | None = knob(dict, "Arguments of the schedule, such as num_cycles or min_lr.")
-    warmup_ratio: float = knob(
-        0.0, "Share of the updates over which the learning rate rises from 0.", low=0, high=1
-    )
+    warmup_ratio: float = knob(0.0, "Share of the updates over which the learning rate rises from 0.", low=0, high=1)
     warmup_steps: int = knob(
         0,
         "Updates over which the learning rate rises from 0; if positive, warmup_ratio does not count.",
@@ -310,9 +272,7 @@ class GKDConfig:
     )
     fp16: bool = knob(False, "float16 training with loss scaling.")
     tf32: bool | None = knob(None, "TF32 products on GPUs; null keeps torch's setting.")
-    gradient_checkpointing: bool = knob(
-        True, "Recompute activations in the learn phase (never while sampling)."
-    )
+    gradient_checkpointing: bool = knob(True, "Recompute activations in the learn phase (never while sampling).")
     gradient_checkpointing_kwargs: dict | None = knob(None, "Arguments of gradient checkpointing.")
     rollout_memory_mb: int | None = knob(
         None,
@@ -364,9 +324,7 @@ class GKDConfig:
     log_level: Literal["passive", "detail", "debug", "info", "warning", "error", "critical"] = knob(
         "passive", "Level of our own log; passive leaves Python's logging as it is."
     )
-    disable_tqdm: bool | None = knob(
-        None, "Plain lines instead of a progress bar; null: a bar on a terminal only."
-    )
+    disable_tqdm: bool | None = knob(None, "Plain lines instead of a progress bar; null: a bar on a terminal only.")
     include_num_input_tokens_seen: bool | str = knob(False, "Count input tokens: all, non_padding, no.")
     skip_memory_metrics: bool = knob(True, "Leave memory figures out of the metrics.")
 
@@ -377,28 +335,20 @@ class GKDConfig:
     eval_delay: float = knob(0, "Updates or epochs before the first evaluation.", low=0)
     eval_on_start: bool = knob(False, "Evaluate before the first update.")
     per_device_eval_batch_size: int = knob(8, "Samples per rank and batch when evaluating.", low=1)
-    eval_on_policy: bool = knob(
-        True, "Evaluate on the student's own samples as well as on reference completions."
-    )
+    eval_on_policy: bool = knob(True, "Evaluate on the student's own samples as well as on reference completions.")
     eval_max_samples: int | None = knob(None, "Evaluate on the first so many samples only.", low=1)
     load_best_model_at_end: bool = knob(False, "End with the best checkpoint instead of the last.")
     metric_for_best_model: str | None = knob(None, "Metric that decides which is best (default loss).")
     greater_is_better: bool | None = knob(
         None, "Whether that metric should rise (default: not for a loss or divergence)."
     )
-    prediction_loss_only: bool = knob(
-        False, "Accepted for TRL's scripts; evaluation only ever returns losses."
-    )
+    prediction_loss_only: bool = knob(False, "Accepted for TRL's scripts; evaluation only ever returns losses.")
 
     save_strategy: SaveStrategy = knob(
         "steps", "When to write a checkpoint: no, steps, epoch, best.", heading="Checkpoints"
     )
-    save_steps: float = knob(
-        500, "Write a checkpoint every so many updates; below 1: a share of all updates.", low=0
-    )
-    save_total_limit: int | None = knob(
-        None, "Checkpoints to keep; older ones are deleted; null keeps all.", low=1
-    )
+    save_steps: float = knob(500, "Write a checkpoint every so many updates; below 1: a share of all updates.", low=0)
+    save_total_limit: int | None = knob(None, "Checkpoints to keep; older ones are deleted; null keeps all.", low=1)
     save_only_model: bool = knob(False, "Checkpoints without optimizer and position; they cannot be resumed.")
     resume_from_checkpoint: bool | str | None = knob(
         None,
@@ -406,9 +356,7 @@ class GKDConfig:
         "there is none.",
     )
     restore_callback_states_from_checkpoint: bool = knob(False, "Restore the state of callbacks on resume.")
-    ignore_data_skip: bool = knob(
-        False, "On resume start at the beginning of the data instead of where it stopped."
-    )
+    ignore_data_skip: bool = knob(False, "On resume start at the beginning of the data instead of where it stopped.")
 
     push_to_hub: bool = knob(False, "Push the model to the hub when it is saved.", heading="Hub")
     hub_model_id: str | None = knob(None, "Repository on the hub (default: the name of output_dir).")
@@ -556,8 +504,7 @@ class GKDConfig:
         if self.include_num_input_tokens_seen not in (True, False, "all", "non_padding", "no"):
             raise wrong(
                 "include_num_input_tokens_seen",
-                "must be true, false, all, non_padding or no, "
-                f"not {show(self.include_num_input_tokens_seen)}",
+                f"must be true, false, all, non_padding or no, not {show(self.include_num_input_tokens_seen)}",
             )
 
     def _check_intervals(self) -> None:
@@ -569,8 +516,7 @@ class GKDConfig:
             if strategy == "steps" and not steps:
                 raise wrong(
                     name,
-                    f"must be above 0 when {what}_strategy is steps; set {what}_strategy: no to switch it "
-                    "off",
+                    f"must be above 0 when {what}_strategy is steps; set {what}_strategy: no to switch it off",
                 )
             if steps is not None and steps >= 1:
                 if steps != int(steps):
@@ -583,8 +529,7 @@ class GKDConfig:
             return
         if self.eval_strategy == IntervalStrategy.NO:
             raise InputError(
-                f"GKDConfig setting '{wanted}' needs evaluations to choose from; set eval_strategy to steps "
-                "or epoch."
+                f"GKDConfig setting '{wanted}' needs evaluations to choose from; set eval_strategy to steps or epoch."
             )
         if self.load_best_model_at_end and self.save_strategy != SaveStrategy.BEST:
             if self.save_strategy != self.eval_strategy:
@@ -593,9 +538,7 @@ class GKDConfig:
                     "save_strategy "
                     f"to {self.eval_strategy.value}, like eval_strategy."
                 )
-            if self.eval_strategy == IntervalStrategy.STEPS and not is_multiple(
-                self.save_steps, self.eval_steps
-            ):
+            if self.eval_strategy == IntervalStrategy.STEPS and not is_multiple(self.save_steps, self.eval_steps):
                 raise InputError(
                     "GKDConfig field 'load_best_model_at_end' needs save_steps to be a multiple of "
                     "eval_steps, but they "
@@ -617,9 +560,7 @@ class GKDConfig:
         """
         self.read_deepspeed_files()
         check_model("model_name_or_path", self.model_name_or_path, self.model_init_kwargs)
-        check_model(
-            "teacher_model_name_or_path", self.teacher_model_name_or_path, self.teacher_model_init_kwargs
-        )
+        check_model("teacher_model_name_or_path", self.teacher_model_name_or_path, self.teacher_model_init_kwargs)
         check_dataset("dataset_name", self.dataset_name)
         if self.chat_template_path is not None:
             check_path_or_hub_name(
@@ -777,9 +718,7 @@ def read_report_to(value: list | str | None) -> list[str]:
     names = [name.strip() if is_text(name) else name for name in names]
     for name in names:
         if name not in ("wandb", "all", "none"):
-            raise wrong(
-                "report_to", f"must be wandb, all or none, not {show(name)}; metrics.jsonl is always written"
-            )
+            raise wrong("report_to", f"must be wandb, all or none, not {show(name)}; metrics.jsonl is always written")
     return ["wandb"] if "wandb" in names or "all" in names else []
 
 
@@ -793,10 +732,7 @@ def read_duration(name: str, value: float | str | None) -> float | None:
         if not match:
             raise wrong(name, f"must be seconds or a time such as 3h30m, not {show(value)}")
         seconds = float(
-            sum(
-                int(count or 0) * unit
-                for count, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True)
-            )
+            sum(int(count or 0) * unit for count, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
         )
     if seconds is not None and seconds <= 0:
         raise wrong(name, f"must be more than no time, not {show(value)}")
@@ -845,8 +781,7 @@ def check_path_or_hub_name(name: str, value: str, what: str, existing_is_fine: b
     if not HUB_NAME.fullmatch(value) or os.path.exists(value):
         raise wrong(
             name,
-            f"is {show(value)}, which is neither {what} that exists nor a hub name such as org/name; check "
-            "the path",
+            f"is {show(value)}, which is neither {what} that exists nor a hub name such as org/name; check the path",
         )
 
 

@@ -46,9 +46,7 @@ def read_deepspeed(name: str, source: dict | str | None) -> dict | None:
             with open(source, encoding="utf-8") as file:
                 text = file.read()
         except UnicodeDecodeError:
-            raise InputError(
-                f"The DeepSpeed file {source!r} ({name}) is not UTF-8 text; it must be JSON."
-            ) from None
+            raise InputError(f"The DeepSpeed file {source!r} ({name}) is not UTF-8 text; it must be JSON.") from None
         except OSError as error:
             raise InputError(
                 f"The DeepSpeed file {source!r} ({name}) cannot be read ({error.strerror}); check the path."
@@ -64,9 +62,7 @@ def read_deepspeed(name: str, source: dict | str | None) -> dict | None:
         except (ValueError, RecursionError) as error:
             raise InputError(f"The DeepSpeed file {source!r} ({name}) is not valid JSON: {error}.") from None
     if not isinstance(config, dict):
-        raise InputError(
-            f"The DeepSpeed configuration of {name} must be a JSON object, not {type(config).__name__}."
-        )
+        raise InputError(f"The DeepSpeed configuration of {name} must be a JSON object, not {type(config).__name__}.")
     for key in config:
         near = difflib.get_close_matches(str(key), TOP_LEVEL_KEYS, n=1, cutoff=0.85)
         if near and key not in TOP_LEVEL_KEYS:
@@ -99,8 +95,7 @@ def check_student_file(file: dict, config: Any) -> None:
     if config.rollout_engine == "sharded" and stage != 3:
         raise conflict(
             name,
-            f"has ZeRO stage {stage}, but rollout_engine: sharded keeps parameters partitioned and needs "
-            "stage 3",
+            f"has ZeRO stage {stage}, but rollout_engine: sharded keeps parameters partitioned and needs stage 3",
         )
     if "hybrid_engine" in file:
         raise conflict(name, "holds a hybrid_engine block; remove it and choose with rollout_engine")
@@ -133,9 +128,7 @@ def check_equal(name: str, key: str, block: dict, field: str, ours: float) -> No
     if not is_number(theirs):
         raise conflict(name, f'has {key} {theirs!r}, which is not a number; write "auto" to take {field}')
     if not math.isclose(theirs, ours, rel_tol=1e-9):
-        raise conflict(
-            name, f'has {key} {theirs}, but {field} is {ours}; write "auto" in the file or change {field}'
-        )
+        raise conflict(name, f'has {key} {theirs}, but {field} is {ours}; write "auto" in the file or change {field}')
 
 
 def check_train_batch_size(name: str, file: dict, config: Any) -> None:
@@ -169,9 +162,7 @@ def check_precision(name: str, file: dict, config: Any) -> None:
             )
     for key in ("amp", "torch_autocast"):
         if block_of(name, file, key).get("enabled"):
-            raise conflict(
-                name, f"switches {key} on; precision is set by bf16 and fp16, so remove that block"
-            )
+            raise conflict(name, f"switches {key} on; precision is set by bf16 and fp16, so remove that block")
 
 
 def check_optimizer(name: str, file: dict, config: Any) -> None:
@@ -182,29 +173,23 @@ def check_optimizer(name: str, file: dict, config: Any) -> None:
     if kind not in ("Adam", "AdamW"):
         raise conflict(
             name,
-            f"has the optimizer {kind!r}, but the student is trained with AdamW; use AdamW or remove the "
-            "block",
+            f"has the optimizer {kind!r}, but the student is trained with AdamW; use AdamW or remove the block",
         )
     params = block_of(name, optimizer, "params")
     for key, value in params.items():
         if key in ADAM_VALUES:
-            check_equal(
-                name, f"optimizer.params.{key}", params, ADAM_VALUES[key], getattr(config, ADAM_VALUES[key])
-            )
+            check_equal(name, f"optimizer.params.{key}", params, ADAM_VALUES[key], getattr(config, ADAM_VALUES[key]))
         elif key == "betas":
             ours = [config.adam_beta1, config.adam_beta2]
             if value != "auto" and list(value if isinstance(value, (list, tuple)) else [value]) != ours:
                 raise conflict(
                     name,
-                    f"has optimizer.params.betas {value!r}, but adam_beta1 and adam_beta2 are {ours}; write "
-                    '"auto"',
+                    f'has optimizer.params.betas {value!r}, but adam_beta1 and adam_beta2 are {ours}; write "auto"',
                 )
         elif key not in ADAM_SWITCHES:
             raise conflict(name, f"has optimizer.params.{key}, which AdamW does not take here; remove it")
     if params.get("adam_w_mode", True) is not True:
-        raise conflict(
-            name, "has optimizer.params.adam_w_mode off, but weight_decay is decoupled (AdamW); remove it"
-        )
+        raise conflict(name, "has optimizer.params.adam_w_mode off, but weight_decay is decoupled (AdamW); remove it")
 
 
 # ---- The teacher ----
@@ -219,9 +204,7 @@ def check_teacher_file(file: dict, config: Any) -> None:
     name = "teacher_deepspeed"
     stage = check_zero(name, file)
     if stage != 3:
-        raise conflict(
-            name, f"has ZeRO stage {stage}, but the teacher is streamed layer by layer and needs stage 3"
-        )
+        raise conflict(name, f"has ZeRO stage {stage}, but the teacher is streamed layer by layer and needs stage 3")
     for key in ("optimizer", "hybrid_engine"):
         if key in file:
             raise conflict(name, f"holds a block {key!r}, but the teacher is never trained; remove it")
@@ -249,18 +232,13 @@ def check_zero(name: str, file: dict) -> int:
         block = block_of(name, zero, key)
         device = block.get("device", "none")
         if device not in ("none", "cpu", "nvme"):
-            raise conflict(
-                name, f"has zero_optimization.{key}.device {device!r}; it must be none, cpu or nvme"
-            )
+            raise conflict(name, f"has zero_optimization.{key}.device {device!r}; it must be none, cpu or nvme")
         if device != "none" and stage < least:
-            raise conflict(
-                name, f"has zero_optimization.{key} at stage {stage}, but it needs stage {least} or more"
-            )
+            raise conflict(name, f"has zero_optimization.{key} at stage {stage}, but it needs stage {least} or more")
         if device == "nvme" and not isinstance(block.get("nvme_path"), str):
             raise conflict(
                 name,
-                f"offloads to NVMe without zero_optimization.{key}.nvme_path; give a directory on the local "
-                "NVMe",
+                f"offloads to NVMe without zero_optimization.{key}.nvme_path; give a directory on the local NVMe",
             )
         if device == "nvme" and not writable_ancestor(block["nvme_path"]):
             raise conflict(

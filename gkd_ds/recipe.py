@@ -47,17 +47,13 @@ def read_recipe(path: str) -> dict[str, Any]:
     except (RecursionError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(
-            f"The recipe '{path}' holds a value that cannot be read: {show(str(error))}."
-        ) from None
+        raise InputError(f"The recipe '{path}' holds a value that cannot be read: {show(str(error))}.") from None
 
 
 def read_fields(path: str, root: yaml.Node | None) -> dict[str, Any]:
     """A composed recipe's names and values."""
     if not isinstance(root, yaml.MappingNode):
-        raise InputError(
-            f"The recipe '{path}' must be a flat YAML mapping, with lines such as 'learning_rate: 2e-5'."
-        )
+        raise InputError(f"The recipe '{path}' must be a flat YAML mapping, with lines such as 'learning_rate: 2e-5'.")
     fields: dict[str, Any] = {}
     for key, node in root.value:
         name = key.value if isinstance(key, yaml.ScalarNode) else "?"

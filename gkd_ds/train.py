@@ -59,9 +59,7 @@ def check_inputs(config: GKDConfig) -> None:
             raise InputError(f"No {name} is given ({what}); set it in the recipe or with --{name}.")
     config.validate_files()
     check_hub_model("model_name_or_path", config.model_name_or_path, config.model_init_kwargs)
-    check_hub_model(
-        "teacher_model_name_or_path", config.teacher_model_name_or_path, config.teacher_model_init_kwargs
-    )
+    check_hub_model("teacher_model_name_or_path", config.teacher_model_name_or_path, config.teacher_model_init_kwargs)
 
 
 def check_hub_model(field: str, model: str, init_kwargs: dict | None) -> None:
@@ -140,9 +138,7 @@ def print_help() -> None:
     width = min(shutil.get_terminal_size().columns, 110)
     print(__doc__)
     print("  --config FILE\n      A recipe: flat YAML of the names below.")
-    print(
-        "  --dry_run\n      Print the configuration, the batch arithmetic and the memory estimate, and stop."
-    )
+    print("  --dry_run\n      Print the configuration, the batch arithmetic and the memory estimate, and stop.")
     for field in dataclasses.fields(GKDConfig):
         if field.name in NOT_SUPPORTED:
             continue
@@ -150,9 +146,7 @@ def print_help() -> None:
             print(f"\n{field.metadata['heading']}")
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         shown = (
-            ""
-            if default is None
-            else f" (default: {str(default).lower() if default in (True, False) else default})"
+            "" if default is None else f" (default: {str(default).lower() if default in (True, False) else default})"
         )
         print(f"  --{field.name}{shown}")
         print(textwrap.fill(field.metadata["help"], width, initial_indent=" " * 6, subsequent_indent=" " * 6))

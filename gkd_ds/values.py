@@ -33,11 +33,7 @@ def convert(name: str, kind: Any, value: Any) -> Any:
     Raises:
         InputError: it cannot be read as that type.
     """
-    kinds = (
-        get_args(kind)
-        if isinstance(kind, types.UnionType) or get_origin(kind) not in (None, Literal)
-        else (kind,)
-    )
+    kinds = get_args(kind) if isinstance(kind, types.UnionType) or get_origin(kind) not in (None, Literal) else (kind,)
     optional = types.NoneType in kinds
     if optional and (
         value is None or (str not in kinds and is_text(value) and value.strip().lower() in ("null", "none"))
