@@ -46,9 +46,16 @@ PLAIN_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
+CLOCK_CODES = ("%d", "%-d", "%m", "%-m", "%b", "%B", "%y", "%Y", "%a", "%A", "%H", "%I", "%M", "%S", "%p", "%j")
 # Some templates (Llama 3.2) print today's date. Tokens that change overnight would make a resumed run train
 # on other data, so the date is pinned to the one these templates themselves fall back to.
 TEMPLATE_DATE = datetime.date(2024, 7, 26)
+# A template sees plain data only, no functions of ours, hence a macro in front of it that hides transformers' clock.
+PINNED_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('{code}', '{TEMPLATE_DATE.strftime(code)}')" for code in CLOCK_CODES)
+    + " }}{% endmacro %}"
+)
 
 # --------------------------------------------------------------------------------------------------
 # One row: checked, not yet tokenised
@@ -76,8 +83,7 @@ def parse_row(row: object) -> Row:
     if prompt is None or completion is None:
         filled = [name for name, value in row.items() if value is not None]
         raise InputError(
-            "the row needs 'messages', or 'prompt' and 'completion'; "
-            f"its non-empty fields are: {_name_list(filled)}"
+            f"the row needs 'messages', or 'prompt' and 'completion'; its non-empty fields are: {_name_list(filled)}"
         )
     if isinstance(prompt, str) and isinstance(completion, str):
         for name, text in (("prompt", prompt), ("completion", completion)):
@@ -142,11 +148,7 @@ def _parse_content(content: object, place: str) -> str:
         raise InputError(f"{place} needs a 'content' that is text, not {_type_name(content)}")
     texts = []
     for part in content:
-        if (
-            not isinstance(part, Mapping)
-            or part.get("type") != "text"
-            or not isinstance(part.get("text"), str)
-        ):
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise InputError(f"{place} has a content part that is not {{'type': 'text', 'text': ...}}")
         texts.append(part["text"])
     return "".join(texts)
@@ -191,15 +193,11 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
     for name in ("eos_token", "pad_token"):
         token = getattr(config, name)
         if token is not None and token not in vocabulary:
-            raise InputError(
-                f"{name} {_quote(token)} is not in the tokenizer's vocabulary; name a token that is"
-            )
+            raise InputError(f"{name} {_quote(token)} is not in the tokenizer's vocabulary; name a token that is")
         if token is not None:
             setattr(tokenizer, name, token)
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            "the tokenizer has no end-of-sequence token; set eos_token to one from its vocabulary"
-        )
+        raise InputError("the tokenizer has no end-of-sequence token; set eos_token to one from its vocabulary")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if config.chat_template_path is not None:
@@ -225,9 +223,7 @@ def _read_chat_template(path: str) -> str:
     return template
 
 
-def stop_token_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None
-) -> list[int]:
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
     """The ids that end a completion, sorted: those of the generation config, the tokenizer's end-of-sequence
     token and the end-of-turn token of its chat template (an instruct model may stop at <|im_end|> while eos
     is another).
@@ -259,15 +255,13 @@ def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return max(matching, key=len, default=None)
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation_prompt: bool
-) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation_prompt: bool) -> str:
     try:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = PINNED_CLOCK + template
         return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-            strftime_now=TEMPLATE_DATE.strftime,
+            messages, chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
         )
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         # A template is a program that came with the tokenizer: it may refuse these messages (roles that must
@@ -472,17 +466,13 @@ def tokenize(
                 f"the first: {problems[0]}"
             )
     if problems:
-        logger.warning(
-            "%s: %d of %d rows skipped, the first: %s", where, len(problems), len(dataset), problems[0]
-        )
+        logger.warning("%s: %d of %d rows skipped, the first: %s", where, len(problems), len(dataset), problems[0])
     if not len(prompts):
         raise InputError(f"{where} has no row that can be used, the first: {problems[0]}")
     return Examples(prompts, completions, _fingerprint(prompts, completions), skipped=len(problems))
 
 
-def _encode_all(
-    dataset, encoder: RowEncoder, config: Any
-) -> Iterator[tuple[list[int], list[int], str | None]]:
+def _encode_all(dataset, encoder: RowEncoder, config: Any) -> Iterator[tuple[list[int], list[int], str | None]]:
     workers = config.dataset_num_proc or 1
     if workers > 1 and isinstance(dataset, datasets.Dataset) and len(dataset) >= PARALLEL_ROWS:
         # In memory and under a name of its own: no cache file is written, none is picked up.
@@ -588,6 +578,8 @@ def read_dataset(name: str, split: str, config: str | None = None) -> datasets.D
     single file, and a single saved dataset, is whatever split one asks for. JSON rows arrive undecoded, for
     tokenize() to check. Raises InputError.
     """
+    if not name:
+        raise InputError("the dataset's name is empty; give a file, a directory or a name on the hub")
     path = Path(name).expanduser()
     if path.is_file():
         _refuse_slice(name, split)
@@ -714,9 +706,7 @@ def _read_parquet(files: list[Path]) -> datasets.Dataset:
         try:
             names = pyarrow.parquet.read_schema(file).names
             # With none of our columns, keep all: the complaint about it lists them.
-            tables.append(
-                pyarrow.parquet.read_table(file, columns=[n for n in COLUMNS if n in names] or None)
-            )
+            tables.append(pyarrow.parquet.read_table(file, columns=[n for n in COLUMNS if n in names] or None))
         except (OSError, pyarrow.ArrowException) as error:
             raise InputError(f"'{file}' is not a readable Parquet file: {_first_line(error)}") from error
     try:
