@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any, Literal
 
 from gkd_ds.deepspeed_files import check_student_file, check_teacher_file, read_deepspeed
 from gkd_ds.errors import InputError
+from gkd_ds.paths import check_dataset, check_model, check_path_or_hub_name, obstacle_to_writing
 from gkd_ds.secrets import redact
 from gkd_ds.values import convert, is_text, show, wrong
 
@@ -599,16 +599,10 @@ class GKDConfig:
                     "output_dir",
                     f"is the same directory as {name}, which the run would overwrite; choose another",
                 )
-        existing = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
-        try:
-            with tempfile.TemporaryFile(dir=existing):
-                pass
-        except OSError as error:
-            raise wrong(
-                "output_dir",
-                f"is {show(self.output_dir)}, where nothing can be written ({error.strerror}); "
-                "choose another directory",
-            ) from None
+        obstacle = obstacle_to_writing(self.output_dir)
+        if obstacle:
+            where = f"is {show(self.output_dir)}, where nothing can be written ({obstacle})"
+            raise wrong("output_dir", f"{where}; choose another directory")
         if self.overwrite_output_dir or self.resume_from_checkpoint:
             return
         traces = [
@@ -741,48 +735,6 @@ def read_duration(name: str, value: float | str | None) -> float | None:
 
 def is_multiple(larger: float, smaller: float) -> bool:
     return math.isclose(larger / smaller, round(larger / smaller), rel_tol=1e-9) and larger >= smaller
-
-
-# ---- Paths ----
-
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-
-
-def check_model(name: str, model: str | None, init_kwargs: dict | None) -> None:
-    """A local directory with a config.json (or the init kwargs' gguf_file), or a plausible hub name."""
-    if model is None:
-        return
-    if not os.path.isdir(model):
-        check_path_or_hub_name(name, model, "a model's directory", existing_is_fine=False)
-        return
-    needed = (init_kwargs or {}).get("gguf_file") or "config.json"
-    if is_text(needed) and not os.path.isfile(os.path.join(model, needed)):
-        raise wrong(
-            name,
-            f"names the directory {show(model)}, which has no {needed}; give the directory of a saved model",
-        )
-
-
-def check_dataset(name: str, dataset: str | None) -> None:
-    if dataset is None or os.path.isfile(dataset):
-        return
-    if os.path.isdir(dataset):
-        if not os.listdir(dataset):
-            raise wrong(name, f"names the directory {show(dataset)}, which is empty")
-        return
-    if re.search(r"\.(jsonl?|parquet)(\.\w+)?$", dataset):
-        raise wrong(name, f"names the file {show(dataset)}, which does not exist; check the path")
-    check_path_or_hub_name(name, dataset, "a file or directory")
-
-
-def check_path_or_hub_name(name: str, value: str, what: str, existing_is_fine: bool = True) -> None:
-    if existing_is_fine and os.path.exists(value):
-        return
-    if not HUB_NAME.fullmatch(value) or os.path.exists(value):
-        raise wrong(
-            name,
-            f"is {show(value)}, which is neither {what} that exists nor a hub name such as org/name; check the path",
-        )
 
 
 # ---- Writing ----

@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 from gkd_ds.errors import InputError
+from gkd_ds.paths import obstacle_to_writing
 
 # DeepSpeed ignores a top-level key it does not know: a misspelt "zero_optimization" would train at stage 0.
 TOP_LEVEL_KEYS = """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer
@@ -240,7 +241,7 @@ def check_zero(name: str, file: dict) -> int:
                 name,
                 f"offloads to NVMe without zero_optimization.{key}.nvme_path; give a directory on the local NVMe",
             )
-        if device == "nvme" and not writable_ancestor(block["nvme_path"]):
+        if device == "nvme" and obstacle_to_writing(block["nvme_path"]):
             raise conflict(
                 name,
                 f"has zero_optimization.{key}.nvme_path {block['nvme_path']!r}, where nothing can be "
@@ -270,14 +271,6 @@ def block_of(name: str, file: dict, key: str) -> dict:
     if not isinstance(block, dict):
         raise conflict(name, f"has {key} {block!r}; it must be an object")
     return block
-
-
-def writable_ancestor(path: str) -> bool:
-    """Whether `path`, or the nearest thing above it that exists, is a directory that may be written to."""
-    path = os.path.abspath(path)
-    while not os.path.lexists(path):
-        path = os.path.dirname(path)
-    return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
 
 
 def is_number(value: Any) -> bool:

@@ -1,0 +1,61 @@
+"""Paths that a user gives: what must exist, and what can be written. No torch, so that a wrong one answers at once."""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from gkd_ds.values import is_text, show, wrong
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
+def check_model(name: str, model: str | None, init_kwargs: dict | None) -> None:
+    """A local directory with a config.json (or the init kwargs' gguf_file), or a plausible hub name."""
+    if model is None:
+        return
+    if not os.path.isdir(model):
+        check_path_or_hub_name(name, model, "a model's directory", existing_is_fine=False)
+        return
+    needed = (init_kwargs or {}).get("gguf_file") or "config.json"
+    if is_text(needed) and not os.path.isfile(os.path.join(model, needed)):
+        raise wrong(
+            name,
+            f"names the directory {show(model)}, which has no {needed}; give the directory of a saved model",
+        )
+
+
+def check_dataset(name: str, dataset: str | None) -> None:
+    if dataset is None or os.path.isfile(dataset):
+        return
+    if os.path.isdir(dataset):
+        if not os.listdir(dataset):
+            raise wrong(name, f"names the directory {show(dataset)}, which is empty")
+        return
+    if re.search(r"\.(jsonl?|parquet)(\.\w+)?$", dataset):
+        raise wrong(name, f"names the file {show(dataset)}, which does not exist; check the path")
+    check_path_or_hub_name(name, dataset, "a file or directory")
+
+
+def check_path_or_hub_name(name: str, value: str, what: str, existing_is_fine: bool = True) -> None:
+    if existing_is_fine and os.path.exists(value):
+        return
+    if not HUB_NAME.fullmatch(value) or os.path.exists(value):
+        raise wrong(
+            name,
+            f"is {show(value)}, which is neither {what} that exists nor a hub name such as org/name; check the path",
+        )
+
+
+def obstacle_to_writing(directory: str) -> str | None:
+    """Why nothing can be written to `directory`, which need not exist yet; None when something can.
+
+    Tried, not asked: the permissions of a read-only or full file system say that one may.
+    """
+    path = Path(directory).absolute()
+    existing = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return None
+    except OSError as error:
+        return error.strerror
