@@ -33,11 +33,12 @@ from pathlib import Path
 
 LIBRARIES = ["torch", "deepspeed", "transformers", "datasets", "tokenizers", "safetensors", "numpy", "wandb"]
 MARK = "GKD_PREFLIGHT "
-PROBE_SECONDS = 6.0  # how long the first node waits for the others to connect
+PROBE_SECONDS = 5.0  # how long the first node waits for the others to connect
 ANSWER_SECONDS = 9.0  # a node that has not answered by then is a problem
 CLOCK_LIMIT = 2.0  # seconds by which a clock may differ from the first node's
 TRANSFER = 256 << 20  # bytes written and read to measure a disk, in blocks of BLOCK
 BLOCK = 8 << 20
+MEASURE_SECONDS = 1.0  # the most that each of the two may take
 
 
 def main() -> int:
@@ -348,13 +349,13 @@ def disk_bandwidth(directory: Path) -> tuple[float, float]:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             started, written = time.perf_counter(), 0
-            while written < TRANSFER and time.perf_counter() - started < 1.5:
+            while written < TRANSFER and time.perf_counter() - started < MEASURE_SECONDS:
                 written += os.write(file, block)
             os.fsync(file)
             middle, read = time.perf_counter(), 0
             os.lseek(file, 0, os.SEEK_SET)
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            while read < written and time.perf_counter() - middle < 1.5:
+            while read < written and time.perf_counter() - middle < MEASURE_SECONDS:
                 read += os.readv(file, [block])
             return written / (middle - started) / 1e9, read / (time.perf_counter() - middle) / 1e9
         finally:
