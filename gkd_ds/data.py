@@ -248,6 +248,10 @@ def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
         text = _render(tokenizer, messages, generation_prompt=False)
     except InputError as error:
         raise InputError(f"with a question and an answer as messages, {error}; mend the template") from error
+    if answer not in text:
+        raise InputError(
+            "the tokenizer's chat template does not print a message's text; use one for text conversations"
+        )
     # Added tokens are those that the tokenizer never splits; of two that match the longer one is meant.
     tail = text.rpartition(answer)[2].lstrip()
     candidates = {token.content for token in tokenizer.added_tokens_decoder.values()} | {tokenizer.eos_token}

@@ -298,6 +298,13 @@ def test_a_broken_template_is_one_sentence(template):
         stop_token_ids(byte_level_tokenizer(template), None)
 
 
+def test_a_template_that_leaves_text_out_is_refused():
+    """As those of image models do, which look for a list of parts."""
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'].text }}<|im_end|>{% endfor %}"
+    with pytest.raises(InputError, match="does not print a message's text"):
+        stop_token_ids(byte_level_tokenizer(template), None)
+
+
 # -- Lengths
 
 
