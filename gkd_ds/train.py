@@ -19,13 +19,15 @@ from typing import Any
 from gkd_ds.config import NOT_SUPPORTED, GKDConfig
 from gkd_ds.errors import InputError
 from gkd_ds.recipe import read_flags, read_recipe
+from gkd_ds.secrets import redact
 
 # The launcher ends all ranks of a node as soon as one has failed: the silent ones give rank 0 time to speak.
 SECONDS_BEFORE_SILENT_EXIT = 3.0
+WRONG_INPUT = 2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0 when done, 2 for wrong input."""
+    """Run the command line. Returns the exit code: 2 for wrong input, else one of those in interrupts.py."""
     try:
         given = read_flags(sys.argv[1:] if argv is None else argv)
         if given.pop("help", False):
@@ -35,13 +37,13 @@ def main(argv: list[str] | None = None) -> int:
         recipe = given.pop("config", None)
         config = GKDConfig(**{**(read_recipe(recipe) if recipe else {}), **given})
         check_inputs(config)
-        if dry_run:
-            print_plan(config)
-        else:
-            run(config)
+        if not dry_run:
+            return run(config)
+        print_plan(config)
         return 0
     except InputError as error:
-        return refuse(error)
+        say(error)
+        return WRONG_INPUT
 
 
 def check_inputs(config: GKDConfig) -> None:
@@ -97,11 +99,14 @@ def read_datasets(config: GKDConfig) -> tuple[Any, Any]:
     return train, read_dataset(config.dataset_name, config.dataset_test_split, config.dataset_config)
 
 
-def run(config: GKDConfig) -> None:
-    """Build the trainer and train to the end."""
+def run(config: GKDConfig) -> int:
+    """Build the trainer and train to the end; the exit code."""
     train_dataset, eval_dataset = read_datasets(config)
 
-    from gkd_ds.trainer import GKDTrainer  # torch and DeepSpeed: only now, when the input is known to be good
+    # torch and DeepSpeed: only now, when the input is known to be good.
+    from gkd_ds.guards import TrainingStopped
+    from gkd_ds.interrupts import DIVERGED, FINISHED, STOPPED
+    from gkd_ds.trainer import GKDTrainer
 
     trainer = GKDTrainer(
         model=config.model_name_or_path,
@@ -110,7 +115,12 @@ def run(config: GKDConfig) -> None:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
     )
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    except TrainingStopped as error:
+        say(error)
+        return DIVERGED
+    return STOPPED if trainer.stop_reason else FINISHED
 
 
 def print_plan(config: GKDConfig) -> None:
@@ -124,13 +134,12 @@ def print_plan(config: GKDConfig) -> None:
         print(report)
 
 
-def refuse(error: InputError) -> int:
-    """Say what is wrong, once per node; the exit code for wrong input."""
+def say(error: Exception) -> None:
+    """What is wrong, in one line on stderr, once per node."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print("gkd_ds: error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        print("gkd_ds: error:", redact(" ".join(str(error).split())), file=sys.stderr, flush=True)
     else:
         time.sleep(SECONDS_BEFORE_SILENT_EXIT)
-    return 2
 
 
 def print_help() -> None:
