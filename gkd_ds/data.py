@@ -666,7 +666,7 @@ def _read_files(files: list[Path]) -> datasets.Dataset:
     places, rows = [], []
     for file in files:
         for place, row in _read_json(file):
-            places.append(place if len(files) == 1 else f"{file.name}, {place}")
+            places.append(f"{file.name}, {place}")
             rows.append(row)
     table = {
         JSON_COLUMN: pyarrow.array(rows, pyarrow.large_binary()),

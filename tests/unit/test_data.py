@@ -404,8 +404,8 @@ def tokenizer():
 def test_strict_names_file_and_line(tmp_path, tokenizer, config):
     path = tmp_path / "train.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n\n{"messages": 5}\n{"messages": 6}\n')
-    with pytest.raises(InputError, match=r"^train\.jsonl, line 3: 'messages' must be a list .*int$"):
-        tokenize(read_dataset(str(path), "train"), tokenizer, config, "train.jsonl", [0, 2])
+    with pytest.raises(InputError, match=r"^my data, train\.jsonl, line 3: 'messages' must be a list .*int$"):
+        tokenize(read_dataset(str(path), "train"), tokenizer, config, "my data", [0, 2])
 
 
 def test_strict_names_the_row_of_a_dataset_or_list(tokenizer, config):
@@ -632,8 +632,8 @@ def test_a_bad_line_among_several_files_is_named(tmp_path, config):
 def test_bad_lines(tmp_path, config, line, complaint):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(ROWS[0]).encode() + b"\n" + line)
-    with pytest.raises(InputError, match=f"^rows, line 2: .*{complaint}"):
-        fingerprint(read_dataset(str(path), "train"), config, "rows")
+    with pytest.raises(InputError, match=rf"^data, rows\.jsonl, line 2: .*{complaint}"):
+        fingerprint(read_dataset(str(path), "train"), config, "data")
 
 
 def test_bad_sources(tmp_path, monkeypatch):
