@@ -73,6 +73,8 @@ def save(run_dir: str | Path, step: int, write: Callable[[Path], None], state: d
     except CheckpointError:
         if rank == 0:
             shutil.rmtree(directory, ignore_errors=True)
+            (run_dir / f"{LATEST}.tmp").unlink(missing_ok=True)
+        ranks.barrier()
         raise
 
 

@@ -19,6 +19,13 @@ LOOPING_SHARE = 0.3
 UNFINISHED_SHARE = 0.8
 ENTROPY_COLLAPSE, LOWEST_ENTROPY = 0.1, 0.02  # of the reference; nats per token
 
+# Where a NaN or Inf can be, in the order in which one causes the next, and what to do about many of them.
+BAD_KINDS = {
+    "teacher targets": "check the teacher's weights and precision (bf16 instead of fp16)",
+    "loss": "resume from an earlier checkpoint with a lower learning_rate, and look at the logged samples",
+    "gradients": "lower learning_rate or max_grad_norm, or use bf16 instead of fp16",
+}
+
 
 class TrainingStopped(RuntimeError):
     """The run cannot go on by itself; the message is one sentence of diagnosis. Exit code 65 (DIVERGED)."""
@@ -59,6 +66,7 @@ class BadUpdates:
         if bad is None:
             self.in_a_row, self.kinds = 0, []
             return None
+        assert bad in BAD_KINDS, bad
         self.total += 1
         self.in_a_row += 1
         self.kinds.append(bad)
@@ -67,15 +75,10 @@ class BadUpdates:
         return f"update {step} was skipped: NaN or Inf in the {bad} ({self.in_a_row} in a row, {self.total} in all)"
 
     def _diagnosis(self, step: int) -> str:
-        advice = {
-            "teacher targets": "check the teacher's weights and precision (bf16 instead of fp16)",
-            "gradients": "lower learning_rate or max_grad_norm, or use bf16 instead of fp16",
-            "loss": "resume from an earlier checkpoint with a lower learning_rate, and look at the logged samples",
-        }
-        worst = next(kind for kind in advice if kind in {*self.kinds, "loss"})
+        worst = next((kind for kind in BAD_KINDS if kind in self.kinds), "loss")
         return (
             f"{self.in_a_row} updates in a row up to step {step} were skipped because of NaN or Inf in the "
-            f"{worst} ({self.total} skipped in the whole run); {advice[worst]}."
+            f"{worst} ({self.total} skipped in the whole run); {BAD_KINDS[worst]}."
         )
 
 
