@@ -28,8 +28,10 @@ class JsonLines:
         self._open()
 
     def append(self, row: Row) -> None:
-        """Write one row through to the operating system (one write, no fsync)."""
+        """Write one row through to the operating system (no fsync); a closed file is opened again."""
         assert isinstance(row["step"], int), row["step"]
+        if self._file.closed:
+            self._open()
         text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
         self._waiting += text.encode(errors="backslashreplace") + b"\n"
         try:
@@ -56,9 +58,14 @@ class JsonLines:
         return unreadable
 
     def sync(self) -> None:
-        """Force every row onto the disk; OSError when there is no room."""
-        self._write_waiting()
-        os.fsync(self._file.fileno())
+        """Force every row onto the disk, as far as there is room."""
+        if self._file.closed:
+            return
+        try:
+            self._write_waiting()
+            os.fsync(self._file.fileno())
+        except OSError as problem:
+            print(f"{self.path}: {problem.strerror}; its last rows are not on the disk.", file=sys.stderr)
 
     def close(self) -> None:
         """Safe to call twice. Rows that still find no room are lost, with a message."""

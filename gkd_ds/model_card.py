@@ -47,14 +47,14 @@ CITATION = """\
 
 
 class Card(TypedDict, total=False):
-    """What the caller knows about a run; every key may be missing."""
+    """What the caller knows about a run; every key may be missing or None."""
 
     student: str  # directory or hub name the student started from
     teacher: str
     dataset: str
     data_fingerprint: str
     config: dict[str, Any]  # GKDConfig.to_dict()
-    updates: int
+    step: int  # updates done
     ranks: int
     metrics: dict[str, Any]  # name -> number, or (before, after)
     license: str  # of the student's weights, as the hub spells it
@@ -63,13 +63,13 @@ class Card(TypedDict, total=False):
 def model_card(card: Card) -> str:
     """Markdown with YAML front matter, without secrets and without directories of this machine."""
     card = redact(dict(card))
-    config = card.get("config", {})
+    config = card.get("config") or {}
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(card), sort_keys=False, allow_unicode=True)}---",
         f"# {_name(card.get('student')) or 'Student'}, distilled",
         _story(card),
         _example(),
-        _metrics(card.get("metrics", {})),
+        _metrics(card.get("metrics") or {}),
         _table("Training", ("setting", "value"), [
             (f"{meaning} (`{name}`)", config[name])
             for name, meaning in HYPERPARAMETERS.items()
@@ -84,14 +84,14 @@ def model_card(card: Card) -> str:
 def _front_matter(card: Card) -> dict[str, Any]:
     front = {"library_name": "transformers", "pipeline_tag": "text-generation",
              "tags": ["gkd", "distillation", "on-policy-distillation", "gkd_ds"]}  # fmt: skip
-    if "license" in card:
+    if card.get("license"):
         front["license"] = card["license"]
     # The hub refuses a base_model or a dataset that is not one of its own names.
     if _is_hub_name(card.get("student")):
         front |= {"base_model": card["student"], "base_model_relation": "finetune"}
     if _is_hub_name(card.get("dataset")):
         front["datasets"] = [card["dataset"]]
-    if "teacher" in card:
+    if card.get("teacher"):
         front["teacher"] = _name(card["teacher"])
     return front
 
@@ -102,7 +102,7 @@ def _story(card: Card) -> str:
         ("teacher", _name(card.get("teacher"))),
         ("data", _name(card.get("dataset"))),
         ("data fingerprint (SHA-256 of the tokens)", card.get("data_fingerprint")),
-        ("updates", card.get("updates")),
+        ("updates", card.get("step")),
         ("ranks", card.get("ranks")),
     ]
     intro = ("This model was trained by on-policy distillation: it wrote completions itself, and the teacher's "

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gkd_ds.config import GKDConfig
 from gkd_ds.export import UNFINISHED, _move_into_place, export_model, hub_uploads, push_to_hub
+from gkd_ds.model_card import Card, model_card
 from tests.tiny import FAMILIES, make_model, make_tokenizer
 
 CANARY = "canary-0ddba11-secret"
@@ -200,7 +201,7 @@ def full_card(**more):
         "dataset": "org/chats",
         "data_fingerprint": "ab" * 32,
         "config": config,
-        "updates": 40,
+        "step": 40,
         "ranks": 2,
         "metrics": {"divergence on own samples": (0.61, 0.22), "rows skipped": 3},
         "license": "apache-2.0",
@@ -236,8 +237,8 @@ def test_model_card_says_how_it_was_made(tmp_path):
 
 def test_model_card_of_nothing_and_of_awkward_names(tmp_path):
     (tmp_path / "my teacher").mkdir()
-    from gkd_ds.model_card import model_card
-
+    everything_missing = dict.fromkeys(Card.__annotations__)
+    assert model_card({}) == model_card(everything_missing)
     assert model_card({}).startswith("---\nlibrary_name: transformers")
     text = model_card(
         {"student": str(tmp_path / "my teacher"), "teacher": "a|b\n# c: 'd'", "dataset": "/data/x.jsonl"}

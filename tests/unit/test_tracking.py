@@ -127,6 +127,16 @@ def test_resume_neither_misses_nor_repeats_a_step(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_an_evaluation_after_the_end_is_recorded(tmp_path):
+    tracker = Tracker(make_config(tmp_path), 0, tmp_path, 1)
+    tracker.log_update(update(1))
+    tracker.close()
+    tracker.log_eval({"step": 1, "eval/loss": 0.5})
+    tracker.sync()
+    tracker.close()
+    assert steps(tmp_path) == [1, 1]
+
+
 def test_unreadable_lines_in_the_middle_are_named_and_dropped_on_resume(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(update(1)) + "\n{damaged\n" + json.dumps(update(2)) + "\n")
