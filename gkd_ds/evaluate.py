@@ -55,14 +55,16 @@ def _divergence(pipeline: Pipeline, rollouts: list[Rollout]) -> tuple[float, flo
 
 def main() -> None:
     """Evaluate a student directory against the teacher of a recipe, on the recipe's test split."""
-    from gkd_ds.train import build, run_command
+    from gkd_ds.train import build, command
 
-    def work(config: GKDConfig) -> None:
-        metrics = build(config, training=False).evaluate()
+    def work(config: GKDConfig) -> int:
+        metrics = build(config).evaluate()
         if ranks.rank() == 0:
             print("\n".join(f"{name:28} {value:.6g}" for name, value in metrics.items()))
+        return 0
 
-    sys.exit(run_command(sys.argv[1:], work))
+    # Nothing is written: any existing run may stand in output_dir.
+    sys.exit(command([*sys.argv[1:], "--eval_strategy", "epoch", "--overwrite_output_dir"], work))
 
 
 if __name__ == "__main__":

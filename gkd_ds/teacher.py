@@ -13,7 +13,7 @@ Shapes: E teacher width, N completion tokens of the window.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,6 +114,7 @@ class Teacher:
 
     def _pass(self, batches: list[SequenceBatch]) -> list[Tensor]:
         self.counters.teacher_passes += 1
+        self.counters.teacher_bytes += _bytes([self.embedding.weight])
         return self.engine.module(run=lambda: self._stream(batches))
 
     def _stream(self, batches: list[SequenceBatch]) -> list[Tensor]:
@@ -170,7 +171,7 @@ class Teacher:
         """The output layer whole on every rank for one learn phase: one gather per window. Collective."""
         parameters = [p for p in (self.head.weight, self.head.bias) if p is not None]
         with zero.gathered(parameters):
-            self.counters.head_gathers += 1
+            self.counters.teacher_bytes += _bytes(parameters)
             weight, bias = (None if p is None else p.data for p in (self.head.weight, self.head.bias))
             yield TeacherHead(weight, bias, LogitTransform.of(self.model.config))
 
@@ -201,6 +202,10 @@ class Teacher:
                 f"the teacher ({type(self.model).__name__}) does more between its decoder layers than gkd_ds can "
                 "stream; use a plain decoder-only architecture."
             )
+
+
+def _bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(zero.full_numel(p) * p.element_size() for p in parameters)
 
 
 @dataclass(frozen=True)
@@ -236,7 +241,7 @@ class _StreamedLayer(nn.Module):
         self.layer, self.counters = layer, counters
 
     def forward(self, *, calls: list[_Call]) -> list[Tensor]:
-        self.counters.teacher_bytes += sum(p.numel() * p.element_size() for p in self.layer.parameters())
+        self.counters.teacher_bytes += _bytes(self.layer.parameters())
         return [self.layer(call.hidden, *call.args, **call.kwargs) for call in calls]
 
 

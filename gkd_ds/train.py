@@ -14,6 +14,7 @@ import shutil
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from typing import Any
 
 from gkd_ds.config import NOT_SUPPORTED, GKDConfig
@@ -27,9 +28,14 @@ WRONG_INPUT = 2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 2 for wrong input, else one of those in interrupts.py."""
+    """Train. Returns the exit code: 2 for wrong input, else one of those in interrupts.py."""
+    return command(sys.argv[1:] if argv is None else argv, run)
+
+
+def command(argv: list[str], work: Callable[[GKDConfig], int]) -> int:
+    """Read and check a command line and do `work` with its configuration; `work` returns the exit code."""
     try:
-        given = read_flags(sys.argv[1:] if argv is None else argv)
+        given = read_flags(argv)
         if given.pop("help", False):
             print_help()
             return 0
@@ -38,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         config = GKDConfig(**{**(read_recipe(recipe) if recipe else {}), **given})
         check_inputs(config)
         if not dry_run:
-            return run(config)
+            return work(config)
         print_plan(config)
         return 0
     except InputError as error:
@@ -101,26 +107,32 @@ def read_datasets(config: GKDConfig) -> tuple[Any, Any]:
 
 def run(config: GKDConfig) -> int:
     """Build the trainer and train to the end; the exit code."""
-    train_dataset, eval_dataset = read_datasets(config)
+    trainer = build(config)
 
-    # torch and DeepSpeed: only now, when the input is known to be good.
     from gkd_ds.guards import TrainingStopped
     from gkd_ds.interrupts import DIVERGED, FINISHED, STOPPED
-    from gkd_ds.trainer import GKDTrainer
 
-    trainer = GKDTrainer(
-        model=config.model_name_or_path,
-        teacher_model=config.teacher_model_name_or_path,
-        args=config,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-    )
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     except TrainingStopped as error:
         say(error)
         return DIVERGED
     return STOPPED if trainer.stop_reason else FINISHED
+
+
+def build(config: GKDConfig):
+    """The trainer of a recipe."""
+    train_dataset, eval_dataset = read_datasets(config)
+
+    from gkd_ds.trainer import GKDTrainer  # torch and DeepSpeed: only now, when the input is known to be good
+
+    return GKDTrainer(
+        model=config.model_name_or_path,
+        teacher_model=config.teacher_model_name_or_path,
+        args=config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+    )
 
 
 def print_plan(config: GKDConfig) -> None:

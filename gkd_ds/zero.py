@@ -21,6 +21,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -37,8 +38,7 @@ class Counters:
 
     student_gathers: int = 0  # whole-model gathers of the student
     teacher_passes: int = 0  # passes over the teacher's layers
-    teacher_bytes: int = 0  # weight bytes that these passes made available on this rank
-    head_gathers: int = 0  # gathers of the teacher's head for a learn phase
+    teacher_bytes: int = 0  # bytes of the teacher's weights that were made available on this rank, head included
 
 
 def start(config: GKDConfig) -> None:
@@ -48,8 +48,10 @@ def start(config: GKDConfig) -> None:
     """
     logging.getLogger("DeepSpeed").setLevel(config.deepspeed_log_level.upper())
     if config.deepspeed_log_level in ("error", "critical"):
-        # DeepSpeed calls collectives by names that torch deprecates: a line per call.
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+        # DeepSpeed calls collectives by names that torch deprecates, and transformers renames its switch for
+        # checkpointing: a line per call. A bar per model that is read or written is chatter, too.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
+        transformers.utils.logging.disable_progress_bar()
     if torch.distributed.is_initialized() and deepspeed.comm.is_initialized():
         return
     if "RANK" not in os.environ:
