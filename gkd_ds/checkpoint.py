@@ -10,9 +10,9 @@ All ranks must see the run directory. `save` and `find` are collectives: every r
 gets the same result or the same error. The names a directory can have:
 
     checkpoint-15                complete
-    checkpoint-15.tmp-<nonce>    a save in progress, or one that died; `prune` removes it
+    checkpoint-15.tmp-<nonce>    a save in progress, or one that died; the next save removes it
     checkpoint-15.aside-<nonce>  what had the name before: an older checkpoint, or something that is not ours
-    checkpoint-15.trash-<nonce>  being deleted; `prune` removes it
+    checkpoint-15.trash-<nonce>  being deleted; the next save removes it
 """
 
 import importlib.metadata
@@ -81,6 +81,7 @@ def save(run_dir: str | Path, step: int, write: Callable[[Path], None], state: d
 def _begin(run_dir: Path, step: int) -> Path:
     faults.point("save.begin")
     run_dir.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(run_dir)  # before the save that may need their space
     directory = run_dir / f"checkpoint-{step}.tmp-{secrets.token_hex(4)}"
     directory.mkdir()
     return directory
@@ -271,19 +272,15 @@ def prune(run_dir: str | Path, keep: int | None, protect: str | Path | None = No
     """Delete the oldest checkpoints until `keep` are left (None: all stay), and the leftovers of dead saves.
 
     The newest and `protect` (the best one) always stay, and so does every directory without a manifest of
-    ours. Rank 0 works, the others return at once. Call it after `save`, or at the start to get space back,
-    but never while a save is under way. It warns, instead of raising, when the disk refuses. Returns what it
-    deleted.
+    ours. Rank 0 works, the others return at once. Call it after `save`, never while a save is under way. It
+    warns, instead of raising, when the disk refuses. Returns what it deleted.
     """
     run_dir = Path(run_dir)
     if ranks.rank() != 0 or not run_dir.is_dir():
         return []
     deleted = []
     try:
-        for path in _leftovers(run_dir):
-            faults.point("prune.leftover")
-            shutil.rmtree(path)
-            deleted.append(path)
+        deleted += _remove_leftovers(run_dir)
         known = sorted(_readable_checkpoints(run_dir), key=lambda found: found.sequence)
         excess = len(known) - keep if keep is not None else 0
         for path in [found.path for found in known[:-1]]:
@@ -296,14 +293,16 @@ def prune(run_dir: str | Path, keep: int | None, protect: str | Path | None = No
     return deleted
 
 
-def _leftovers(run_dir: Path) -> list[Path]:
-    """What dead saves and deletions left, and older checkpoints whose name a complete newer one has."""
-    found = []
-    for path in run_dir.iterdir():
+def _remove_leftovers(run_dir: Path) -> list[Path]:
+    """Delete what dead saves and deletions left, and older checkpoints whose name a complete newer one has."""
+    deleted = []
+    for path in list(run_dir.iterdir()):
         replaced = ".aside-" in path.name and _readable(path) and _readable(path.with_suffix(""))
         if path.is_dir() and not path.is_symlink() and (replaced or LEFTOVER_NAME.fullmatch(path.name)):
-            found.append(path)
-    return found
+            faults.point("prune.leftover")
+            shutil.rmtree(path)
+            deleted.append(path)
+    return deleted
 
 
 def _delete(path: Path) -> None:

@@ -150,8 +150,9 @@ def test_leftover_directories(tmp_path: Path) -> None:
     found, passed_over = checkpoint.find(tmp_path, "auto")
     assert found is None and [path.name for path, _ in passed_over] == ["checkpoint-1.tmp-0123abcd"]
     save(tmp_path, 1)
-    assert [path.name for path in checkpoint.prune(tmp_path, None)] == ["checkpoint-1.tmp-0123abcd"]
     assert names(tmp_path) == ["checkpoint-1", "latest"]
+    (tmp_path / "checkpoint-2.trash-0123abcd").mkdir()
+    assert [path.name for path in checkpoint.prune(tmp_path, None)] == ["checkpoint-2.trash-0123abcd"]
 
 
 def test_foreign_directory_with_the_target_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
