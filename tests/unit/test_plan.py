@@ -1,0 +1,334 @@
+"""The planner: its counts against real models, its arithmetic against examples done by hand, its command line."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from gkd_ds.config import GKDConfig
+from gkd_ds.errors import InputError
+from gkd_ds.pipeline import kv_bytes_per_token
+from gkd_ds.plan import (
+    MIB,
+    Engine,
+    Plan,
+    count_batches,
+    count_memory,
+    count_model,
+    count_parameters,
+    count_work,
+    make_plan,
+    peak,
+)
+from tests.tiny import FAMILIES, make_model, make_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools" / "plan.py")
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+
+ZERO3 = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def zero3(**blocks) -> Engine:
+    return Engine.of({"zero_optimization": {**ZERO3["zero_optimization"], **blocks}})
+
+
+@pytest.fixture(scope="module")
+def counts(tokenizer):
+    return count_parameters(make_model("llama", layers=2, tokenizer=tokenizer, tie_word_embeddings=False))
+
+
+def plan_of(counts, *, ranks=2, weight_bytes=4, student=None, teacher=None, on_cpu=False, **settings) -> Plan:
+    settings = {"per_device_train_batch_size": 2, "max_length": 64, "max_new_tokens": 16, **settings}
+    engines = {"student_engine": student or zero3(), "teacher_engine": teacher or zero3()}
+    config = GKDConfig(**settings)
+    return Plan(config, counts, counts, ranks=ranks, weight_bytes=weight_bytes, on_cpu=on_cpu, **engines)
+
+
+def sizes(plan: Plan) -> dict[tuple[str, str], tuple[int, int, int]]:
+    return {(line.phase, line.what): (line.device, line.host, line.nvme) for line in count_memory(plan)}
+
+
+# ---- Models ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_counts_from_the_configuration_equal_those_of_the_loaded_model(family, tied, tmp_path, tokenizer):
+    model = make_model(family, tmp_path, layers=3, tie_word_embeddings=tied, tokenizer=tokenizer)
+    counts = count_model(str(tmp_path))
+    assert counts == count_parameters(model)
+    assert counts.total == sum(p.numel() for p in model.parameters())
+    assert counts.total == counts.layers_total + counts.embedding + counts.head + counts.glue
+    assert counts.layers == 3 and counts.layers_active == counts.layers_total == 3 * counts.largest_layer
+    assert counts.kv_per_token * 4 == kv_bytes_per_token(model)
+    assert (counts.head == 0) == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+
+
+def test_kv_cache_is_what_the_model_keeps(tokenizer):
+    import torch
+
+    model = make_model("llama", layers=2, tokenizer=tokenizer)
+    with torch.no_grad():
+        cache = model(torch.zeros(3, 7, dtype=torch.long), use_cache=True).past_key_values
+    kept = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert kept == 3 * 7 * count_parameters(model).kv_per_token
+
+
+def test_idle_experts_do_not_compute(tmp_path):
+    from transformers import MixtralConfig
+
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 99,
+    }
+    MixtralConfig(**shape, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=1).save_pretrained(tmp_path)
+    counts = count_model(str(tmp_path))
+    experts = 2 * 4 * 3 * 32 * 64
+    assert counts.layers_total - counts.layers_active == experts * 3 // 4
+
+
+@pytest.mark.parametrize(("name", "total"), [("llama_8b", 8_030_261_248), ("llama_70b", 70_553_706_496)])
+def test_shipped_models_have_the_published_sizes(name, total):
+    assert count_model(str(ROOT / "tools" / "plan_models" / f"{name}.json")).total == total
+
+
+@pytest.mark.parametrize("content", [None, "{}", "{", '{"model_type": "no_such_model"}', '{"model_type": "vit"}'])
+def test_unusable_model_configuration(content, tmp_path):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match="cannot be used") as caught:
+        count_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+# ---- Batches ----
+
+
+@pytest.mark.parametrize(
+    ("samples", "settings", "windows", "updates"),
+    [
+        (100, {}, 9, 27),  # 12 samples a window; the last one of an epoch is short
+        (100, {"dataloader_drop_last": True}, 8, 24),
+        (100, {"num_train_epochs": 0.5}, 9, 5),
+        (100, {"max_steps": 7}, 9, 7),
+        (12, {}, 1, 3),
+        (5, {"dataloader_drop_last": True}, 1, 3),
+    ],
+)
+def test_batches(samples, settings, windows, updates):
+    config = GKDConfig(per_device_train_batch_size=2, gradient_accumulation_steps=3, **settings)
+    batches = count_batches(config, samples, ranks=2)
+    assert (batches.per_rank, batches.per_window) == (6, 12)
+    assert (batches.windows_per_epoch, batches.updates) == (windows, updates)
+
+
+def test_no_samples():
+    with pytest.raises(InputError, match="no rows"):
+        count_batches(GKDConfig(dataset_name="rows.jsonl"), 0, 1)
+
+
+# ---- Memory ----
+
+
+def test_states_of_the_student_at_stage_3(counts):
+    shard = -(-counts.total // 2)
+    memory = sizes(plan_of(counts, weight_bytes=2))
+    assert memory["always", "student parameters"] == (2 * shard, 0, 0)
+    assert memory["always", "student gradients"] == (2 * shard, 0, 0)
+    assert memory["always", "optimizer states"] == (12 * shard, 0, 0)
+    assert memory["always", "gradient bucket"] == (2000, 0, 0)
+    # In fp32 the parameters are their own master copy.
+    assert sizes(plan_of(counts))["always", "optimizer states"] == (8 * shard, 0, 0)
+
+
+def test_offloaded_states(counts):
+    shard = -(-counts.total // 2)
+    memory = sizes(plan_of(counts, weight_bytes=2, student=zero3(offload_optimizer={"device": "cpu"})))
+    assert memory["always", "optimizer states"] == (0, 12 * shard, 0)
+    assert memory["always", "student gradients"] == (0, 2 * shard, 0)
+    assert memory["update", "gradients in fp32"] == (0, 4 * shard, 0)
+    memory = sizes(plan_of(counts, weight_bytes=2, student=zero3(offload_optimizer={"device": "nvme"})))
+    assert memory["always", "optimizer states"] == (0, 0, 12 * shard)
+
+
+def test_lower_stages_keep_more_on_every_rank(counts):
+    peaks = []
+    for stage in (0, 1, 2, 3):
+        plan = plan_of(counts, ranks=8, weight_bytes=2, student=Engine.of({"zero_optimization": {"stage": stage}}))
+        kept = [line.device for line in count_memory(plan) if line.what.startswith(("student", "optimizer"))]
+        peaks.append(sum(kept[:3]))
+    assert peaks == sorted(peaks, reverse=True) and peaks[0] == 16 * counts.total and peaks[3] < 16 * counts.total / 7
+
+
+@pytest.mark.parametrize(("device", "place"), [("none", 0), ("cpu", 1), ("nvme", 2)])
+def test_teacher_is_where_its_file_says(device, place, counts):
+    memory = sizes(plan_of(counts, teacher=zero3(offload_param={"device": device})))
+    expected = [0, 0, 0]
+    expected[place] = -(-(counts.total - counts.glue) // 2) * 4
+    assert memory["always", "teacher parameters"] == tuple(expected)
+
+
+def test_rollout_memory_follows_its_budget(counts):
+    whole = sizes(plan_of(counts, gradient_accumulation_steps=8))
+    assert whole["rollout", "KV cache"][0] == 16 * 64 * counts.kv_per_token * 4
+    assert whole["rollout", "student, gathered"][0] == counts.total * 4
+    budget = sizes(plan_of(counts, gradient_accumulation_steps=8, max_length=4096, rollout_memory_mb=32))
+    assert 0 < budget["rollout", "KV cache"][0] <= 32 * MIB
+    assert not any(phase == "rollout" for phase, _ in sizes(plan_of(counts, lmbda=0)))
+
+
+def test_targets_move_to_the_host_beyond_their_budget(counts):
+    size = 2 * 16 * counts.hidden * 4
+    assert sizes(plan_of(counts))["learn", "teacher's hidden states"] == (size, 0, 0)
+    assert sizes(plan_of(counts, targets_memory_mb=0))["learn", "teacher's hidden states"] == (0, size, 0)
+
+
+def test_peak_is_what_stays_plus_the_busiest_phase(counts):
+    memory = count_memory(plan_of(counts))
+    always = sum(line.device for line in memory if line.phase == "always")
+    size, phase = peak(memory, "device")
+    busiest = sum(line.device for line in memory if line.phase == phase)
+    assert size == always + busiest
+    assert all(sum(x.device for x in memory if x.phase == other) <= busiest for other in ("rollout", "score", "learn"))
+
+
+# ---- Work and traffic ----
+
+
+def test_teacher_passes_do_not_depend_on_micro_batches(counts):
+    one = count_work(plan_of(counts, per_device_train_batch_size=8, gradient_accumulation_steps=1, lmbda=1.0))
+    four = count_work(plan_of(counts, per_device_train_batch_size=2, gradient_accumulation_steps=4, lmbda=1.0))
+    assert one["score"] == four["score"] and one["rollout"] == four["rollout"]
+    expected = (counts.layers_total + counts.embedding) * 4 / 2  # the half that the other rank holds
+    assert one["score"].links["ranks"] == expected
+
+
+def test_one_rank_receives_nothing(counts):
+    work = count_work(plan_of(counts, ranks=1))
+    assert all(phase.links.get("ranks", 0) == 0 for phase in work.values())
+
+
+def test_offloaded_teacher_crosses_pcie_once_per_pass(counts):
+    plan = plan_of(counts, teacher=zero3(offload_param={"device": "nvme"}))
+    links = count_work(plan)["score"].links
+    assert links["pcie"] == links["nvme"] == (counts.layers_total + counts.embedding) * 4 / 2
+
+
+def test_flops_are_twice_the_weights_per_token(counts):
+    plan = dataclasses.replace(plan_of(counts), prompt_tokens=1, completion_tokens=1)  # next to no attention
+    flops = count_work(plan)["score"].flops
+    assert 2 * counts.layers_total * 4 <= flops <= 2.2 * counts.layers_total * 4
+
+
+def test_checkpointing_costs_one_more_forward(counts):
+    with_it = count_work(plan_of(counts, gradient_checkpointing=True))["learn"].flops
+    without = count_work(plan_of(counts, gradient_checkpointing=False))["learn"].flops
+    forward = count_work(plan_of(counts))["score"].flops
+    assert with_it - without == pytest.approx(forward)
+
+
+def test_on_policy_share(counts):
+    none, half, all_ = (count_work(plan_of(counts, lmbda=lmbda))["rollout"] for lmbda in (0.0, 0.5, 1.0))
+    assert none.flops == none.memory == none.links["ranks"] == 0
+    assert half.links["ranks"] == all_.links["ranks"] / 2 and half.flops == all_.flops / 2
+
+
+# ---- tools/plan.py ----
+
+
+def test_streaming_is_hidden_from_the_crossover_on(counts):
+    cluster = tool.Cluster(gpus=2)
+    plan = plan_of(counts, teacher=zero3(offload_param={"device": "cpu"}))
+    cross = tool.crossover(plan, cluster)
+    for rows, bound in ((cross.tokens // 64 // 2, "PCIe"), (cross.tokens // 64 * 2, "compute")):
+        settings = {"gradient_accumulation_steps": rows, "per_device_train_batch_size": 1}
+        same = plan_of(counts, teacher=plan.teacher_engine, targets_memory_mb=10**6, **settings)
+        assert tool.phase_seconds("score", count_work(same)["score"], cluster)[1] == bound
+        assert tool.crossover(same, cluster).hidden == (bound == "compute")
+
+
+def test_what_does_not_fit_says_what_to_change(counts):
+    memory = count_memory(plan_of(counts))
+    device, host, nvme = tool.check_fit(memory, tool.Cluster(gpu_memory_gb=1e-3))
+    assert not device.fits and host.fits and nvme.fits
+    assert device.advice and all("it shrinks with" in line for line in device.advice)
+
+
+def test_more_nodes_need_the_network(counts):
+    one, four = tool.Cluster(nodes=1), tool.Cluster(nodes=4)
+    assert "network" not in tool.link_seconds({"ranks": 1e9}, one)
+    assert tool.link_seconds({"ranks": 1e9}, four)["network"] == pytest.approx(1e9 * 32 / 31 * 3 / 4 / 25e9)
+
+
+@pytest.fixture
+def recipe(tmp_path, tokenizer):
+    make_model("llama", tmp_path / "model", layers=1, tokenizer=tokenizer)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model_name_or_path: {tmp_path}/model\nteacher_model_name_or_path: {tmp_path}/model\n")
+    return path
+
+
+def test_tool_reports(recipe, tmp_path, capsys):
+    (tmp_path / "hosts").write_text("# two nodes\nn1 slots=4\nn2 slots=4\n\n")
+    assert tool.main(["--config", str(recipe), "--hostfile", str(tmp_path / "hosts"), "--lmbda", "1"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "2 node(s) with 4 GPU(s)",
+        "64 samples, 8 on each rank",
+        "KV cache",
+        "bottleneck",
+        "hidden",
+        "device fits",
+    ):
+        assert part in text
+    assert tool.main(["--config", str(recipe), "--gpus", "1", "--gpu_memory_gb", "0.5"]) == 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--hostfile", "missing"], "cannot be read"),
+        (["--nodes", "0"], "above 0"),
+        (["--learning_rte", "1"], "did you mean --learning_rate?"),
+        (["--beta", "2"], "'beta'"),
+        (["--model_name_or_path", "./missing"], "./missing"),
+        (["--deepspeed", "missing.json"], "missing.json"),
+    ],
+)
+def test_tool_refuses_with_one_sentence(arguments, part, recipe, capsys):
+    assert tool.main(["--config", str(recipe), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert part in line
+
+
+@pytest.mark.parametrize(
+    "content", ["", "n1\n", "n1 slots=x\n", "n1 slots=0\n", "n1 slots=2 x\n", "n1 slots=1\nn2 slots=2\n"]
+)
+def test_malformed_hostfile(content, tmp_path):
+    (tmp_path / "hosts").write_text(content)
+    with pytest.raises(InputError, match="hostfile"):
+        tool.read_hostfile(str(tmp_path / "hosts"))
+
+
+def test_table_in_the_docs_is_the_planner_s():
+    assert (ROOT / "docs" / "plan_70b_8b.md").read_text() == tool.table() + "\n"
+
+
+def test_make_plan_reads_models_and_files(recipe):
+    from gkd_ds.recipe import read_recipe
+
+    config = GKDConfig(**read_recipe(str(recipe)), deepspeed={"zero_optimization": {"stage": 2}})
+    plan = make_plan(config, ranks=4, weight_bytes=2)
+    assert plan.student == plan.teacher and plan.student_engine.stage == 2 and plan.teacher_engine.stage == 3
