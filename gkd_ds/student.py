@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
-from gkd_ds import causal_lm, kernels, ranks, zero
+from gkd_ds import causal_lm, hybrid, kernels, ranks, zero
 from gkd_ds.config import GKDConfig
 from gkd_ds.decoding import Completions, Sampling, decode
 from gkd_ds.divergence import DivergenceHead, LogitTransform, LossInputs
@@ -49,14 +49,20 @@ class Student:
         ds_config = zero.student_config(config, ranks.world_size(), width)
         if optimizer is None and "optimizer" not in ds_config:
             optimizer = _optimizer(model, config)
+        self.rollout_engine = self._choose_rollout_engine()
+        root = zero.EngineRoot(model=model)
+        if self.rollout_engine == "hybrid":
+            ds_config["hybrid_engine"] = hybrid.DS_BLOCK
+            root.config, root.generate = model.config, model.generate
         self.engine = zero.initialize(
-            zero.EngineRoot(model=model),
+            root,
             ds_config,
             optimizer=optimizer,
             lr_scheduler=scheduler or (lambda optimizer: _schedule(optimizer, config, total_updates)),
         )
         self._in_root(lambda: causal_lm.check_head(model, "student", self.device))
-        self.rollout_engine = self._choose_rollout_engine()
+        if self.rollout_engine == "hybrid":
+            self._check_hybrid()
 
     # -- rollout ------------------------------------------------------------------------------------------------
 
@@ -71,21 +77,35 @@ class Student:
                 stepwise = lambda *args: self._in_root(lambda: forward(*args))  # noqa: E731
                 agree = lambda here: bool(ranks.maximum([int(here)])[0])  # noqa: E731
                 return decode(stepwise, prompts, sample_ids, sampling, self.device, max_rows, agree)
-            with zero.whole_parameters(self.engine, self.counters), kernels.fast_decoding(self.model):
-                return decode(forward, prompts, sample_ids, sampling, self.device, max_rows)
+            with zero.whole_parameters(self.engine, self.counters):
+                if self.rollout_engine == "hybrid":
+                    return hybrid.generate(self.engine, self.model, prompts, sample_ids, sampling)
+                with kernels.fast_decoding(self.model):
+                    return decode(forward, prompts, sample_ids, sampling, self.device, max_rows)
         finally:
             self.model.train()
 
     def _choose_rollout_engine(self) -> str:
-        wanted = self.config.rollout_engine
-        if wanted in ("gather", "sharded"):
-            return wanted
-        reason = hybrid_obstacle(self.model)
-        if wanted == "hybrid":
+        """`auto` gathers: no architecture has yet been seen to write the plain model's tokens with kernels injected."""
+        wanted, reason = self.config.rollout_engine, hybrid.obstacle(self.model)
+        if wanted == "hybrid" and reason:
             raise InputError(f"rollout_engine 'hybrid' is not possible here: {reason}; use 'gather' or 'auto'.")
-        if ranks.rank() == 0:
-            logger.warning("rollout_engine auto: gathering the student once per window, because %s.", reason)
-        return "gather"
+        if wanted == "auto" and ranks.rank() == 0:
+            reason = reason or f"DeepSpeed has no kernels for {type(self.model).__name__}, or they are not verified"
+            logger.warning("rollout_engine auto: the student is gathered once per window, because %s.", reason)
+        return "gather" if wanted == "auto" else wanted
+
+    def _check_hybrid(self) -> None:
+        """The hybrid engine must write greedily what the plain model writes, or it is refused."""
+        sampling = Sampling(8, 0.0, 0, (), 0, self.vocabulary)
+        forward = causal_lm.decoding_forward(self.model, self.vocabulary)
+        prompts = [[1, 2, 3, 4, 5, 6]]
+        with zero.whole_parameters(self.engine, self.counters):
+            ours = hybrid.generate(self.engine, self.model, prompts, [0], sampling)
+            self.model.eval()
+            plain = decode(forward, prompts, [0], sampling, self.device)
+        self.model.train()
+        hybrid.check(ours, plain)
 
     # -- learn --------------------------------------------------------------------------------------------------
 
@@ -136,13 +156,6 @@ class Student:
     def _in_root(self, run: Callable):
         with torch.no_grad():
             return self.engine.module(run=run)
-
-
-def hybrid_obstacle(model: PreTrainedModel) -> str:
-    """Why DeepSpeed's hybrid engine cannot inject its kernels into this model on this machine."""
-    if kernels.on_cpu():
-        return "DeepSpeed's inference kernels are not implemented on the CPU"
-    return f"no injected {type(model).__name__} has been shown to write the plain model's tokens"
 
 
 def _optimizer(model: PreTrainedModel, config: GKDConfig) -> torch.optim.Optimizer:

@@ -110,14 +110,14 @@ def run(config: GKDConfig) -> int:
     trainer = build(config)
 
     from gkd_ds.guards import TrainingStopped
-    from gkd_ds.interrupts import DIVERGED, FINISHED, STOPPED
+    from gkd_ds.interrupts import DIVERGED
 
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     except TrainingStopped as error:
         say(error)
         return DIVERGED
-    return STOPPED if trainer.stop_reason else FINISHED
+    return trainer.exit_code
 
 
 def build(config: GKDConfig):

@@ -29,7 +29,7 @@ from gkd_ds.decoding import Sampling
 from gkd_ds.errors import InputError
 from gkd_ds.evaluate import evaluate
 from gkd_ds.guards import BadUpdates, RateLimit, warnings
-from gkd_ds.interrupts import FAILED, FINISHED, STOPPED, Interrupts
+from gkd_ds.interrupts import FAILED, FINISHED, NOT_SAVED, STOPPED, Interrupts
 from gkd_ds.pipeline import Pipeline, count_tokens
 from gkd_ds.records import Sample
 from gkd_ds.report_row import rollout_rows, update_row, window_stats
@@ -77,13 +77,15 @@ class GKDTrainer:
             formatting_func=formatting_func,
         )
         self.args = config = args if args is not None else GKDConfig()
+        # The time budget includes loading, and a stop file that appears meanwhile counts.
+        self.interrupts = Interrupts(config.stop_path, config.max_runtime)
         student = loading.require_causal_lm(model if model is not None else config.model_name_or_path, "student")
         teacher = teacher_model if teacher_model is not None else config.teacher_model_name_or_path
         teacher = loading.require_causal_lm(teacher, "teacher")
         config.validate_files()
         self.processing_class = loading.load_tokenizer(student, processing_class, config)
         self._stop_ids = stop_token_ids(self.processing_class, getattr(student, "generation_config", None))
-        self._train_examples = self._tokenize(train_dataset, "the training data")
+        self._train_examples = self._tokenize(train_dataset, config.dataset_name or "the training data")
         self._eval_examples = self._tokenize_eval(eval_dataset)
         self._vocabulary = loading.shared_vocabulary(student, teacher, self.processing_class, config)
         for examples in (self._train_examples, *self._eval_examples.values()):
@@ -109,6 +111,7 @@ class GKDTrainer:
         self.control = self.callback_handler.on_init_end(config, self.state, self.control)
         self.tracker: Tracker | None = None
         self.stop_reason: str | None = None
+        self.exit_code = FINISHED  # of the last train(); interrupts.py explains it
 
     # -- building -----------------------------------------------------------------------------------------------
 
@@ -196,7 +199,7 @@ class GKDTrainer:
             raise InputError("no train_dataset is given; pass one to GKDTrainer.")
         config, handler = self.args, self.callback_handler
         self.watchdog = self.pipeline.watchdog = Watchdog(config.watchdog_timeout, config.output_dir)
-        with Interrupts(config.stop_path, config.max_runtime) as interrupts, self.watchdog:
+        with self.interrupts, self.watchdog:
             self._begin(resume_from_checkpoint)
             exit_code = FAILED
             try:
@@ -205,12 +208,12 @@ class GKDTrainer:
                     self._evaluate_and_log()
                 while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                     self._window_with_events()
-                    self.stop_reason = interrupts.agreed_reason()
+                    self.stop_reason = self.interrupts.agreed_reason()
                     if self.stop_reason:
                         break
                 self.control = handler.on_train_end(config, self.state, self.control)
-                self._end()
-                exit_code = STOPPED if self.stop_reason else FINISHED
+                saved = self._end()
+                exit_code = self.exit_code = FINISHED if not self.stop_reason else STOPPED if saved else NOT_SAVED
             finally:
                 self.tracker.close(exit_code)
             ranks.barrier()
@@ -223,7 +226,6 @@ class GKDTrainer:
         found, passed_over = checkpoint.find(run_dir, resume if resume is not None else config.resume_from_checkpoint)
         if found is None and config.overwrite_output_dir:
             _clear(run_dir)
-        ranks.barrier()
         self._started, self._losses = time.monotonic(), (0.0, 0)
         self.bad_updates, self._history, self._told = BadUpdates(config.max_bad_updates), [], RateLimit()
         run_id = found.state["tracker_run_id"] if found else None
@@ -420,14 +422,16 @@ class GKDTrainer:
         self.bad_updates = BadUpdates(**{**found.state["bad_updates"], "limit": self.args.max_bad_updates})
         self.tracker.say(f"resumed from {found.path} at step {self.state.global_step}")
 
-    def _end(self) -> None:
-        """After the last window: a checkpoint if the run was stopped early, the finished student otherwise."""
+    def _end(self) -> bool:
+        """After the last window: a checkpoint if the run was stopped early (False if it could not be written), the
+        finished student otherwise.
+        """
         if self.stop_reason:
             saved = self.state.global_step == self._saved_step
             path = Path(self.args.output_dir, f"checkpoint-{self._saved_step}") if saved else self._save_checkpoint()
             saved = f"its state is in {path}; resume_from_checkpoint=auto continues" if path else "it was not saved"
             self.tracker.say(f"stopped after update {self.state.global_step}: {self.stop_reason}; {saved}")
-            return
+            return path is not None
         if self.args.load_best_model_at_end and self.state.best_global_step:
             best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
             found, _ = checkpoint.find(self.args.output_dir, best)
@@ -437,10 +441,12 @@ class GKDTrainer:
             Path(self.args.output_dir, FINISHED_FILE).write_text(f"{self.state.global_step}\n")
         if self.args.push_to_hub:
             self.push_to_hub("End of training")
+        return True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student as a Hugging Face directory (default: output_dir). Collective."""
         self._export(Path(output_dir or self.args.output_dir))
+        ranks.barrier()
 
     def _export(self, directory: Path) -> None:
         state_dict = zero.full_state_dict(self.student.engine, self.model)
@@ -448,7 +454,6 @@ class GKDTrainer:
             export.export_model(
                 self.model, state_dict, self.processing_class, self.model.generation_config, directory, self._card()
             )
-        ranks.barrier()
 
     def _card(self) -> dict[str, Any]:
         return {
@@ -513,8 +518,14 @@ def _what_was_bad(row: dict[str, Any]) -> str:
 
 
 def _clear(run_dir: Path) -> None:
-    """Remove the checkpoints of the run that overwrite_output_dir gives up. Rank 0 only."""
+    """Remove the checkpoints of the run that overwrite_output_dir gives up. A collective; rank 0 works."""
+    problem = None
     if ranks.rank() == 0:
-        for path in run_dir.glob("checkpoint-*"):
-            if checkpoint.COMPLETE_NAME.fullmatch(path.name) or checkpoint.LEFTOVER_NAME.fullmatch(path.name):
-                shutil.rmtree(path)
+        try:
+            for path in run_dir.glob("checkpoint-*"):
+                if checkpoint.COMPLETE_NAME.fullmatch(path.name) or checkpoint.LEFTOVER_NAME.fullmatch(path.name):
+                    shutil.rmtree(path)
+        except OSError as error:
+            problem = f"{error.filename} cannot be removed ({error.strerror})"
+    if problem := ranks.broadcast(problem):
+        raise InputError(f"overwrite_output_dir is set but {problem}; remove it or choose another output_dir.")
