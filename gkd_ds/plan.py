@@ -149,16 +149,23 @@ class Engine:
     nvme_optimizer_buffers: int
 
     @classmethod
-    def of(cls, file: dict | None) -> "Engine":
+    def of(cls, file: dict | None, hidden: int) -> "Engine":
+        """`file` as zero.py resolves it for a model of width `hidden`; None is the built-in one."""
         zero = (file or {"zero_optimization": {"stage": 3}})["zero_optimization"]
         params, optimizer = zero.get("offload_param") or {}, zero.get("offload_optimizer") or {}
-        number = lambda block, key, default: default if block.get(key, "auto") == "auto" else int(block[key])  # noqa: E731
+
+        def number(block: dict, key: str, default: int, auto: int | None = None) -> int:
+            value = block.get(key, default)
+            if value == "auto":
+                return default if auto is None else auto
+            return int(value)
+
         return cls(
             stage=zero.get("stage", 0),
             params_on=params.get("device", "none"),
             optimizer_on=optimizer.get("device", "none"),
-            bucket=number(zero, "reduce_bucket_size", 500_000_000),
-            prefetch=number(zero, "stage3_prefetch_bucket_size", 50_000_000),
+            bucket=number(zero, "reduce_bucket_size", 500_000_000, auto=hidden * hidden),
+            prefetch=number(zero, "stage3_prefetch_bucket_size", 50_000_000, auto=int(0.9 * hidden * hidden)),
             max_live=number(zero, "stage3_max_live_parameters", 1_000_000_000),
             sub_group=number(zero, "sub_group_size", 1_000_000_000),
             nvme_buffer=number(params, "buffer_count", 5) * number(params, "buffer_size", 100_000_000),
@@ -251,7 +258,10 @@ def make_plan(config: GKDConfig, ranks: int, weight_bytes: int, **known: Any) ->
         role: count_model(source, init_kwargs, config.trust_remote_code)
         for role, (source, init_kwargs) in models.items()
     }
-    engines = {"student_engine": Engine.of(student_file), "teacher_engine": Engine.of(teacher_file)}
+    engines = {
+        "student_engine": Engine.of(student_file, counts["student"].hidden),
+        "teacher_engine": Engine.of(teacher_file, counts["teacher"].hidden),
+    }
     return Plan(config=config, ranks=ranks, weight_bytes=weight_bytes, **counts, **engines, **known)
 
 
@@ -570,8 +580,7 @@ def dry_run_report(config: GKDConfig, num_samples: int) -> str:
             batch_table(config, batches),
             "",
             f"# Memory of one of {plan.ranks} ranks, {'fp32' if plan.weight_bytes == 4 else '16 bit'}, at "
-            "its longest sequences"
-            + (" (no GPU here: the device is the host)" if on_cpu else ""),
+            "its longest sequences" + (" (no GPU here: the device is the host)" if on_cpu else ""),
             model_line("student", plan.student),
             model_line("teacher", plan.teacher),
             memory_table(count_memory(plan)),
@@ -594,8 +603,7 @@ def batch_table(config: GKDConfig, batches: Batches) -> str:
 
 def model_line(role: str, counts: ModelCounts) -> str:
     return (
-        f"{role}: {counts.total / 1e6:,.1f} M parameters, {counts.layers} layers, {counts.vocabulary} "
-        "vocabulary rows"
+        f"{role}: {counts.total / 1e6:,.1f} M parameters, {counts.layers} layers, {counts.vocabulary} vocabulary rows"
     )
 
 

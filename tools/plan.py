@@ -306,8 +306,12 @@ def placements(student, teacher, gpus: int) -> Iterator[Plan]:
                 config=config,
                 student=student,
                 teacher=teacher,
-                student_engine=Engine.of({"zero_optimization": zero | {"offload_optimizer": {"device": optimizer_on}}}),
-                teacher_engine=Engine.of({"zero_optimization": zero | {"offload_param": {"device": teacher_on}}}),
+                student_engine=Engine.of(
+                    {"zero_optimization": zero | {"offload_optimizer": {"device": optimizer_on}}}, student.hidden
+                ),
+                teacher_engine=Engine.of(
+                    {"zero_optimization": zero | {"offload_param": {"device": teacher_on}}}, teacher.hidden
+                ),
                 ranks=gpus,
                 weight_bytes=2,
             )

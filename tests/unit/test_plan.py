@@ -37,7 +37,7 @@ def tokenizer():
 
 
 def zero3(**blocks) -> Engine:
-    return Engine.of({"zero_optimization": {**ZERO3["zero_optimization"], **blocks}})
+    return Engine.of({"zero_optimization": {**ZERO3["zero_optimization"], **blocks}}, hidden=64)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +152,13 @@ def test_states_of_the_student_at_stage_3(counts):
     assert sizes(plan_of(counts))["always", "optimizer states"] == (8 * shard, 0, 0)
 
 
+def test_auto_sizes_follow_the_width():
+    auto = {"reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto", "sub_group_size": "auto"}
+    engine = zero3(**auto)
+    assert (engine.bucket, engine.prefetch, engine.sub_group) == (64 * 64, int(0.9 * 64 * 64), 1_000_000_000)
+    assert Engine.of(None, 64).bucket == 500_000_000
+
+
 def test_offloaded_states(counts):
     shard = -(-counts.total // 2)
     memory = sizes(plan_of(counts, weight_bytes=2, student=zero3(offload_optimizer={"device": "cpu"})))
@@ -165,7 +172,7 @@ def test_offloaded_states(counts):
 def test_lower_stages_keep_more_on_every_rank(counts):
     peaks = []
     for stage in (0, 1, 2, 3):
-        plan = plan_of(counts, ranks=8, weight_bytes=2, student=Engine.of({"zero_optimization": {"stage": stage}}))
+        plan = plan_of(counts, ranks=8, weight_bytes=2, student=Engine.of({"zero_optimization": {"stage": stage}}, 64))
         kept = [line.device for line in count_memory(plan) if line.what.startswith(("student", "optimizer"))]
         peaks.append(sum(kept[:3]))
     assert peaks == sorted(peaks, reverse=True) and peaks[0] == 16 * counts.total and peaks[3] < 16 * counts.total / 7
