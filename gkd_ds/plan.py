@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gkd_ds.causal_lm import decoder_layers
 from gkd_ds.config import NOT_SUPPORTED, GKDConfig
+from gkd_ds.deepspeed_files import is_number
 from gkd_ds.errors import InputError
 from gkd_ds.scheduler import StepScheduler
 
@@ -150,7 +151,11 @@ class Engine:
 
     @classmethod
     def of(cls, file: dict | None, hidden: int) -> "Engine":
-        """`file` as zero.py resolves it for a model of width `hidden`; None is the built-in one."""
+        """`file` as zero.py resolves it for a model of width `hidden`; None is the built-in one.
+
+        Raises:
+            InputError: a size that is no number.
+        """
         zero = (file or {"zero_optimization": {"stage": 3}})["zero_optimization"]
         params, optimizer = zero.get("offload_param") or {}, zero.get("offload_optimizer") or {}
 
@@ -158,6 +163,8 @@ class Engine:
             value = block.get(key, default)
             if value == "auto":
                 return default if auto is None else auto
+            if not is_number(value):
+                raise InputError(f"The DeepSpeed configuration has {key} {value!r}, which is not a number.")
             return int(value)
 
         return cls(

@@ -157,6 +157,8 @@ def test_auto_sizes_follow_the_width():
     engine = zero3(**auto)
     assert (engine.bucket, engine.prefetch, engine.sub_group) == (64 * 64, int(0.9 * 64 * 64), 1_000_000_000)
     assert Engine.of(None, 64).bucket == 500_000_000
+    with pytest.raises(InputError, match="reduce_bucket_size 'big'"):
+        zero3(reduce_bucket_size="big")
 
 
 def test_offloaded_states(counts):
