@@ -33,11 +33,11 @@ class Sampling:
     vocabulary: int
     max_length: int | None = None
 
-    def limit(self, prompt_length: int) -> int:
-        """How many tokens a prompt of this length may get."""
+    def limit(self, prompt: list[int]) -> int:
+        """How many tokens this prompt may get."""
         if self.max_length is None:
             return self.max_new_tokens
-        return max(1, min(self.max_new_tokens, self.max_length - prompt_length))
+        return max(1, min(self.max_new_tokens, self.max_length - len(prompt)))
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,10 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:
     if temperature == 0:
         return logits_BV.argmax(-1)
     B, V = logits_BV.shape
-    weight_BV = logits_BV.float().sub_(logits_BV.amax(-1, keepdim=True)).div_(temperature).exp_()
     block = 256
-    weight_BKb = torch.nn.functional.pad(weight_BV, (0, -V % block)).view(B, -1, block)
+    # The padded copy is what is worked on in place: the caller's logits stay as they are.
+    weight_BKb = torch.nn.functional.pad(logits_BV.float(), (0, -V % block), value=-torch.inf).view(B, -1, block)
+    weight_BKb = weight_BKb.sub_(logits_BV.amax(-1)[:, None, None]).div_(temperature).exp_()
     block_end_BK = weight_BKb.sum(-1, dtype=torch.float64).cumsum(-1)
     goal_B1 = uniform_B[:, None].double() * block_end_BK[:, -1:]
     block_B1 = torch.searchsorted(block_end_BK, goal_B1, right=True).clamp_(max=block_end_BK.shape[1] - 1)
@@ -141,7 +142,7 @@ class _Batch:
             forward, prompts, sampling, device, max_rows)  # fmt: skip
         # Longest first: neighbours are padded little, and the long ones start early.
         self.waiting = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-        limits = [sampling.limit(len(prompt)) for prompt in prompts]
+        limits = [sampling.limit(prompt) for prompt in prompts]
         self.limit_R = torch.tensor(limits, dtype=torch.long, device=device)
         self.uniform_RP = uniforms(sampling.seed, sample_ids, max(limits, default=1), device)
         self.tokens_RP = torch.zeros_like(self.uniform_RP, dtype=torch.long)
