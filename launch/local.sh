@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Run a recipe on this machine.
+#
+#   bash launch/local.sh launch/recipes/quickstart.yaml [--any_field value ...]
+#
+# One rank per accelerator, or two on a machine without one. Relative paths in a recipe start at the project's root.
+# Settings, as environment variables:
+#   RANKS             number of ranks
+#   MASTER_PORT       port for the ranks to meet (default: a free one)
+#   OMP_NUM_THREADS   threads per rank (default: the cores shared out evenly)
+#   DS_ACCELERATOR    set it to cpu to leave the accelerators of a machine alone
+set -euo pipefail
+
+fail() { echo "local.sh: $*" >&2; exit 2; }
+
+[[ $# -ge 1 && $1 != --* ]] || fail "the first argument is a recipe, for example launch/recipes/quickstart.yaml"
+[[ -f $1 ]] || fail "there is no recipe '$1'"
+recipe=$(realpath "$1")
+shift
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# An environment of your own (a container, conda) that has deepspeed is taken as it is.
+[[ -d .venv/bin ]] || command -v deepspeed > /dev/null || bash tools/setup_env.sh
+[[ -d .venv/bin ]] && export PATH="$PWD/.venv/bin:$PATH"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+accelerators=0
+if [[ ${DS_ACCELERATOR:-} != cpu ]]; then
+    accelerators=$(python -c 'import torch; print(torch.accelerator.device_count())')
+    [[ $accelerators -gt 0 ]] || export DS_ACCELERATOR=cpu
+fi
+ranks=${RANKS:-$((accelerators > 0 ? accelerators : 2))}
+threads=$(($(nproc) / ranks))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+export TOKENIZERS_PARALLELISM=false
+port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+
+# The launcher would take a hostfile of the machine's if there is one; this is about one machine.
+exec deepspeed --quiet --hostfile "" --num_accelerators "$ranks" --master_port "$port" \
+    --module gkd_ds.train --config "$recipe" "$@"
