@@ -46,7 +46,7 @@ KillWait=30
 MinJobAge=3600
 MailProg=/bin/true
 NodeName={nodes} CPUs=1 State=UNKNOWN
-PartitionName=test Nodes=ALL Default=YES MaxTime=60 State=UP
+PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 

@@ -1,0 +1,70 @@
+"""A tiny run of gkd_ds.train for tests on hosts: its files, its recipe, and what it left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gkd_ds import manifest
+from tests import tiny
+
+UPDATES = 30
+FIELDS = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "max_steps": UPDATES,
+    "max_new_tokens": 8,
+    "max_length": 128,
+    "learning_rate": 1e-3,
+    "save_steps": 3,
+    "save_total_limit": 2,
+    "logging_steps": 1,
+    "eval_strategy": "no",
+    "report_to": "none",
+}
+
+
+def write_recipe(directory: Path, **fields) -> Path:
+    """Models, data and `recipe.yaml` in `directory`; `fields` on top of FIELDS. The recipe's path."""
+    if not (directory / "student").exists():
+        tiny.make_everything(directory, rows=32)
+    recipe = {
+        "model_name_or_path": str(directory / "student"),
+        "teacher_model_name_or_path": str(directory / "teacher"),
+        "dataset_name": str(directory / "train.jsonl"),
+        "output_dir": str(directory / "run"),
+        **FIELDS,
+        **fields,
+    }
+    path = directory / "recipe.yaml"
+    path.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in recipe.items()))
+    return path
+
+
+def updates(output: Path) -> list[dict]:
+    """The rows of updates in metrics.jsonl so far."""
+    path = output / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            assert line is lines[-1], f"a torn line in the middle of {path}"
+    return [row for row in rows if "loss" in row]
+
+
+def steps(output: Path) -> list[int]:
+    return [row["step"] for row in updates(output)]
+
+
+def losses(output: Path) -> list[float]:
+    return [row["loss"] for row in updates(output)]
+
+
+def valid_checkpoints(output: Path) -> list[int]:
+    """The steps of the checkpoints in `output`; each is verified file by file, and one that is not valid raises."""
+    paths = sorted(output.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+    for path in paths:
+        manifest.verify(path)
+    return [int(path.name.split("-")[1]) for path in paths]
