@@ -39,7 +39,7 @@ if ! is_made base; then
         "$python" -m venv --clear "$venv" || {
             echo "setup_env.sh: $python cannot make an environment; on Debian: apt-get install python3-venv." >&2; exit 2; }
     fi
-    pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+    pip=("$venv/bin/python" -m pip --disable-pip-version-check -qq)
 
     # torch comes first and by itself: resolved together with the rest, a machine without a GPU can end up with a
     # CUDA build of several GB. On such a machine it is pinned to the release the project is tested with.
@@ -58,6 +58,6 @@ fi
 
 if [ "$bench" = yes ] && ! is_made bench; then
     echo "Installing gkd_ds[bench]"
-    "$venv/bin/python" -m pip --disable-pip-version-check --quiet install -e ".[bench]"
+    "$venv/bin/python" -m pip --disable-pip-version-check -qq install -e ".[bench]"
     echo "$want" > "$venv/.made-bench"
 fi
