@@ -55,12 +55,17 @@ class PatientFiles(CheckpointEngine):
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file of a verified checkpoint; raises UnpicklingError for anything but data."""
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum]):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        return read(path, map_location=map_location)
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         """Nothing to finish: checkpoint.py commits the whole directory."""
         return True
+
+
+def read(path: str | Path, **options: Any) -> Any:
+    """torch.load for DeepSpeed's files: raises UnpicklingError for anything but data. `options` go to torch.load."""
+    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum]):
+        return torch.load(path, weights_only=True, **options)
 
 
 def save_engine(engine: DeepSpeedEngine, directory: Path, client_state: dict[str, Any] | None = None) -> None:

@@ -29,8 +29,9 @@ class StepScheduler:
     """Lays the epochs of a dataset out in windows of `micro_batches` x `world_size` x `micro_batch_size` samples.
 
     Micro-batch m of all ranks is one contiguous stretch of the epoch's order, so the same global batch holds the
-    same samples, with the same sources, for any number of ranks. The last window of an epoch may be short (ranks
-    may then have fewer rows, or none) unless `drop_last`.
+    same samples for any number of ranks. One source is drawn per stretch of `draw_samples`: by default that is a
+    micro-batch of all ranks; a run that goes on with another layout keeps the stretches it began with, and so its
+    draws. The last window of an epoch may be short (ranks may then have fewer rows, or none) unless `drop_last`.
     """
 
     num_samples: int
@@ -41,6 +42,11 @@ class StepScheduler:
     lmbda: float
     seq_kd: bool
     drop_last: bool = False
+    draw_samples: int = 0  # 0: micro_batch_size x world_size
+
+    def __post_init__(self) -> None:
+        if not self.draw_samples:
+            object.__setattr__(self, "draw_samples", self.micro_batch_size * self.world_size)
 
     @property
     def window_samples(self) -> int:
@@ -55,15 +61,27 @@ class StepScheduler:
     def epoch_of(self, step: int) -> int:
         return step // self.windows_per_epoch
 
-    def source(self, step: int, micro_batch: int) -> Source:
+    def source(self, step: int, stretch: int) -> Source:
         """Student with probability `lmbda`; otherwise the teacher (`seq_kd`) or the dataset. lmbda=0 never samples."""
-        if hashed_uniform(self.seed, 0x50, step, micro_batch) < self.lmbda:
+        if hashed_uniform(self.seed, 0x50, step, stretch) < self.lmbda:
             return Source.STUDENT
         return Source.TEACHER if self.seq_kd else Source.DATA
 
+    def source_at(self, step: int, place: int) -> Source:
+        """Who completes the sample at this place in the epoch's order, in the window of `step`."""
+        return self.source(step, (place - self._first_of_window(step)) // self.draw_samples)
+
+    def sources(self, step: int) -> set[Source]:
+        """Those of the whole window, on all ranks."""
+        first = self._first_of_window(step)
+        last = min(first + self.window_samples, self.num_samples)
+        return {self.source_at(step, place) for place in range(first, last, self.draw_samples)}
+
     def rows(self, step: int, micro_batch: int, rank: int) -> range:
         """Places in the epoch's order that this rank completes in this micro-batch; may be empty at an epoch's end."""
-        first_of_window = (step % self.windows_per_epoch) * self.window_samples
-        first = first_of_window + (micro_batch * self.world_size + rank) * self.micro_batch_size
+        first = self._first_of_window(step) + (micro_batch * self.world_size + rank) * self.micro_batch_size
         last = min(first + self.micro_batch_size, self.num_samples)
         return range(min(first, last), last)
+
+    def _first_of_window(self, step: int) -> int:
+        return (step % self.windows_per_epoch) * self.window_samples

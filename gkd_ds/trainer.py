@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from gkd_ds import checkpoint, engine_files, export, loading, ranks, trl, zero
+from gkd_ds import checkpoint, engine_files, export, loading, ranks, resharding, trl, zero
 from gkd_ds.config import GKDConfig
 from gkd_ds.data import Examples, SampleOrder, stop_token_ids, tokenize
 from gkd_ds.decoding import Sampling
@@ -291,15 +291,13 @@ class GKDTrainer:
         epoch, scheduler = self.scheduler.epoch_of(step), self.scheduler
         if self._order_of != epoch:
             self._order_of, self._permutation = epoch, self.order.permutation(epoch)
-        samples, sources = [], set()
+        samples = []
         for micro_batch in range(scheduler.micro_batches):
-            source = scheduler.source(step, micro_batch)
-            sources.add(source)
             for place in scheduler.rows(step, micro_batch, ranks.rank()):
                 row, examples = int(self._permutation[place]), self._train_examples
-                sample_id = epoch * scheduler.num_samples + row
+                sample_id, source = epoch * scheduler.num_samples + row, scheduler.source_at(step, place)
                 samples.append(Sample(sample_id, examples.prompt_ids[row], examples.completion_ids[row], source))
-        return samples, sources
+        return samples, scheduler.sources(step)
 
     _order_of = -1
 
@@ -376,7 +374,7 @@ class GKDTrainer:
             "bad_updates": dataclasses.asdict(self.bad_updates),
             "tracker_run_id": self.tracker.run_id,
             "config": config.to_dict(),
-            "schedule": self._schedule(),
+            "schedule": {**self._schedule(), "draw_samples": self.scheduler.draw_samples},
         }
         try:
             if config.save_only_model:
@@ -410,17 +408,23 @@ class GKDTrainer:
                     f"cannot resume from {found.path}: its {name} was {before} and is now {value}; start with the same "
                     "data, seeds and global batch (batch size x accumulation x ranks)."
                 )
-        if found.world_size != ranks.world_size():
-            raise InputError(
-                f"cannot resume from {found.path}: it was written by {found.world_size} ranks and there are now "
-                f"{ranks.world_size()}; start as many ranks, or convert it with tools/convert_checkpoint.py."
-            )
-        engine_files.load_engine(self.student.engine, found.path)
+        # With another layout of the same window, the draws stay those of the layout in which the run began.
+        draw_samples = found.state["schedule"]["draw_samples"]
+        self.scheduler = dataclasses.replace(self.scheduler, draw_samples=draw_samples)
+        self._load_engine(found)
         saved = found.state["trainer_state"]
         for name in ("global_step", "epoch", "log_history", "best_metric", "best_global_step"):
             setattr(self.state, name, saved[name])
         self.bad_updates = BadUpdates(**{**found.state["bad_updates"], "limit": self.args.max_bad_updates})
         self.tracker.say(f"resumed from {found.path} at step {self.state.global_step}")
+
+    def _load_engine(self, found: checkpoint.Manifest) -> None:
+        engine, world = self.student.engine, ranks.world_size()
+        if found.world_size == world:
+            engine_files.load_engine(engine, found.path)
+        else:
+            self.tracker.say(f"{found.path} was written by {found.world_size} ranks; cutting it anew for {world}")
+            resharding.load_engine(engine, found.path, found.world_size, ranks.rank(), world)
 
     def _end(self) -> bool:
         """After the last window: a checkpoint if the run was stopped early (False if it could not be written), the
@@ -435,7 +439,7 @@ class GKDTrainer:
         if self.args.load_best_model_at_end and self.state.best_global_step:
             best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
             found, _ = checkpoint.find(self.args.output_dir, best)
-            engine_files.load_engine(self.student.engine, found.path)
+            self._load_engine(found)
         self.save_model()
         if ranks.rank() == 0:
             Path(self.args.output_dir, FINISHED_FILE).write_text(f"{self.state.global_step}\n")

@@ -103,3 +103,18 @@ def test_seeds_draw_differently_and_a_seed_draws_the_same() -> None:
     assert len(set(drawn.values())) == 4
     assert hashed_uniform(3, 1, 4) == hashed_uniform(3, 1, 4) != hashed_uniform(3, 4, 1)
     assert all(0 <= hashed_uniform(-seed, seed) < 1 for seed in range(1000))
+
+
+@pytest.mark.parametrize("world, batch, accumulation", [(1, 12, 1), (1, 1, 12), (3, 2, 2), (4, 3, 1), (12, 1, 1)])
+def test_another_layout_keeps_the_draws_it_is_told(world: int, batch: int, accumulation: int) -> None:
+    new = replace(
+        SCHEDULER, micro_batch_size=batch, micro_batches=accumulation, world_size=world, draw_samples=4, num_samples=91
+    )
+    old = replace(SCHEDULER, num_samples=91)
+    assert old.draw_samples == 4
+    for step in range(40):
+        places = [place for micro_batch in window(old, step) for place in micro_batch]
+        assert sorted(place for places in window(new, step) for place in places) == places
+        drawn = [old.source(step, m) for m, stretch in enumerate(window(old, step)) for _ in stretch]
+        assert [new.source_at(step, place) for place in places] == drawn
+        assert new.sources(step) == set(drawn)

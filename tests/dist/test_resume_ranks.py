@@ -1,0 +1,82 @@
+"""A run that goes on with another number of ranks: the same windows, the same draws, losses within 1e-4."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.dist.rank_server import Server
+from tests.dist.runs import assert_same, copy_of, rows
+
+REORDERING = 1e-4
+STEPS, CUT = 6, 2  # ten samples in windows of four: three windows an epoch, the last one short
+SEED = 41  # windows 4 and 5 draw both sources
+
+
+@pytest.fixture(scope="module")
+def settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {**recipe, "max_steps": STEPS, "save_strategy": "steps", "save_steps": CUT, "lmbda": 0.5, "seed": SEED}
+
+
+@pytest.fixture(scope="module")
+def whole(server: Server, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks, never interrupted."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    server.run(2, {**settings, "output_dir": str(run_dir)})
+    sources = [row["source"] for row in rows(run_dir).values()]
+    assert any(s["student"] and s["data"] for s in sources[CUT:]), "a window with both sources comes after the cut"
+    return run_dir
+
+
+def go_on(server: Server, settings: dict[str, Any], run_dir: Path, world: int, batch: int, accumulation: int) -> str:
+    layout = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    resume = {"output_dir": str(run_dir), "resume_from_checkpoint": True}
+    return server.run(world, {**settings, **layout, **resume}).said()
+
+
+def assert_same_weights(run_dir: Path, reference: Path) -> None:
+    ours, theirs = (load_file(path / "model.safetensors") for path in (run_dir, reference))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=REORDERING, atol=REORDERING)
+
+
+@pytest.mark.parametrize("world, batch, accumulation", [(1, 2, 2), (1, 1, 4), (1, 4, 1), (4, 1, 1)])
+def test_from_two_ranks(server: Server, settings, whole: Path, tmp_path: Path, world, batch, accumulation) -> None:
+    run_dir = copy_of(whole, tmp_path / "run", CUT)
+    said = go_on(server, settings, run_dir, world, batch, accumulation)
+    assert f"cutting it anew for {world}" in said and f"at step {CUT}" in said
+    assert_same(run_dir, whole, REORDERING)
+    assert_same_weights(run_dir, whole)
+
+
+def test_from_one_rank_to_two_and_four(server: Server, settings, whole: Path, tmp_path: Path) -> None:
+    """Three layouts in one run, whose draws stay those of the first."""
+    run_dir = tmp_path / "run"
+    one = {"per_device_train_batch_size": 2, "output_dir": str(run_dir)}
+    first = server.start(1, {**settings, **one}, fault=f"term:update:{CUT}")
+    assert first.wait() == [75], first.said()
+    resume = {**settings, "output_dir": str(run_dir), "resume_from_checkpoint": "auto"}
+    second = server.start(2, resume, fault="term:update:2:1")
+    assert second.wait() == [75, 75], second.said()
+    go_on(server, settings, run_dir, world=4, batch=1, accumulation=1)
+    assert_same(run_dir, whole, REORDERING)
+    assert_same_weights(run_dir, whole)
+
+
+def test_another_global_batch_is_refused(server: Server, settings, whole: Path, tmp_path: Path) -> None:
+    run_dir = copy_of(whole, tmp_path / "run", CUT)
+    job = server.start(1, {**settings, "output_dir": str(run_dir), "resume_from_checkpoint": True})
+    assert job.wait() == [2]
+    assert "window_samples was 4 and is now 2" in job.said() and "Traceback" not in job.said()
+
+
+def test_another_student_is_refused(server: Server, settings, recipe, whole: Path, tmp_path: Path) -> None:
+    run_dir = copy_of(whole, tmp_path / "run", CUT)
+    deeper = {"model_name_or_path": recipe["teacher_model_name_or_path"], "gradient_accumulation_steps": 4}
+    job = server.start(1, {**settings, **deeper, "output_dir": str(run_dir), "resume_from_checkpoint": True})
+    assert job.wait() == [2]
+    assert "holds another student" in job.said() and "layers.1" in job.said() and "Traceback" not in job.said()
