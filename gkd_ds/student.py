@@ -151,11 +151,12 @@ class Student:
             with torch.no_grad():
                 yield
         finally:
+            zero.release_prefetched(self.engine)  # for a backward that does not come
             self.model.train()
 
     def _in_root(self, run: Callable):
         with torch.no_grad():
-            return self.engine.module(run=run)
+            return zero.run_pass(self.engine, run)
 
 
 def _optimizer(model: PreTrainedModel, config: GKDConfig) -> torch.optim.Optimizer:

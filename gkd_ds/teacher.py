@@ -115,7 +115,7 @@ class Teacher:
     def _pass(self, batches: list[SequenceBatch]) -> list[Tensor]:
         self.counters.teacher_passes += 1
         self.counters.teacher_bytes += _bytes([self.embedding.weight])
-        return self.engine.module(run=lambda: self._stream(batches))
+        return zero.run_pass(self.engine, lambda: self._stream(batches))
 
     def _stream(self, batches: list[SequenceBatch]) -> list[Tensor]:
         """One pass over the layers for all batches; per batch the hidden states at its completion positions."""
@@ -185,7 +185,7 @@ class Teacher:
         forward = causal_lm.decoding_forward(self.model, self.vocabulary)
         prompts = [sample.prompt_ids for sample in samples]
         sample_ids = [sample.sample_id for sample in samples]
-        stepwise = lambda *args: self.engine.module(run=lambda: forward(*args))  # noqa: E731
+        stepwise = lambda *args: zero.run_pass(self.engine, lambda: forward(*args))  # noqa: E731
         agree = lambda here: bool(ranks.maximum([int(here)])[0])  # noqa: E731
         return decode(stepwise, prompts, sample_ids, sampling, self.device, max_rows, agree)
 
@@ -193,10 +193,11 @@ class Teacher:
     def _check(self) -> None:
         """Streaming must give the hidden states of the model's own forward, and the head its logits."""
         probe = sequence_batch([Rollout(0, Source.DATA, [1, 2, 3, 4], [5, 6, 7], True)], self.pad_id, self.device)
-        self.engine.module(run=lambda: causal_lm.check_head(self.model, "teacher", self.device))
-        plain_BTE = self.engine.module(run=lambda: causal_lm.body_forward(self.model, probe.input_ids_BT))
+        zero.run_pass(self.engine, lambda: causal_lm.check_head(self.model, "teacher", self.device))
+        zero.forget_order(self.engine)
+        plain_BTE = zero.run_pass(self.engine, lambda: causal_lm.body_forward(self.model, probe.input_ids_BT))
         plain_NE = plain_BTE.flatten(0, 1).index_select(0, probe.index_N)
-        (streamed_NE,) = self.engine.module(run=lambda: self._stream([probe]))
+        (streamed_NE,) = zero.run_pass(self.engine, lambda: self._stream([probe]))
         if (plain_NE - streamed_NE).abs().max() > 0.02 * plain_NE.abs().max().clamp(min=1.0):
             raise InputError(
                 f"the teacher ({type(self.model).__name__}) does more between its decoder layers than gkd_ds can "

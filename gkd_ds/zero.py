@@ -223,6 +223,39 @@ def whole_parameters(engine, counters: Counters) -> Iterator[None]:
             offload._register_deepspeed_module(offload.module)
 
 
+def run_pass(engine, run: Callable[[], Any]) -> Any:
+    """One pass over a ZeRO-3 engine's parameters outside of training; returns what `run` returns. Collective.
+
+    ZeRO-3 prefetches in the order of the pass that it has recorded. A pass that ends earlier (scoring does without
+    the head, which generating needs) leaves prefetched parameters in flight, and nobody else could gather or
+    partition them: they are released here.
+    """
+    try:
+        return engine.module(run=run)
+    finally:
+        release_prefetched(engine)
+
+
+def release_prefetched(engine) -> None:
+    """Release what was prefetched beyond the end of a pass. Does nothing below stage 3."""
+    if stage(engine) == 3:
+        _parameter_offload(engine).get_param_coordinator()._clean_inflight_param_registry()
+
+
+def forget_order(engine) -> None:
+    """Partition everything, and let ZeRO-3 record the order of its modules anew in the next pass.
+
+    For an unusual first pass, such as a start-up check that runs the model twice. ZeRO-3 would go on prefetching what
+    it used and, worse, keep all that it used twice for reuse: which parameters a module releases at a step is cached
+    for good (an lru_cache in DeepSpeed 0.19.8), so this must come before a second pass.
+    """
+    offload = _parameter_offload(engine)
+    coordinator = offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    offload.partition_all_parameters()
+
+
 def _parameter_offload(engine):
     """The object that owns ZeRO-3's hooks: for an engine without optimizer it stands in the optimizer's place."""
     optimizer = engine.optimizer
