@@ -11,7 +11,7 @@ are per pass and not per token, so each is paid once per window, whatever its nu
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -55,12 +55,20 @@ class Pipeline:
         self.decoded_rows = 0
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times a phase, tells the watchdog that it began, and gives `GKD_FAULT` its place."""
+    def phase(self, name: str) -> Iterator[Callable[[], None]]:
+        """Times a phase, tells the watchdog that it began, and gives `GKD_FAULT` its place.
+
+        The work inside calls what it is given after each of its parts, so that a long phase is no silent one.
+        """
+
+        def alive() -> None:
+            self.watchdog.beat(name)
+            faults.point(f"mid-{name}")
+
         self.watchdog.beat(name)
         faults.point(name)
         started = time.perf_counter()
-        yield
+        yield alive
         get_accelerator().synchronize()
         self.seconds[name] = time.perf_counter() - started
 
@@ -73,12 +81,12 @@ class Pipeline:
         """
         completed: dict[int, Rollout] = {}
         self.decoded_rows = 0
-        with self.phase("rollout"):
+        with self.phase("rollout") as alive:
             for source, engine in ((Source.STUDENT, self.student), (Source.TEACHER, self.teacher)):
                 if source in sources:
                     rows = [row for row, sample in enumerate(samples) if sample.source is source]
                     max_rows = self._max_rows(engine.model, [samples[row] for row in rows])
-                    completions = engine.generate([samples[row] for row in rows], self.sampling, max_rows)
+                    completions = engine.generate([samples[row] for row in rows], self.sampling, max_rows, alive)
                     self.decoded_rows += completions.decoded_rows
                     completed.update(self._rollouts(rows, samples, completions))
             for row, sample in enumerate(samples):
@@ -105,22 +113,24 @@ class Pipeline:
 
     def score(self, rollouts: list[Rollout]) -> TeacherTargets:
         """One pass of the teacher's weights. The place to serve data completions from a cache of targets, later."""
-        with self.phase("score"):
-            return self.teacher.score(rollouts)
+        with self.phase("score") as alive:
+            return self.teacher.score(rollouts, alive)
 
     # -- learn --------------------------------------------------------------------------------------------------
 
     def learn(self, rollouts: list[Rollout], targets: TeacherTargets, total_tokens: int) -> Learned:
         """Accumulate the gradient of (sum of the divergence over the window) / `total_tokens` (of all ranks)."""
-        with self.phase("learn"):
-            return self._each_micro_batch(rollouts, targets, total_tokens)
+        with self.phase("learn") as alive:
+            return self._each_micro_batch(rollouts, targets, total_tokens, alive)
 
     def measure(self, rollouts: list[Rollout], targets: TeacherTargets) -> Learned:
         """The divergences alone, for evaluation."""
-        with self.student.evaluating(), self.phase("evaluation"):
-            return self._each_micro_batch(rollouts, targets, None)
+        with self.student.evaluating(), self.phase("evaluation") as alive:
+            return self._each_micro_batch(rollouts, targets, None, alive)
 
-    def _each_micro_batch(self, rollouts: list[Rollout], targets: TeacherTargets, total_tokens: int | None) -> Learned:
+    def _each_micro_batch(
+        self, rollouts: list[Rollout], targets: TeacherTargets, total_tokens: int | None, alive: Callable[[], None]
+    ) -> Learned:
         groups = self._micro_batches([len(rollout) for rollout in rollouts])
         device, pad_id = self.student.device, self.sampling.pad_id
         sums_4R = torch.zeros(4, len(rollouts), device=device)
@@ -135,7 +145,7 @@ class Pipeline:
                     self.student.backward(loss / total_tokens, is_last=number == len(groups) - 1)
                 lengths = [len(rollouts[row].completion_ids) for row in group]
                 self._add_by_rollout(sums_4R, torch.stack(per_token), group, lengths)
-                self.watchdog.beat("learn" if total_tokens is not None else "evaluation")
+                alive()
         return Learned(*sums_4R.tolist(), micro_batches=len(groups), padded_tokens=padded_tokens)
 
     def _loss_inputs(self, teacher_hidden_NE: Tensor, tokens_N: Tensor, head: TeacherHead) -> LossInputs:

@@ -66,8 +66,10 @@ class Student:
 
     # -- rollout ------------------------------------------------------------------------------------------------
 
-    def generate(self, samples: list[Sample], sampling: Sampling, max_rows: int | None) -> Completions:
-        """Complete the prompts of one window. Collective, also for a rank without samples."""
+    def generate(
+        self, samples: list[Sample], sampling: Sampling, max_rows: int | None, alive: Callable[[], None]
+    ) -> Completions:
+        """Complete the prompts of one window; `alive` is called often. Collective, also for a rank without samples."""
         prompts = [sample.prompt_ids for sample in samples]
         sample_ids = [sample.sample_id for sample in samples]
         self.model.eval()
@@ -76,12 +78,12 @@ class Student:
             if self.rollout_engine == "sharded":
                 stepwise = lambda *args: self._in_root(lambda: forward(*args))  # noqa: E731
                 agree = lambda here: bool(ranks.maximum([int(here)])[0])  # noqa: E731
-                return decode(stepwise, prompts, sample_ids, sampling, self.device, max_rows, agree)
+                return decode(stepwise, prompts, sample_ids, sampling, self.device, max_rows, agree, alive)
             with zero.whole_parameters(self.engine, self.counters):
                 if self.rollout_engine == "hybrid":
                     return hybrid.generate(self.engine, self.model, prompts, sample_ids, sampling)
                 with kernels.fast_decoding(self.model):
-                    return decode(forward, prompts, sample_ids, sampling, self.device, max_rows)
+                    return decode(forward, prompts, sample_ids, sampling, self.device, max_rows, alive=alive)
         finally:
             self.model.train()
 

@@ -13,7 +13,7 @@ Shapes: E teacher width, N completion tokens of the window.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,11 +75,11 @@ class Teacher:
     # -- score --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def score(self, rollouts: list[Rollout]) -> TeacherTargets:
+    def score(self, rollouts: list[Rollout], alive: Callable[[], None]) -> TeacherTargets:
         """The teacher's last hidden states at the completion positions of `rollouts`, in their order.
 
         One pass over the weights, or as few as `targets_memory_mb` allows for the hidden states of a whole window:
-        the same number on every rank. Collective, also for a rank without rollouts.
+        the same number on every rank. `alive` is called after every layer. Collective, also for a rank without rollouts.
         """
         passes = self._passes([len(rollout) for rollout in rollouts])
         (count,) = ranks.maximum([len(passes)])
@@ -87,7 +87,7 @@ class Teacher:
         for number in range(count):
             chunks = passes[number] if number < len(passes) else []
             batches = [sequence_batch([rollouts[row] for row in chunk], self.pad_id, self.device) for chunk in chunks]
-            hidden_of_chunk = self._pass(batches or [sequence_batch([], self.pad_id, self.device)])
+            hidden_of_chunk = self._pass(batches or [sequence_batch([], self.pad_id, self.device)], alive)
             for chunk, hidden_NE in zip(chunks, hidden_of_chunk):
                 lengths = [len(rollouts[row].completion_ids) for row in chunk]
                 for row, part in zip(chunk, hidden_NE.split(lengths)):
@@ -112,12 +112,12 @@ class Teacher:
             room -= tokens
         return passes
 
-    def _pass(self, batches: list[SequenceBatch]) -> list[Tensor]:
+    def _pass(self, batches: list[SequenceBatch], alive: Callable[[], None]) -> list[Tensor]:
         self.counters.teacher_passes += 1
         self.counters.teacher_bytes += _bytes([self.embedding.weight])
-        return zero.run_pass(self.engine, lambda: self._stream(batches))
+        return zero.run_pass(self.engine, lambda: self._stream(batches, alive))
 
-    def _stream(self, batches: list[SequenceBatch]) -> list[Tensor]:
+    def _stream(self, batches: list[SequenceBatch], alive: Callable[[], None] = lambda: None) -> list[Tensor]:
         """One pass over the layers for all batches; per batch the hidden states at its completion positions."""
         sizes = [batch.input_ids_BT.numel() for batch in batches]
         embedded_1SE = self.embedding(torch.cat([batch.input_ids_BT.flatten() for batch in batches])[None])
@@ -134,6 +134,7 @@ class Teacher:
             for chunk, output_BTE in zip(chunks, outputs):
                 chunk.hidden_BTE = output_BTE
                 chunk.calls[index] = None
+            alive()
         selected = []
         for chunk, batch in zip(chunks, batches):
             with self._doors(lambda slot, call, chunk=chunk: chunk.hidden_BTE):
@@ -177,7 +178,9 @@ class Teacher:
 
     # -- generate -----------------------------------------------------------------------------------------------
 
-    def generate(self, samples: list[Sample], sampling: Sampling, max_rows: int | None) -> Completions:
+    def generate(
+        self, samples: list[Sample], sampling: Sampling, max_rows: int | None, alive: Callable[[], None]
+    ) -> Completions:
         """Complete prompts for sequence-level distillation. Every decode step is one pass over the weights.
 
         The teacher may be too large to gather, so its parameters stay where they are, and all ranks decode in step.
@@ -187,7 +190,7 @@ class Teacher:
         sample_ids = [sample.sample_id for sample in samples]
         stepwise = lambda *args: zero.run_pass(self.engine, lambda: forward(*args))  # noqa: E731
         agree = lambda here: bool(ranks.maximum([int(here)])[0])  # noqa: E731
-        return decode(stepwise, prompts, sample_ids, sampling, self.device, max_rows, agree)
+        return decode(stepwise, prompts, sample_ids, sampling, self.device, max_rows, agree, alive)
 
     @torch.no_grad()
     def _check(self) -> None:
