@@ -67,7 +67,11 @@ class Student:
     # -- rollout ------------------------------------------------------------------------------------------------
 
     def generate(
-        self, samples: list[Sample], sampling: Sampling, max_rows: int | None, alive: Callable[[], None]
+        self,
+        samples: list[Sample],
+        sampling: Sampling,
+        max_rows: int | None = None,
+        alive: Callable[[], None] = lambda: None,
     ) -> Completions:
         """Complete the prompts of one window; `alive` is called often. Collective, also for a rank without samples."""
         prompts = [sample.prompt_ids for sample in samples]

@@ -75,7 +75,7 @@ class Teacher:
     # -- score --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def score(self, rollouts: list[Rollout], alive: Callable[[], None]) -> TeacherTargets:
+    def score(self, rollouts: list[Rollout], alive: Callable[[], None] = lambda: None) -> TeacherTargets:
         """The teacher's last hidden states at the completion positions of `rollouts`, in their order.
 
         One pass over the weights, or as few as `targets_memory_mb` allows for the hidden states of a whole window:
@@ -179,7 +179,11 @@ class Teacher:
     # -- generate -----------------------------------------------------------------------------------------------
 
     def generate(
-        self, samples: list[Sample], sampling: Sampling, max_rows: int | None, alive: Callable[[], None]
+        self,
+        samples: list[Sample],
+        sampling: Sampling,
+        max_rows: int | None = None,
+        alive: Callable[[], None] = lambda: None,
     ) -> Completions:
         """Complete prompts for sequence-level distillation. Every decode step is one pass over the weights.
 
