@@ -305,7 +305,8 @@ def student_states(plan: Plan) -> list[Memory]:
     params = shard if engine.stage == 3 else n
     grads = shard if engine.stage >= 2 else n
     states = shard if engine.stage >= 1 else n
-    master = 0 if b == 4 and engine.optimizer_on == "none" and engine.stage in (0, 3) else 4
+    # ZeRO copies fp32 parameters too: it compares their device with a name, which is never equal.
+    master = 0 if b == 4 and engine.stage == 0 else 4
     fp32_grad = 4 * (states if engine.optimizer_on == "cpu" else min(states, engine.sub_group))
     offload = 'stage 3 with "offload_optimizer" in the student\'s DeepSpeed file, or more ranks'
     lines = [

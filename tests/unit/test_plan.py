@@ -148,8 +148,7 @@ def test_states_of_the_student_at_stage_3(counts):
     assert memory["always", "student gradients"] == (2 * shard, 0, 0)
     assert memory["always", "optimizer states"] == (12 * shard, 0, 0)
     assert memory["always", "gradient bucket"] == (2000, 0, 0)
-    # In fp32 the parameters are their own master copy.
-    assert sizes(plan_of(counts))["always", "optimizer states"] == (8 * shard, 0, 0)
+    assert sizes(plan_of(counts))["always", "optimizer states"] == (12 * shard, 0, 0)
 
 
 def test_auto_sizes_follow_the_width():
