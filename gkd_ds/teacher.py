@@ -79,7 +79,8 @@ class Teacher:
         """The teacher's last hidden states at the completion positions of `rollouts`, in their order.
 
         One pass over the weights, or as few as `targets_memory_mb` allows for the hidden states of a whole window:
-        the same number on every rank. `alive` is called after every layer. Collective, also for a rank without rollouts.
+        the same number on every rank. `alive` is called after every layer. Collective, also for a rank that has no
+        rollouts.
         """
         passes = self._passes([len(rollout) for rollout in rollouts])
         (count,) = ranks.maximum([len(passes)])
