@@ -486,7 +486,6 @@ class GKDConfig:
                 "dtype",
                 f"is {self.dtype} while bf16 and fp16 are false; set the one that matches, or remove dtype",
             )
-        # Enums of transformers arrive here as text already; the value of a schedule is what counts.
         if self.lr_scheduler_type not in SCHEDULES:
             raise wrong(
                 "lr_scheduler_type",
@@ -535,14 +534,12 @@ class GKDConfig:
             if self.save_strategy != self.eval_strategy:
                 raise InputError(
                     "GKDConfig field 'load_best_model_at_end' needs a checkpoint for every evaluation; set "
-                    "save_strategy "
-                    f"to {self.eval_strategy.value}, like eval_strategy."
+                    f"save_strategy to {self.eval_strategy.value}, like eval_strategy."
                 )
             if self.eval_strategy == IntervalStrategy.STEPS and not is_multiple(self.save_steps, self.eval_steps):
                 raise InputError(
-                    "GKDConfig field 'load_best_model_at_end' needs save_steps to be a multiple of "
-                    "eval_steps, but they "
-                    f"are {self.save_steps} and {self.eval_steps}."
+                    "GKDConfig field 'load_best_model_at_end' needs save_steps to be a multiple of eval_steps, "
+                    f"but they are {self.save_steps} and {self.eval_steps}."
                 )
         if self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
