@@ -225,10 +225,9 @@ class GKDConfig:
     )
     beta: float = knob(
         0.5,
-        "L = beta*KL(P|M) + (1-beta)*KL(Q|M), M = beta*P + (1-beta)*Q, P teacher, Q student; 0 is exactly "
-        "KL(P|Q) and 1 exactly "
-        "KL(Q|P), while the mixture tends to 0 at both ends (L/beta to KL(P|Q), L/(1-beta) to KL(Q|P)): the "
-        "scale jumps there.",
+        "L = beta*KL(P|M) + (1-beta)*KL(Q|M) with M = beta*P + (1-beta)*Q, P the teacher, Q the student; 0 is "
+        "exactly KL(P|Q) and 1 exactly KL(Q|P), while the mixture tends to 0 at both ends (L/beta to KL(P|Q), "
+        "L/(1-beta) to KL(Q|P)): the scale of the loss jumps there.",
         low=0,
         high=1,
     )
