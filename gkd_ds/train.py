@@ -19,6 +19,7 @@ from typing import Any
 
 from gkd_ds.config import NOT_SUPPORTED, GKDConfig
 from gkd_ds.errors import InputError
+from gkd_ds.launcher import check_hostfile
 from gkd_ds.recipe import read_flags, read_recipe
 from gkd_ds.secrets import redact
 
@@ -65,6 +66,7 @@ def check_inputs(config: GKDConfig) -> None:
     ):
         if getattr(config, name) is None:
             raise InputError(f"No {name} is given ({what}); set it in the recipe or with --{name}.")
+    check_hostfile()
     config.validate_files()
     check_hub_model("model_name_or_path", config.model_name_or_path, config.model_init_kwargs)
     check_hub_model("teacher_model_name_or_path", config.teacher_model_name_or_path, config.teacher_model_init_kwargs)
