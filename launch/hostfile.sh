@@ -25,6 +25,8 @@ way=(--hostfile "$hostfile" --master_port "${MASTER_PORT:-29500}")
 if [[ ${PREFLIGHT:-1} != 0 ]]; then
     python tools/preflight.py "${way[@]}" --config "$recipe" "$@"
 fi
+# A host whose link is cut must not be waited for as long as TCP would.
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 # What the hosts must know is written where DeepSpeed looks for it, readable by nobody else, and without secrets.
 mkdir -p runs
 export DS_ENV_FILE=$PWD/runs/.deepspeed_env

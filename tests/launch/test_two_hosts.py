@@ -1,0 +1,104 @@
+"""Training on two real hosts: equal to one host, resumable, and ended when a host or its link fails."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch import tiny_run
+from tests.launch.hosts import Host, wait_until
+
+FAILURE_SECONDS = 20  # the timeouts given to the runs whose hosts fail
+SLOWNESS = 60  # seconds allowed on top for starting and ending processes on a busy machine
+
+
+@pytest.fixture(scope="module")
+def one_host(hosts, tmp_path_factory) -> list[float]:
+    """The losses of an undisturbed run of two ranks on one host."""
+    directory = tmp_path_factory.mktemp("one")
+    recipe = tiny_run.write_recipe(directory, save_strategy="no")
+    command = ["deepspeed", "--num_accelerators", "2", "--module", "gkd_ds.train", "--config", str(recipe)]
+    result = hosts[0].run(command, timeout=300)
+    assert result.returncode == 0, result.stdout
+    assert tiny_run.steps(directory / "run") == list(range(1, tiny_run.UPDATES + 1))
+    return tiny_run.losses(directory / "run")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "hostfile").write_text("worker-1 slots=1\nworker-2 slots=1\n")
+    return tmp_path
+
+
+def start(host: Host, project: Path, name: str, **fields):
+    """launch/hostfile.sh on a recipe in `project`, its output in NAME.log."""
+    recipe = tiny_run.write_recipe(project, **fields)
+    arguments = ["bash", "launch/hostfile.sh", str(project / "hostfile"), str(recipe)]
+    arguments += ["--resume_from_checkpoint", "auto"]
+    settings = {"PREFLIGHT": "0", "PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=2 -o ServerAliveCountMax=2"}
+    log = open(project / f"{name}.log", "w")
+    return host.start(arguments, env=settings, stdout=log, stderr=log)
+
+
+def wait_for_updates(project: Path, count: int) -> None:
+    log = project / "first.log"
+    wait_until(lambda: len(tiny_run.steps(project / "run")) >= count, 200, lambda: log.read_text()[-6000:])
+
+
+def assert_finished_as_on_one_host(hosts, project: Path, one_host: list[float], **fields) -> None:
+    """Start the run again, let it end, and compare all its losses with those of one host."""
+    code = start(hosts[0], project, "again", **fields).wait(timeout=300)
+    assert code == 0, (project / "again.log").read_text()[-6000:]
+    output = project / "run"
+    assert tiny_run.steps(output) == list(range(1, tiny_run.UPDATES + 1))
+    assert tiny_run.losses(output) == pytest.approx(one_host, rel=1e-5)
+    assert tiny_run.valid_checkpoints(output)[-1] == tiny_run.UPDATES
+
+
+def test_two_hosts_stop_resume_and_equal_one_host(hosts, project, one_host):
+    launcher = start(hosts[0], project, "first")
+    wait_for_updates(project, 4)
+    (project / "run" / "STOP").touch()
+    assert launcher.wait(timeout=120) == 75, (project / "first.log").read_text()[-6000:]
+    saved = tiny_run.valid_checkpoints(project / "run")
+    made = tiny_run.steps(project / "run")
+    assert saved[-1] == made[-1] < tiny_run.UPDATES
+    assert_finished_as_on_one_host(hosts, project, one_host)
+
+
+def test_a_dead_host_ends_the_other_with_the_reason_and_the_run_can_go_on(hosts, project, one_host):
+    launcher = start(hosts[0], project, "first")
+    wait_for_updates(project, 7)
+    assert hosts[1].kill("gkd_ds.train") >= 1
+    started = time.monotonic()
+    assert launcher.wait(timeout=FAILURE_SECONDS + SLOWNESS) not in (0, 75)
+    print(f"the launcher ended {time.monotonic() - started:.1f} s after the kill")
+    for host in hosts:
+        wait_until(lambda h=host: not h.processes("gkd_ds.train"), 45, f"{host.name}'s processes to end")
+    log = (project / "first.log").read_text()
+    assert "exits with return code = -9" in log and "worker-1" in log, log[-6000:]
+    assert_finished_as_on_one_host(hosts, project, one_host)
+
+
+def test_a_cut_link_ends_both_hosts_within_the_timeout(hosts, project):
+    fields = {"watchdog_timeout": FAILURE_SECONDS, "ddp_timeout": FAILURE_SECONDS}
+    launcher = start(hosts[0], project, "first", **fields)
+    wait_for_updates(project, 4)
+    hosts[1].link("down")
+    try:
+        started = time.monotonic()
+        for host in hosts:
+            wait_until(
+                lambda h=host: not h.processes("gkd_ds.train"),
+                FAILURE_SECONDS + SLOWNESS,
+                lambda h=host: f"{h.name}'s processes to end: {(project / 'first.log').read_text()[-6000:]}",
+            )
+        assert launcher.wait(timeout=SLOWNESS) not in (0, 75)
+        print(f"both hosts had ended {time.monotonic() - started:.1f} s after the cut")
+    finally:
+        hosts[1].link("up")
+    reason = (project / "first.log").read_text()
+    assert "Timed out" in reason or "made no progress" in reason or "Connection" in reason, reason[-6000:]
+    assert tiny_run.valid_checkpoints(project / "run")
