@@ -131,7 +131,9 @@ class Pipeline:
     def _each_micro_batch(
         self, rollouts: list[Rollout], targets: TeacherTargets, total_tokens: int | None, alive: Callable[[], None]
     ) -> Learned:
-        groups = self._micro_batches([len(rollout) for rollout in rollouts])
+        config = self.config
+        batch_size = config.per_device_eval_batch_size if total_tokens is None else config.per_device_train_batch_size
+        groups = self._micro_batches([len(rollout) for rollout in rollouts], batch_size)
         device, pad_id = self.student.device, self.sampling.pad_id
         sums_4R = torch.zeros(4, len(rollouts), device=device)
         padded_tokens = 0
@@ -159,10 +161,12 @@ class Pipeline:
             chunk_bytes=self.config.loss_memory_mb * 2**20,
         )
 
-    def _micro_batches(self, lengths: list[int]) -> list[list[int]]:
-        """Groups of similar length. Every rank runs as many as the rank with the most; the extra ones are empty."""
-        widest = self.config.per_device_train_batch_size * max(lengths, default=1)
-        limit = self.config.learn_tokens_per_micro_batch or widest
+    def _micro_batches(self, lengths: list[int], batch_size: int) -> list[list[int]]:
+        """Groups of similar length, none larger than a batch of the longest.
+
+        Every rank runs as many as the rank with the most; the extra ones are empty.
+        """
+        limit = self.config.learn_tokens_per_micro_batch or batch_size * max(lengths, default=1)
         groups = length_groups(lengths, limit, MICRO_BATCH_OVERHEAD_TOKENS)
         (count,) = ranks.maximum([max(len(groups), 1)])
         return groups + [[]] * (count - len(groups))

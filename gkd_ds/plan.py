@@ -16,6 +16,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gkd_ds import kernels, zero
 from gkd_ds.causal_lm import decoder_layers
 from gkd_ds.config import NOT_SUPPORTED, GKDConfig
 from gkd_ds.deepspeed_files import is_number
@@ -574,8 +575,8 @@ def dry_run_report(config: GKDConfig, num_samples: int) -> str:
     Raises:
         InputError: an empty data set, or a model configuration that cannot be read.
     """
-    on_cpu = config.use_cpu or not torch.cuda.is_available()
-    half = config.fp16 or (not on_cpu if config.bf16 is None else config.bf16)
+    on_cpu = kernels.on_cpu()
+    half = zero.precision(config) != torch.float32
     batches = count_batches(config, num_samples, config.world_size)
     plan = make_plan(config, config.world_size, weight_bytes=2 if half else 4, on_cpu=on_cpu)
     settings = {name: value for name, value in config.to_dict().items() if name not in NOT_SUPPORTED}

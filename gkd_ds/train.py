@@ -44,6 +44,8 @@ def command(argv: list[str], work: Callable[[GKDConfig], int]) -> int:
         recipe = given.pop("config", None)
         config = GKDConfig(**{**(read_recipe(recipe) if recipe else {}), **given})
         check_inputs(config)
+        if config.use_cpu:  # DeepSpeed chooses its accelerator when it is imported
+            os.environ["DS_ACCELERATOR"] = "cpu"
         if not dry_run:
             return work(config)
         print_plan(config)

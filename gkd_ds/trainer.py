@@ -91,6 +91,8 @@ class GKDTrainer:
         for examples in (self._train_examples, *self._eval_examples.values()):
             loading.require_known_tokens(examples, self._vocabulary)
 
+        if config.log_level != "passive":
+            logging.getLogger("gkd_ds").setLevel(config.log_level.replace("detail", "info").upper())
         zero.start(config)
         self._refuse_different_ranks()
         torch.manual_seed(config.seed)

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from gkd_ds.config import GKDConfig
+from gkd_ds.errors import InputError
 
 
 @dataclass
@@ -52,6 +53,12 @@ def start(config: GKDConfig) -> None:
         # checkpointing: a line per call. A bar per model that is read or written is chatter, too.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
         transformers.utils.logging.disable_progress_bar()
+    if config.use_cpu and get_accelerator().device_name() != "cpu":
+        raise InputError("use_cpu is set but DeepSpeed has chosen an accelerator; set DS_ACCELERATOR=cpu as well.")
+    if config.tf32 is not None:
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    if config.full_determinism:
+        torch.use_deterministic_algorithms(True)
     if torch.distributed.is_initialized() and deepspeed.comm.is_initialized():
         return
     if "RANK" not in os.environ:
@@ -85,7 +92,7 @@ def precision(config: GKDConfig) -> torch.dtype:
 
 def student_config(config: GKDConfig, world_size: int, hidden_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration of the student: the user's file, with the knobs that GKDConfig owns filled in."""
-    resolved = _read(config.deepspeed) or {"zero_optimization": {"stage": 3}}
+    resolved = _read(config.deepspeed) or {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     resolved |= {
         "train_micro_batch_size_per_gpu": micro,

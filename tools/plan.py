@@ -3,7 +3,7 @@
 
     python tools/plan.py --config recipe.yaml --hostfile hosts            # nodes and GPUs from a hostfile
     python tools/plan.py --config recipe.yaml --nodes 8 --gpus 8 --gpu_memory_gb 80 --nvme_gb_per_s 12
-    python tools/plan.py --table > docs/plan_70b_8b.md                    # 70B -> 8B on 1, 8, 64 and 512 GPUs
+    python tools/plan.py --table > tools/plan_70b_8b.md                   # 70B -> 8B on 1, 8, 64 and 512 GPUs
 
 Every GKDConfig field is a flag too (--gradient_accumulation_steps 16). The counts are those of gkd_ds/plan.py; the
 times are a roofline over the bandwidths below: an orientation, no promise. Exit code 0: it fits; 1: it does not, with

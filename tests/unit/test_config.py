@@ -221,7 +221,6 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"model_init_kwargs": [1]}, ["'model_init_kwargs'", "mapping"]),
         ({"model_init_kwargs": {1: 2}}, ["'model_init_kwargs'", "mapping"]),
         ({"hub_strategy": "never"}, ["'hub_strategy'"]),
-        ({"include_num_input_tokens_seen": "some"}, ["'include_num_input_tokens_seen'"]),
         ({"ddp_backend": "carrier pigeon"}, ["'ddp_backend'"]),
         ({"row_errors": "ignore"}, ["'row_errors'", "skip"]),
         ({"watchdog_timeout": 0}, ["'watchdog_timeout'"]),

@@ -331,7 +331,7 @@ def test_malformed_hostfile(content, tmp_path):
 
 
 def test_table_in_the_docs_is_the_planner_s():
-    assert (ROOT / "docs" / "plan_70b_8b.md").read_text() == tool.table() + "\n"
+    assert (ROOT / "tools" / "plan_70b_8b.md").read_text() == tool.table() + "\n"
 
 
 def test_make_plan_reads_models_and_files(recipe):
