@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from gkd_ds.vocabulary import shared_vocabulary_size
 logger = logging.getLogger(__name__)
 
 Model = str | PreTrainedModel
+# A directory without any of these has no tokenizer; transformers would make up an empty one from the model's type.
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model", "tekken.json")
 
 
 def require_causal_lm(model: Any, role: str) -> Model:
@@ -97,7 +101,7 @@ def _name(model: Model) -> str:
 
 
 def _tokenizer_of(name: str, config: GKDConfig) -> PreTrainedTokenizerBase | None:
-    if not name:
+    if not name or (os.path.isdir(name) and not any(any(Path(name).glob(pattern)) for pattern in TOKENIZER_FILES)):
         return None
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
