@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.dist import runs
+from tests.dist import runs, scenarios
 from tests.dist.rank_server import Server
 
 
@@ -22,3 +23,23 @@ def server() -> Iterator[Server]:
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A recipe with tiny models and ten conversations, without output_dir. Copy it, do not change it."""
     return runs.make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models of tests/dist/materials.py, read by the scenarios and by the tests."""
+    from tests.dist.materials import make_materials  # late: importing transformers takes seconds
+
+    return make_materials(tmp_path_factory.mktemp("materials"))
+
+
+@pytest.fixture(scope="session")
+def two_ranks(materials: Path, tmp_path_factory: pytest.TempPathFactory) -> scenarios.Results:
+    """What the scenarios of worker.py returned on two ranks."""
+    return scenarios.on_two_ranks(materials, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="session")
+def one_rank(materials: Path, tmp_path_factory: pytest.TempPathFactory) -> scenarios.Results:
+    """What some of them returned on one rank."""
+    return scenarios.on_one_rank(materials, tmp_path_factory.mktemp("one"))

@@ -15,14 +15,15 @@ EXACT = 0.0
 
 
 def make_models(directory: Path, rows: int = 10) -> dict[str, Any]:
-    """A one-layer student, a two-layer teacher and `rows` conversations; a recipe that names them."""
+    """A one-layer student, a two-layer teacher, `rows` conversations and three to evaluate on; a recipe of them."""
     tokenizer = make_tokenizer(vocab_size=300)
+    make_jsonl(directory / "data" / "test.jsonl", 3, seed=4)
     make_model("llama", directory / "student", seed=1, hidden=32, layers=1, tokenizer=tokenizer)
     make_model("llama", directory / "teacher", seed=2, hidden=32, layers=2, tokenizer=tokenizer)
     return {
         "model_name_or_path": str(directory / "student"),
         "teacher_model_name_or_path": str(directory / "teacher"),
-        "dataset_name": str(make_jsonl(directory / "train.jsonl", rows, seed=3)),
+        "dataset_name": str(make_jsonl(directory / "data" / "train.jsonl", rows, seed=3).parent),
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-2,

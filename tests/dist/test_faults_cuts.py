@@ -1,0 +1,94 @@
+"""Runs that are killed, wherever they are, and go on: every loss, rate and weight as if nothing had happened."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dist.rank_server import Job, Server
+from tests.dist.runs import assert_same, rows
+
+KILLED = -9
+
+
+@pytest.fixture(scope="module")
+def settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Every kind of phase, a checkpoint after every update."""
+    return {
+        **recipe,
+        "max_steps": 12,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "seq_kd": True,
+        "resume_from_checkpoint": "auto",
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(server: Server, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks, never interrupted."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    server.run(2, {**settings, "output_dir": str(run_dir)})
+    return run_dir
+
+
+def cut(server: Server, settings: dict[str, Any], point: str, occurrence: int, rank: int) -> Job:
+    """Start or go on, kill one rank; the other must notice and end by itself, not successfully."""
+    job = server.start(2, settings, fault=f"kill:{point}:{occurrence}:{rank}")
+    codes = job.wait()
+    assert codes[rank] == KILLED, f"{codes}\n{job.said()}"
+    assert codes[1 - rank] not in (0, None), f"{codes}\n{job.said()}"
+    return job
+
+
+def finish_and_compare(server: Server, settings: dict[str, Any], whole: Path) -> None:
+    server.run(2, settings)
+    run_dir = settings["output_dir"]
+    assert_same(run_dir, whole)
+    ours, theirs = rows(run_dir, "eval/loss"), rows(whole, "eval/loss")
+    for step, row in theirs.items():
+        for name in ("eval/loss", "eval/on_policy_loss", "eval/on_policy_entropy"):
+            assert ours[step][name] == row[name], (step, name)
+    for name in ("model.safetensors",):
+        assert Path(run_dir, name).read_bytes() == (whole / name).read_bytes()
+
+
+# Three cuts in a row each. A process that resumes counts from one again; a window has one of each phase, an
+# evaluation two rollouts, two scores and two of itself.
+CHAINS = [
+    [("rollout", 3, 0), ("score", 2, 1), ("learn", 4, 0)],
+    [("update", 2, 1), ("evaluation", 2, 0), ("mid-rollout", 3, 1)],
+    [("mid-score", 5, 0), ("mid-learn", 5, 1), ("mid-evaluation", 1, 1)],
+]
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: "-".join(point for point, _, _ in chain))
+def test_killed_in_every_phase(server: Server, settings, whole: Path, tmp_path: Path, chain) -> None:
+    mine = {**settings, "output_dir": str(tmp_path / "run")}
+    for point, occurrence, rank in chain:
+        cut(server, mine, point, occurrence, rank)
+    finish_and_compare(server, mine, whole)
+
+
+@pytest.mark.parametrize("rank, first", [(0, "save.begin"), (1, "save.write")])
+def test_killed_at_every_write_step_of_a_save(
+    server: Server, settings, whole: Path, tmp_path: Path, rank: int, first: str
+) -> None:
+    """One process after the other, each killed one step later in its first save, until a save has no more steps."""
+    mine = {**settings, "output_dir": str(tmp_path / "run")}
+    killed_at: list[str] = []
+    while killed_at.count(first) < 2:
+        job = cut(server, mine, "save", len(killed_at) + 1, rank)
+        killed_at += re.findall(r"GKD_FAULT: kill at (\S+)", job.said(rank))
+    expected = {"save.write", "save.file", "save.hash"}
+    if rank == 0:
+        expected |= {f"save.{step}" for step in ("begin", "manifest", "latest_text", "rename", "latest", "done")}
+    assert set(killed_at) == expected
+    assert killed_at.count("save.file") == killed_at.count("save.hash") == 2, "model and optimizer states"
+    finish_and_compare(server, mine, whole)
