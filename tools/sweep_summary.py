@@ -4,8 +4,8 @@
     python tools/sweep_summary.py runs/gkd-sweep-123 [--sort eval/loss]
 
 Prints the table and writes it to `summary.txt` in the sweep's directory. Reads the `metrics.jsonl` of every run below
-it; a run's directory is named after what varies, as in `lmbda=0.5,beta=0.1`. Training losses of different betas have
-different scales, so rows are sorted by an evaluation (default: the first one there is).
+it; a run's directory is named after what varies, as in `lmbda=0.5,beta=0.1`. A loss, also one of an evaluation, is
+measured with the run's own beta, and losses of different betas have different scales: compare them within one beta.
 """
 
 import argparse
@@ -20,19 +20,18 @@ TAIL = 10  # updates over which the last loss is averaged
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweep", type=Path)
-    parser.add_argument("--sort", help="the column to sort by, smallest first")
+    parser.add_argument("--sort", help="the column to sort by, smallest first (default: in order of the grid)")
     args = parser.parse_args()
     rows = [summary(run) for run in sorted(args.sweep.glob("*=*")) if run.is_dir()]
     if not rows:
         print(f"sweep_summary: {args.sweep} holds no run (a directory named like lmbda=0.5,beta=0.1)", file=sys.stderr)
         return 2
-    evaluations = [name for name in column_names(rows) if name.startswith("eval/")]
-    by = args.sort or (evaluations[0] if evaluations else "loss")
-    if by not in column_names(rows):
-        print(f"sweep_summary: no run has {by!r}; there are {', '.join(column_names(rows))}", file=sys.stderr)
+    if args.sort and args.sort not in column_names(rows):
+        print(f"sweep_summary: no run has {args.sort!r}, only {', '.join(column_names(rows))}", file=sys.stderr)
         return 2
-    rows.sort(key=lambda row: row.get(by, float("inf")))
-    text = f"{args.sweep} ({len(rows)} runs, by {by})\n{table(rows)}\n"
+    if args.sort:
+        rows.sort(key=lambda row: row.get(args.sort, float("inf")))
+    text = f"{args.sweep}: {len(rows)} runs\n{table(rows)}\n"
     print(text, end="")
     # Array tasks end at any time: never let one read what another has half written.
     temporary = args.sweep / f".summary-{os.getpid()}"

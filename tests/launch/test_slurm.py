@@ -151,6 +151,6 @@ def test_a_sweep_runs_the_grid_and_prints_its_table(cluster, submit, tmp_path):
     assert header[:5] == ["lmbda", "beta", "state", "steps", "loss"]
     assert {tuple(row[:2]) for row in rows} == {("0", "0.1"), ("0", "0.9"), ("1", "0.1"), ("1", "0.9")}
     assert all(row[2:4] == ["finished", "2"] for row in rows)
-    assert any("(4 runs, by" in log.read_text() for log in tmp_path.glob("job-*.log"))
+    assert any(": 4 runs" in log.read_text() for log in tmp_path.glob("job-*.log"))
     sources = {run.name: tiny_run.updates(run)[0]["source"] for run in (tmp_path / "sweep").glob("*=*")}
     assert sources["lmbda=0,beta=0.1"]["student"] == 0 and sources["lmbda=1,beta=0.1"]["data"] == 0
