@@ -1,0 +1,42 @@
+"""The models that the scenarios of worker.py use.
+
+PYTHONPATH=. python -m tests.dist.materials DIRECTORY
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tests.tiny import FAMILIES, make_model, make_tokenizer
+
+# Student family -> teacher family: every family takes each part once.
+FAMILY_PAIRS = dict(zip(FAMILIES, FAMILIES[1:] + FAMILIES[:1]))
+PADDED = 416  # rows of an embedding for 384 tokens
+
+
+def make_materials(directory: Path) -> Path:
+    """Every model is a directory of its own; all share one tokenizer. Takes ten seconds."""
+    tokenizer = make_tokenizer()
+    make = lambda family, name, **how: make_model(family, directory / name, tokenizer=tokenizer, **how)  # noqa: E731
+    make("llama", "student", seed=1, vocab_size=PADDED)
+    make("llama", "untied", seed=1, tie_word_embeddings=False)
+    make("llama", "wide", seed=1, hidden=256, vocab_size=512, init_range=0.1)
+    make("gpt2", "dropout", seed=1)
+    make("llama", "teacher", seed=2, layers=3, hidden=96)
+    make("qwen2", "qwen2-student", seed=1)
+    make("qwen2", "qwen2-teacher", seed=2, layers=3, hidden=96, vocab_size=PADDED)
+    for number, family in enumerate(FAMILIES):
+        # Both heads are tied or not in turn, and the vocabulary is padded on one side in turn.
+        tied, padded = number % 2 == 0, number % 3 == 0
+        make(family, f"{family}-s", seed=3, tie_word_embeddings=tied, vocab_size=PADDED if padded else None)
+        make(family, f"{family}-t", seed=4, layers=3, hidden=96, tie_word_embeddings=not tied, vocab_size=PADDED)
+        # transformers would add a token to some families' tokenizers when it loads them (Qwen's <|endoftext|>), and
+        # then the pairs would not share a vocabulary. Without one a teacher is taken to use the student's.
+        for file in (directory / f"{family}-t").glob("tokenizer*"):
+            file.unlink()
+    return directory
+
+
+if __name__ == "__main__":
+    print(make_materials(Path(sys.argv[1])))

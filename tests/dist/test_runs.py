@@ -1,0 +1,164 @@
+"""Whole runs on two ranks: what is counted, where the teacher is, who writes, resuming, callbacks, faults."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+
+from tests.dist import plain
+from tests.dist.events import EVENT_KNOBS, Events
+from tests.dist.scenarios import Results
+from tests.dist.test_parity import everybody_s_rollouts, losses
+
+NVME = pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="NVMe offload needs libaio-dev")
+
+
+def test_nothing_that_trl_brings_is_imported(one_rank: Results, two_ranks: Results) -> None:
+    """The scenarios ran with trl, accelerate and peft hidden: everything here is shown to work without them."""
+    for results in (one_rank, two_ranks):
+        assert all(rank["imported"] == [] for rank in results["blocked_imports"])
+
+
+def test_a_window_costs_one_gather_and_one_teacher_pass(two_ranks: Results) -> None:
+    rows = {int(n): case["rows"][0] for n, case in two_ranks["counts"][0].items()}
+    assert {n: row["source"]["student"] for n, row in rows.items()} == {1: 2, 4: 8, 8: 16}
+    assert rows[8]["perf/micro_batches"] > 1
+    for row in rows.values():
+        assert row["perf/student_gathers"] == 1
+        assert row["perf/teacher_passes"] == 1
+        assert row["perf/teacher_bytes"] == rows[1]["perf/teacher_bytes"] > 0
+
+
+def test_the_teacher_s_place_does_not_matter(two_ranks: Results) -> None:
+    places = two_ranks["teacher_places"][0]
+    assert losses(places["cpu"]["rows"]) == pytest.approx(losses(places["resident"]["rows"]), rel=1e-6)
+
+
+@NVME
+def test_a_teacher_on_nvme_gives_the_same_losses(two_ranks: Results) -> None:
+    rows = two_ranks["teacher_on_nvme"][0]["rows"]
+    assert losses(rows) == pytest.approx(losses(two_ranks["teacher_places"][0]["resident"]["rows"]), rel=1e-6)
+    assert list((two_ranks.directory / "nvme").rglob("*.swp")), "the weights are in files"
+
+
+@pytest.mark.parametrize("name, allowed", [("data", "data"), ("student", "student"), ("teacher", "teacher")])
+def test_lmbda_and_seq_kd_say_who_writes(two_ranks: Results, materials: Path, name: str, allowed: str) -> None:
+    """The second window has one sample: rank 1 has none, and the second micro-batch none on any rank."""
+    ranks = two_ranks["sources"]
+    rows = ranks[0][name]["rows"]
+    nobody = {"student": 0, "teacher": 0, "data": 0}
+    assert [row["source"] for row in rows] == [{**nobody, allowed: 8}, {**nobody, allowed: 1}]
+    assert [row["perf/student_gathers"] for row in rows] == [int(allowed == "student")] * 2
+    assert [len(rank[name]["rollouts"]) for rank in ranks] == [1, 0]
+    assert all(math.isfinite(row["loss"]) and row["skipped"] == 0 and row["grad_norm"] > 0 for row in rows)
+    assert rows[1]["completion_tokens"] == sum(len(r["completion_ids"]) for r in everybody_s_rollouts(ranks, name))
+
+
+def test_mixed_sources_share_a_window(two_ranks: Results) -> None:
+    first, second = (row["source"] for row in two_ranks["sources"][0]["mixed"]["rows"])
+    assert first == {"student": 4, "teacher": 4, "data": 0}, "seed 42 draws one micro-batch of each"
+    assert sum(second.values()) == 1
+
+
+def test_the_teacher_writes_what_it_finds_likely(two_ranks: Results, materials: Path) -> None:
+    """Its completions are its own: at temperature 0.9 each is likelier to the teacher than to the student."""
+    row = two_ranks["sources"][0]["teacher"]["rows"][0]
+    assert row["teacher_logprob"] > row["student_logprob"]
+
+
+# ---------------------------------------------------------------------------------------- resuming
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(two_ranks: Results) -> None:
+    result = two_ranks["resume"][0]
+    compared = ("step", "epoch", "loss", "lr", "grad_norm", "source", "completion_tokens", "entropy", "skipped")
+    whole, half = ([{key: row[key] for key in compared} for row in result[run]] for run in ("whole", "half"))
+    assert [row["step"] for row in whole] == [1, 2, 3, 4]
+    assert half == whole
+    assert result["steps"] == [1, 2, 3, 4], "the history of logs goes on"
+    assert any(row["source"]["student"] for row in whole[2:]) and len({row["lr"] for row in whole}) == 4
+
+
+def test_a_resumed_run_ends_with_the_same_weights(two_ranks: Results) -> None:
+    assert two_ranks["resume"]
+    whole, half = (load_file(two_ranks.directory / f"resume-{run}" / "model.safetensors") for run in ("whole", "half"))
+    assert whole.keys() == half.keys()
+    assert all(torch.equal(whole[name], half[name]) for name in whole)
+
+
+def test_a_resumed_run_is_the_same_run_to_wandb(two_ranks: Results) -> None:
+    result = two_ranks["resume"][0]
+    assert result["run_ids"][0] == result["run_ids"][1] is not None
+    assert len(result["wandb"]) == 1 and result["run_ids"][0] in result["wandb"][0]
+
+
+# ---------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_an_exception_while_sampling_leaves_the_engine_whole(two_ranks: Results) -> None:
+    for rank in two_ranks["generation_that_raises"]:
+        before, after, learned = rank["losses"]
+        assert "index out of range" in rank["raised"]
+        assert after == before and rank["partitioned"][0] == rank["partitioned"][1] > 0
+        assert rank["applied"] and sum(learned) < sum(before), "it learns"
+        assert rank["written"] == 3
+
+
+@pytest.mark.parametrize("where, bad", [("targets", [1]), ("loss", [0, 2]), ("stage 2", [1]), ("stage 0", [1])])
+def test_nan_on_one_rank_skips_the_update_on_all(two_ranks: Results, where: str, bad: list[int]) -> None:
+    rows, digests = (two_ranks["faults"][0][where][key] for key in ("rows", "digests"))
+    assert [row["skipped"] for row in rows] == [int(window in bad) for window in range(4)]
+    assert len(digests) == 4
+    for window in range(1, 4):
+        assert (digests[window] == digests[window - 1]) == (window in bad)
+    assert all(math.isfinite(row["loss"]) for window, row in enumerate(rows) if window not in bad)
+    assert two_ranks["faults"][0][where]["stopped"] == ""
+
+
+def test_nothing_but_nan_stops_the_run_on_all_ranks(two_ranks: Results) -> None:
+    first, second = (rank["always"]["stopped"] for rank in two_ranks["faults"])
+    assert first == second and "2 updates in a row" in first and "teacher targets" in first
+    assert len(two_ranks["faults"][0]["always"]["rows"]) == 2
+
+
+def test_bf16_stays_close_to_fp32(two_ranks: Results) -> None:
+    fp32, bf16 = (losses(two_ranks["precision"][0][name]["rows"]) for name in ("fp32", "bf16"))
+    assert bf16 == pytest.approx(fp32, rel=0.03)
+    assert bf16 != pytest.approx(fp32, rel=1e-5), "it did compute in another precision"
+
+
+# ---------------------------------------------------------------------------------------- callbacks
+
+
+def test_events_come_in_transformers_order(two_ranks: Results, materials: Path, tmp_path: Path) -> None:
+    """The same run by transformers' own Trainer, as far as its events go."""
+    pytest.importorskip("accelerate")
+    student, events = plain.load(materials / "student"), Events()
+    data = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 6
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_only_model=True,
+        **EVENT_KNOBS,
+    )
+    Trainer(student, arguments, train_dataset=data, eval_dataset=data[:2], callbacks=[events]).train()
+    ours = two_ranks["callbacks"][0]["events"]
+    # A window is one step whatever its micro-batches; predictions are not made batch by batch.
+    theirs = [event for event in events.seen if event not in ("on_prediction_step", "on_substep_end")]
+    assert theirs.count("on_step_end") == 6 and theirs.count("on_evaluate") == 3 and "on_save" in theirs
+    assert ours == theirs
+    assert two_ranks["callbacks"][1]["events"] == ours
+
+
+def test_early_stopping_stops_all_ranks(two_ranks: Results) -> None:
+    for rank in two_ranks["callbacks"]:
+        step, planned, best = rank["early"]
+        assert (step, best) == (2, 1) and planned > 2

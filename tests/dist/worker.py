@@ -1,0 +1,403 @@
+"""Scenarios that need the engines, all in one launch because starting ranks costs more than running them.
+
+    PYTHONPATH=. deepspeed --num_accelerators 2 --module tests.dist.worker MATERIALS RESULTS [SCENARIO ...]
+    PYTHONPATH=. python -m tests.dist.worker MATERIALS RESULTS seed_example rollouts
+
+MATERIALS is what `tests.dist.materials` made. Every rank writes RESULTS/<scenario>.<rank>.json: what the scenario
+returned, or the traceback of what it raised. The tests beside this file compare those with plain torch.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+
+# Before anything else is imported: gkd_ds must run where none of these is installed (peft needs accelerate).
+ABSENT = ("trl", "accelerate", "peft")
+sys.modules.update(dict.fromkeys(ABSENT))
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback
+
+from gkd_ds import GKDConfig, GKDTrainer, ranks, zero
+from gkd_ds.guards import TrainingStopped
+from gkd_ds.pipeline import count_tokens
+from gkd_ds.records import Rollout, Sample, Source
+from tests.dist.events import EVENT_KNOBS, Events
+from tests.dist.materials import FAMILY_PAIRS
+from tests.tiny import make_chat_rows
+
+MATERIALS, RESULTS = (Path(argument) for argument in [a for a in sys.argv[1:] if not a.startswith("--local_rank")][:2])
+
+KNOBS = {
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "max_new_tokens": 12,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "overwrite_output_dir": True,
+    "disable_tqdm": True,
+    "max_steps": 1,
+    "ddp_timeout": 240,
+}
+
+
+def build(name: str, student="student", teacher="teacher", rows: int = 24, callbacks=None, **knobs) -> GKDTrainer:
+    """A trainer on the first `rows` chat rows; `student` and `teacher` are directories in MATERIALS, or models."""
+    place = lambda model: str(MATERIALS / model) if isinstance(model, str) else model  # noqa: E731
+    config = GKDConfig(output_dir=str(RESULTS / name), **{**KNOBS, **knobs})
+    dataset = Dataset.from_list(make_chat_rows(rows))
+    return GKDTrainer(
+        model=place(student),
+        teacher_model=place(teacher),
+        args=config,
+        train_dataset=dataset,
+        eval_dataset=Dataset.from_list(make_chat_rows(3, seed=9)),
+        callbacks=callbacks,
+    )
+
+
+def rows_of(name: str) -> list[dict]:
+    """The rows of metrics of a run (rank 0 writes them, and only it may read them)."""
+    if ranks.rank() != 0:
+        return []
+    return [json.loads(line) for line in (RESULTS / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def as_json(rollouts: list[Rollout]) -> list[dict]:
+    return [{**dataclasses.asdict(rollout), "source": rollout.source.value} for rollout in rollouts]
+
+
+def train(name: str, **kwargs) -> dict:
+    """Train a new trainer: its rows of metrics, and this rank's rollouts of the last window."""
+    trainer = build(name, **kwargs)
+    trainer.train()
+    return {"rows": rows_of(name), "rollouts": as_json(trainer._rollouts)}
+
+
+# ---------------------------------------------------------------------------------------- the scenarios
+
+
+def seed_example() -> dict:
+    """The issue's example program, nothing else set; and the trained student's logits beside its export."""
+    results = {}
+    for name in ("names", "objects"):
+        student, teacher = str(MATERIALS / "qwen2-student"), str(MATERIALS / "qwen2-teacher")
+        tokenizer = AutoTokenizer.from_pretrained(student)
+        if name == "objects":
+            student, teacher = (AutoModelForCausalLM.from_pretrained(path) for path in (student, teacher))
+        rows = make_chat_rows(4)
+        dataset = Dataset.from_dict({"messages": [row["messages"] for row in rows]})
+        out = f"seed-{name}"
+        config = GKDConfig(output_dir=str(RESULTS / out), per_device_train_batch_size=2 // ranks.world_size())
+        trainer = GKDTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=config,
+            processing_class=tokenizer,
+            train_dataset=dataset,
+            eval_dataset=dataset,
+        )
+        output = trainer.train()
+        results[name] = {"rows": rows_of(out), "steps": output.global_step, "train_loss": output.training_loss}
+        with torch.no_grad(), zero.whole_parameters(trainer.student.engine, zero.Counters()):
+            logits = trainer.model(input_ids=torch.arange(3, 40)[None]).logits
+        if ranks.rank() == 0:
+            save_file({"logits": logits}, RESULTS / f"{out}-logits.safetensors")
+    return results
+
+
+# AdamW's first update is the sign of the gradient unless epsilon is of its size: then it shows the gradient.
+UPDATE_KNOBS = {
+    "lmbda": 0.0,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.02,
+    "adam_epsilon": 1e-4,
+    "divergence_temperature": 1.5,
+}
+UPDATES = {
+    "accumulation-1": {"student": "student"},
+    "accumulation-3": {"student": "student", "gradient_accumulation_steps": 3, "gradient_checkpointing": False},
+    "untied": {"student": "untied", "gradient_accumulation_steps": 3},
+    "stage-2": {
+        "student": "student",
+        "gradient_accumulation_steps": 3,
+        "deepspeed": {"zero_optimization": {"stage": 2}},
+    },
+    "stage-0": {"student": "student", "deepspeed": {"zero_optimization": {"stage": 0}}},
+}
+
+
+def update() -> dict:
+    """One clipped AdamW update on the data's completions, which are of very different lengths."""
+    return {
+        name: train(
+            f"update-{name}", lmbda=0.0, weight_decay=0.1, max_grad_norm=0.02, divergence_temperature=1.5, **case
+        )
+        for name, case in UPDATES.items()
+    }
+
+
+def rollouts() -> dict:
+    """Samples 0..11 through both rollout engines, so many at a time. Rank 1 has fewer than rank 0."""
+    results = {}
+    for engine in ("gather", "sharded"):
+        trainer = build(f"rollouts-{engine}", student="wide", rollout_engine=engine)
+        pipeline, examples = trainer.pipeline, trainer._train_examples
+        assert trainer.student.rollout_engine == engine
+        # A random model seldom writes one particular token: with these it stops after twenty tokens on average.
+        pipeline.sampling = dataclasses.replace(pipeline.sampling, stop_ids=tuple(range(20, 40)), max_new_tokens=30)
+        mine = range(12) if ranks.world_size() == 1 else (range(7), range(7, 12))[ranks.rank()]
+        samples = [Sample(row, examples.prompt_ids[row], [], Source.STUDENT) for row in mine]
+        for size in (1, 3, 8) if engine == "gather" else (3, 8):
+            (calls,) = ranks.maximum([-(-len(samples) // size)])
+            written = []
+            for call in range(calls):
+                written += pipeline.rollout(samples[call * size : (call + 1) * size], {Source.STUDENT})
+            results[f"{engine}/{size}"] = {rollout.sample_id: rollout.completion_ids for rollout in written}
+    return results
+
+
+def families() -> dict:
+    """One on-policy window of every family, with a teacher of another family, width and depth."""
+    return {
+        student: train(f"family-{student}", student=f"{student}-s", teacher=f"{teacher}-t", lmbda=1.0, temperature=1.0)
+        for student, teacher in FAMILY_PAIRS.items()
+    }
+
+
+def counts() -> dict:
+    return {
+        n: train(f"counts-{n}", per_device_train_batch_size=1, gradient_accumulation_steps=n, lmbda=1.0)
+        for n in (1, 4, 8)
+    }
+
+
+def _teacher_in(device: str, **offload) -> dict:
+    return {"zero_optimization": {"stage": 3, "offload_param": {"device": device, "pin_memory": False, **offload}}}
+
+
+def teacher_places() -> dict:
+    knobs = {"max_steps": 3, "lmbda": 0.5, "score_memory_mb": 1}
+    return {
+        "resident": train("teacher-resident", **knobs),
+        "cpu": train("teacher-cpu", **knobs, teacher_deepspeed=_teacher_in("cpu")),
+    }
+
+
+def teacher_on_nvme() -> dict:
+    offload = _teacher_in("nvme", nvme_path=str(RESULTS / "nvme"), buffer_count=5, buffer_size=100_000)
+    return train("teacher-nvme", max_steps=3, lmbda=0.5, score_memory_mb=1, teacher_deepspeed=offload)
+
+
+SOURCES = {
+    "data": {"lmbda": 0.0},
+    "student": {"lmbda": 1.0},
+    "teacher": {"lmbda": 0.0, "seq_kd": True},
+    "mixed": {"lmbda": 0.5, "seq_kd": True},
+}
+
+
+def sources() -> dict:
+    """Two windows of eight samples, of which the second has only one left: rank 1 has none, micro-batch 2 neither."""
+    knobs = {"rows": 9, "gradient_accumulation_steps": 2, "max_steps": 2}
+    return {name: train(f"source-{name}", **knobs, **case) for name, case in SOURCES.items()}
+
+
+def resume() -> dict:
+    """Four windows at one go, and two of them again from the checkpoint in the middle; with dropout, and W&B."""
+    knobs = {
+        "student": "dropout",
+        "teacher": "gpt_neox-t",
+        "disable_dropout": False,
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "lmbda": 0.5,
+        "report_to": "wandb",
+        "warmup_steps": 1,
+    }
+    whole = build("resume-whole", **knobs)
+    whole.train()
+    whole_id = whole.tracker.run_id
+    if ranks.rank() == 0:
+        (RESULTS / "resume-half").mkdir()
+        for entry in ("checkpoint-2", "metrics.jsonl", "latest"):
+            source = RESULTS / "resume-whole" / entry
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, RESULTS / "resume-half" / entry)
+    ranks.barrier()
+    half = build("resume-half", **knobs)
+    half.train(resume_from_checkpoint=True)
+    return {
+        "whole": rows_of("resume-whole"),
+        "half": rows_of("resume-half"),
+        "run_ids": [whole_id, half.tracker.run_id],
+        "wandb": sorted(path.name for path in (RESULTS / "resume-half").rglob("*.wandb")),
+        "steps": [entry["step"] for entry in half.state.log_history],
+    }
+
+
+def generation_that_raises() -> dict:
+    """An exception inside the gathered rollout; afterwards the same losses, and a window still works."""
+    trainer = build("raises", lmbda=1.0)
+    pipeline, examples, student = trainer.pipeline, trainer._train_examples, trainer.student
+    samples = [
+        Sample(row, examples.prompt_ids[row], examples.completion_ids[row], Source.DATA)
+        for row in range(ranks.rank(), 6, 2)
+    ]
+    of_data = pipeline.rollout(samples, {Source.DATA})
+
+    def measure() -> list[float]:
+        return pipeline.measure(of_data, pipeline.score(of_data)).divergence
+
+    def partitioned() -> int:
+        return sum(zero.is_partitioned(parameter) for parameter in trainer.model.parameters())
+
+    before, partitioned_before = measure(), partitioned()
+    impossible = [Sample(0, [10**6], [], Source.STUDENT)]
+    raised = ""
+    try:
+        student.generate(impossible, pipeline.sampling, None)
+    except IndexError as error:
+        raised = str(error)
+    after, partitioned_after = measure(), partitioned()
+    pipeline.learn(of_data, pipeline.score(of_data), count_tokens(of_data))
+    applied = student.update()
+    return {
+        "raised": raised,
+        "losses": [before, after, measure()],
+        "partitioned": [partitioned_before, partitioned_after],
+        "applied": applied,
+        "written": len(student.generate(samples, pipeline.sampling, None).token_ids),
+    }
+
+
+def precision() -> dict:
+    knobs = {"lmbda": 0.0, "max_steps": 3, "learning_rate": 1e-3}
+    return {"fp32": train("fp32", **knobs), "bf16": train("bf16", bf16=True, **knobs)}
+
+
+def callbacks() -> dict:
+    """Two epochs of three windows; then a run that does not improve, which EarlyStoppingCallback ends."""
+    events = Events()
+    build("events", rows=12, callbacks=[events], lmbda=0.0, **EVENT_KNOBS).train()
+    stopped = build(
+        "early",
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=1)],
+        **{**EVENT_KNOBS, "eval_steps": 1, "save_steps": 1},
+        learning_rate=0.0,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        lmbda=0.0,
+        eval_on_policy=False,
+    )
+    stopped.train()
+    state = stopped.state
+    return {"events": events.seen, "early": [state.global_step, state.max_steps, state.best_global_step]}
+
+
+class WeightsAfterEachUpdate(TrainerCallback):
+    """A digest of the student's whole weights after every window. Collective, like the events themselves."""
+
+    def __init__(self):
+        self.digests: list[str] = []
+        self.trainer: GKDTrainer | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        weights = zero.full_state_dict(self.trainer.student.engine, self.trainer.model)
+        digest = hashlib.sha256()
+        for name, tensor in sorted((weights or {}).items()):
+            digest.update(name.encode() + tensor.numpy().tobytes())
+        self.digests.append(digest.hexdigest())
+
+
+def _with_nan(name: str, where: str, bad_windows: set[int], **knobs) -> dict:
+    """NaN on rank 1 only, in the teacher's targets or in the loss, in some windows."""
+    watch = WeightsAfterEachUpdate()
+    trainer = watch.trainer = build(name, max_steps=4, lmbda=0.5, callbacks=[watch], **knobs)
+    score, loss = trainer.teacher.score, trainer.student.loss
+    spoilt = lambda: ranks.rank() == ranks.world_size() - 1 and trainer.state.global_step in bad_windows  # noqa: E731
+
+    def spoil_targets(*given):
+        targets = score(*given)
+        if spoilt():
+            targets.hidden_NE[0] = float("nan")
+        return targets
+
+    def spoil_loss(*given):
+        total, *per_token = loss(*given)
+        return (total * float("nan") if spoilt() else total, *per_token)
+
+    if where == "targets":
+        trainer.teacher.score = spoil_targets
+    else:
+        trainer.student.loss = spoil_loss
+    stopped = ""
+    try:
+        trainer.train()
+    except TrainingStopped as error:
+        stopped = str(error)
+    return {"digests": watch.digests, "rows": rows_of(name), "stopped": stopped}
+
+
+def faults() -> dict:
+    return {
+        "targets": _with_nan("nan-targets", "targets", {1}),
+        "loss": _with_nan("nan-loss", "loss", {0, 2}),
+        "always": _with_nan("nan-always", "targets", {0, 1, 2, 3}, max_bad_updates=2),
+        "stage 2": _with_nan("nan-stage-2", "loss", {1}, deepspeed={"zero_optimization": {"stage": 2}}),
+        "stage 0": _with_nan("nan-stage-0", "loss", {1}, deepspeed={"zero_optimization": {"stage": 0}}),
+    }
+
+
+def blocked_imports() -> dict:
+    """Runs last: what was imported in spite of the block above."""
+    return {"imported": [name for name, module in sys.modules.items() if module and name.split(".")[0] in ABSENT]}
+
+
+SCENARIOS = [
+    seed_example,
+    update,
+    rollouts,
+    families,
+    counts,
+    teacher_places,
+    teacher_on_nvme,
+    sources,
+    resume,
+    generation_that_raises,
+    precision,
+    callbacks,
+    faults,
+    blocked_imports,
+]
+
+
+def main(wanted: list[str]) -> None:
+    zero.start(GKDConfig(output_dir=str(RESULTS / "unused"), ddp_timeout=KNOBS["ddp_timeout"]))
+    for scenario in SCENARIOS:
+        if wanted and scenario.__name__ not in wanted:
+            continue
+        started = time.monotonic()
+        try:
+            outcome = {"result": scenario()}
+        except Exception:
+            traceback.print_exc()
+            outcome = {"error": traceback.format_exc()}
+        seconds = time.monotonic() - started
+        path = RESULTS / f"{scenario.__name__}.{ranks.rank()}.json"
+        path.write_text(json.dumps({**outcome, "seconds": seconds}))
+        print(f"=== rank {ranks.rank()}: {scenario.__name__} {seconds:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main([a for a in sys.argv[1:] if not a.startswith("--local_rank")][2:])
