@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -136,14 +137,23 @@ class Student:
 
     def update(self) -> bool:
         """Apply the accumulated gradient. False when it was not finite on some rank: then nothing has changed."""
+        if isinstance(self.engine.optimizer, torch.optim.Optimizer):
+            # Stage 0 in fp32: DeepSpeed neither measures the gradient, which is whole on every rank, nor looks for NaN.
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self._whole_norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(self._whole_norm):
+                self.engine.zero_grad()
+                return False
         self.engine.step()
         return self.engine.was_step_applied()
+
+    _whole_norm = 0.0
 
     @property
     def grad_norm(self) -> float:
         """L2 norm of the last gradient, before clipping."""
         norm = self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else 0.0
+        return float(norm) if norm is not None else self._whole_norm
 
     @property
     def learning_rate(self) -> float:
