@@ -361,6 +361,7 @@ class GKDTrainer:
                 row[key.replace(f"{metric_key_prefix}_", f"{metric_key_prefix}/", 1)] = value
             self.tracker.log_eval({"step": step, **row})
         self.state.log_history.append({**metrics, "step": self.state.global_step, "epoch": self.state.epoch})
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
