@@ -11,9 +11,10 @@ and at safe points, between windows, the ranks agree whether to stop:
 
     touch RUN_DIR/STOP        # stops a run from any host; the file is removed when the run obeys
 
-Which signals: SIGTERM, SIGINT and SIGUSR1, sent to any rank. The deepspeed launcher passes SIGTERM and SIGINT
-on as SIGTERM, kills what is left after 30 s, and then exits with 1 whatever its ranks did; SIGUSR1 kills the
-launcher itself. Where a window takes longer than that, or the exit code matters, use the stop file.
+Which signals: SIGTERM, SIGINT and SIGUSR1, sent to any rank. A launcher that is ended counts as a request, too:
+on one host `deepspeed` dies of a signal at once and tells nobody. Its second process, `deepspeed.launcher.launch`,
+passes SIGTERM and SIGINT on as SIGTERM, kills what is left after 30 s, and then exits with 1 whatever its ranks did.
+Where a window takes longer than that, or the exit code matters, use the stop file.
 """
 
 import signal
@@ -23,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 from gkd_ds import ranks
+from gkd_ds.launcher import Launcher
 
 # Exit codes of gkd_ds.train. The numbers from 65 on are those of sysexits.h.
 FINISHED = 0
@@ -48,6 +50,7 @@ class Interrupts:
     def __init__(self, stop_file: str | Path | None = None, max_runtime: float | None = None) -> None:
         self.stop_file = Path(stop_file) if stop_file is not None else None
         self.max_runtime = max_runtime
+        self._launcher = Launcher()
         self._started = time.monotonic()
         self._previous_point: float | None = None
         self._longest_gap = 0.0  # seconds between two safe points so far
@@ -86,9 +89,11 @@ class Interrupts:
         return self._reason
 
     def _request(self) -> int:
-        """0 nothing, 1 stop file, 2 time budget, 3 on: signals. Rank 0 watches file and clock for all."""
+        """0 nothing, 1 stop file, 2 time budget, 3 launcher gone, 4 on: signals. Rank 0 watches file and clock."""
         if self._received:
-            return 2 + self._received
+            return 3 + self._received
+        if self._launcher.is_gone():
+            return 3
         if ranks.rank() != 0:
             return 0
         now = time.monotonic()
@@ -107,4 +112,6 @@ class Interrupts:
             return f"the stop file {self.stop_file} was found"
         if request == 2:
             return f"the time budget of {self.max_runtime:g} s does not allow another window"
-        return f"{signal.Signals(SIGNALS[request - 3]).name} was received by rank {rank}"
+        if request == 3:
+            return f"the deepspeed launcher that started rank {rank} was ended"
+        return f"{signal.Signals(SIGNALS[request - 4]).name} was received by rank {rank}"
