@@ -28,13 +28,15 @@ def gguf_file() -> Path:
 
 
 def kept_layers(total: int, keep: int) -> list[int]:
-    """Which layers stay: the first and the last, the removed ones spread evenly over those between."""
+    """Which layers stay: the first ones and the last ones, as many of each; one block in the middle goes.
+
+    One block leaves a single seam to mend: before training, such a student is nearer to the teacher than one whose
+    removed layers are spread out (20 of 30 layers, divergence on reference completions: 0.44-0.50 against 0.65).
+    """
     if not 2 <= keep <= total:
         raise SystemExit(f"--keep-layers must be between 2 and {total}, not {keep}.")
-    removed = total - keep
-    # Centres of `removed` equal slices of the layers 1 .. total-2.
-    dropped = {1 + int((i + 0.5) * (total - 2) / removed) for i in range(removed)}
-    return [layer for layer in range(total) if layer not in dropped]
+    first = (keep + 1) // 2
+    return [*range(first), *range(total - (keep - first), total)]
 
 
 def read_teacher() -> tuple[LlamaForCausalLM, AutoTokenizer]:
