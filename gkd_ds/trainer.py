@@ -213,14 +213,13 @@ class GKDTrainer:
                     self.stop_reason = self.interrupts.agreed_reason()
                     if self.stop_reason:
                         break
+                metrics = self._log_summary()
                 self.control = handler.on_train_end(config, self.state, self.control)
                 saved = self._end()
                 exit_code = self.exit_code = FINISHED if not self.stop_reason else STOPPED if saved else NOT_SAVED
             finally:
                 self.tracker.close(exit_code)
             ranks.barrier()
-        seconds = time.monotonic() - self._started
-        metrics = {"train_runtime": seconds, "train_loss": self._mean_loss, "epoch": self.state.epoch or 0.0}
         return TrainOutput(self.state.global_step, self._mean_loss, metrics)
 
     def _begin(self, resume: bool | str | None) -> None:
@@ -326,6 +325,14 @@ class GKDTrainer:
         rows = rollout_rows(self._rollouts, self._learned, self.processing_class, config.log_rollouts)
         self.tracker.log_rollouts(self.state.global_step, rows)
         self.control = self.callback_handler.on_log(config, self.state, self.control, logs)
+
+    def _log_summary(self) -> dict[str, float]:
+        """What transformers tells callbacks about a run when it ends."""
+        seconds = time.monotonic() - self._started
+        metrics = {"train_runtime": seconds, "train_loss": self._mean_loss, "epoch": self.state.epoch or 0.0}
+        self.state.log_history.append({**metrics, "step": self.state.global_step})
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, metrics)
+        return metrics
 
     def _evaluate_and_log(self) -> None:
         metrics = self.evaluate()
