@@ -1,6 +1,6 @@
 """What the deepspeed launcher that started this process was told, where it matters and it does not pass it on.
 
-The launcher is two processes: `deepspeed` itself, and on every host a `deepspeed.launcher.launch` that starts the ranks.
+It is two processes: `deepspeed` itself, and on every host a `deepspeed.launcher.launch` that starts the ranks.
 """
 
 from __future__ import annotations
