@@ -34,6 +34,24 @@ def require_causal_lm(model: Any, role: str) -> Model:
     )
 
 
+def require_safetensors(model: Model, init_kwargs: dict | None) -> None:
+    """Raise InputError for a directory whose weights are pickles only: loading a pickle may run code.
+
+    Names on the hub are checked when they are loaded, by `use_safetensors`.
+    """
+    given = init_kwargs or {}
+    if given.get("use_safetensors", True) is not True:
+        raise InputError("model init kwargs set use_safetensors, but only safetensors are loaded; leave it out.")
+    if not isinstance(model, str) or not os.path.isdir(model) or "gguf_file" in given:
+        return
+    directory = Path(model, given.get("subfolder", ""))
+    if not any(directory.glob("*.safetensors")):
+        raise InputError(
+            f"the directory {model!r} has no weights in safetensors; pickles (pytorch_model.bin) can run code and are "
+            "not loaded: convert them with save_pretrained, where you trust them."
+        )
+
+
 def load_tokenizer(model: Model, given: Any, config: GKDConfig) -> PreTrainedTokenizerBase:
     """The run's tokenizer, ready to use: `given` (processing_class), or the student's own."""
     if given is not None and not isinstance(given, PreTrainedTokenizerBase):
@@ -122,6 +140,8 @@ def _model_config(model: Model, config: GKDConfig, init_kwargs: dict | None):
 
 def _init_kwargs(config: GKDConfig, given: dict | None) -> dict[str, Any]:
     kwargs: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, **(given or {})}
+    if "gguf_file" not in kwargs:
+        kwargs["use_safetensors"] = True
     if config.attn_implementation:
         kwargs.setdefault("attn_implementation", config.attn_implementation)
     # TRL's name for it; a name such as "bfloat16" in either is a torch dtype.

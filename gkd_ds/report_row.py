@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -93,12 +94,29 @@ def window_stats(row: dict[str, Any]) -> guards.WindowStats:
     )
 
 
-def rollout_rows(
+def suspects(
     rollouts: list[Rollout], learned: Learned, tokenizer: PreTrainedTokenizerBase, count: int
 ) -> list[dict[str, Any]]:
-    """The first `count` rollouts of this rank as text, beside what both models think of them (means per token)."""
+    """Up to `count` rollouts of each rank whose divergence is not finite; where there are none, the first. Collective."""
+    bad = [row for row, divergence in enumerate(learned.divergence) if not math.isfinite(divergence)]
+    mine = rollout_rows(rollouts, learned, tokenizer, count, bad)
+    return [row for rows in ranks.gather(mine) for row in rows] or rollout_rows(rollouts, learned, tokenizer, count)
+
+
+def rollout_rows(
+    rollouts: list[Rollout],
+    learned: Learned,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    places: list[int] | None = None,
+) -> list[dict[str, Any]]:
+    """The first `count` rollouts of this rank (of those at `places`) as text, beside what both models think of them.
+
+    Log-probabilities and divergence are means per token, in nats.
+    """
     rows = []
-    for row, rollout in enumerate(rollouts[:count]):
+    for row in (range(len(rollouts)) if places is None else places)[:count]:
+        rollout = rollouts[row]
         tokens = max(len(rollout.completion_ids), 1)
         rows.append(
             {

@@ -14,6 +14,7 @@ import shutil
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ from gkd_ds.secrets import redact
 
 # The launcher ends all ranks of a node as soon as one has failed: the silent ones give rank 0 time to speak.
 SECONDS_BEFORE_SILENT_EXIT = 3.0
-WRONG_INPUT = 2
+FAILED, WRONG_INPUT = 1, 2  # as in interrupts.py, which imports torch
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,6 +54,9 @@ def command(argv: list[str], work: Callable[[GKDConfig], int]) -> int:
     except InputError as error:
         say(error)
         return WRONG_INPUT
+    except Exception:  # with a traceback, as Python would print it, but without the secrets that may be in it
+        print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
+        return FAILED
 
 
 def check_inputs(config: GKDConfig) -> None:

@@ -32,7 +32,7 @@ from gkd_ds.guards import BadUpdates, RateLimit, warnings
 from gkd_ds.interrupts import FAILED, FINISHED, NOT_SAVED, STOPPED, Interrupts
 from gkd_ds.pipeline import Pipeline, count_tokens
 from gkd_ds.records import Sample
-from gkd_ds.report_row import rollout_rows, update_row, window_stats
+from gkd_ds.report_row import rollout_rows, suspects, update_row, window_stats
 from gkd_ds.scheduler import StepScheduler
 from gkd_ds.student import Student
 from gkd_ds.teacher import Teacher
@@ -83,6 +83,8 @@ class GKDTrainer:
         teacher = teacher_model if teacher_model is not None else config.teacher_model_name_or_path
         teacher = loading.require_causal_lm(teacher, "teacher")
         config.validate_files()
+        loading.require_safetensors(student, config.model_init_kwargs)
+        loading.require_safetensors(teacher, config.teacher_model_init_kwargs)
         self.processing_class = loading.load_tokenizer(student, processing_class, config)
         self._stop_ids = stop_token_ids(self.processing_class, getattr(student, "generation_config", None))
         self._train_examples = self._tokenize(train_dataset, config.dataset_name or "the training data")
@@ -280,9 +282,10 @@ class GKDTrainer:
         self._row, self._rollouts, self._learned = row, rollouts, learned
         self._losses = (self._losses[0] + row["loss"], self._losses[1] + 1) if applied else self._losses
         self.tracker.log_update(row)
+        if bad:
+            self.tracker.log_rollouts(step + 1, suspects(rollouts, learned, self.processing_class, 2))
         if sentence := self.bad_updates.record(step + 1, bad):
             self.tracker.say(sentence)
-            self.tracker.log_rollouts(step + 1, rollout_rows(rollouts, learned, self.processing_class, 2))
         self._history += [window_stats(row)] if row["source"]["student"] else []
         for sentence in warnings(self._history, self._told):
             self.tracker.say(sentence)
