@@ -97,7 +97,7 @@ def window_stats(row: dict[str, Any]) -> guards.WindowStats:
 def suspects(
     rollouts: list[Rollout], learned: Learned, tokenizer: PreTrainedTokenizerBase, count: int
 ) -> list[dict[str, Any]]:
-    """Up to `count` rollouts of each rank whose divergence is not finite; where there are none, the first. Collective."""
+    """Up to `count` rollouts of each rank whose divergence is not finite, or else the first of rank 0. Collective."""
     bad = [row for row, divergence in enumerate(learned.divergence) if not math.isfinite(divergence)]
     mine = rollout_rows(rollouts, learned, tokenizer, count, bad)
     return [row for rows in ranks.gather(mine) for row in rows] or rollout_rows(rollouts, learned, tokenizer, count)
