@@ -402,6 +402,9 @@ class GKDTrainer:
         checkpoint.prune(run_dir, config.save_total_limit, f"checkpoint-{best}" if best else None)
         ranks.barrier()
         self._saved_step = step
+        if config.push_to_hub and config.hub_strategy != "end":
+            self.save_model()
+            self._push(f"Training in progress, step {step}", blocking=False, checkpoint=path.name)
         self.control = self.callback_handler.on_save(config, self.state, self.control)
         return path
 
@@ -457,7 +460,7 @@ class GKDTrainer:
         if ranks.rank() == 0:
             Path(self.args.output_dir, FINISHED_FILE).write_text(f"{self.state.global_step}\n")
         if self.args.push_to_hub:
-            self.push_to_hub("End of training")
+            self._push("End of training")
         return True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -497,6 +500,13 @@ class GKDTrainer:
             self.args, hub_token=token or self.args.hub_token, hub_revision=revision or self.args.hub_revision
         )
         return export.push_to_hub(config.output_dir, config, commit_message, blocking, **kwargs)
+
+    def _push(self, message: str, **options: Any) -> None:
+        """A push that fails loses nothing: the model is in output_dir, and rank 0 says what went wrong."""
+        try:
+            self.push_to_hub(message, **options)
+        except RuntimeError as error:
+            self.tracker.say(str(error))
 
     # -- small things of transformers' Trainer ------------------------------------------------------------------
 
