@@ -50,9 +50,13 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def disable_dropout(model: nn.Module) -> None:
+    """Set every rate to 0: those of dropout modules, and those that a module keeps for `F.dropout` (OPT) or attention."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 @torch.no_grad()

@@ -61,9 +61,12 @@ class Student:
             optimizer=optimizer,
             lr_scheduler=scheduler or (lambda optimizer: _schedule(optimizer, config, total_updates)),
         )
+        model.eval()
         self._in_root(lambda: causal_lm.check_head(model, "student", self.device))
         if self.rollout_engine == "hybrid":
             self._check_hybrid()
+        # from_pretrained leaves a model in evaluation mode: neither dropout nor gradient checkpointing would happen.
+        model.train()
 
     # -- rollout ------------------------------------------------------------------------------------------------
 
