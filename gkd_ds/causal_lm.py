@@ -50,7 +50,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every rate to 0: those of dropout modules, and those that a module keeps for `F.dropout` (OPT) or attention."""
+    """Set every rate to 0: those of dropout modules, and those a module keeps for `F.dropout` (OPT) or attention."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
