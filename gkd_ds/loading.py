@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gkd_ds import zero
 from gkd_ds.config import GKDConfig
@@ -62,6 +62,16 @@ def load_tokenizer(model: Model, given: Any, config: GKDConfig) -> PreTrainedTok
     prepare_tokenizer(tokenizer, config)
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def generation_config(model: Model, config: GKDConfig) -> GenerationConfig | None:
+    """What the model says about its own generating: it may know more stop tokens than the tokenizer."""
+    if isinstance(model, PreTrainedModel):
+        return model.generation_config
+    try:
+        return GenerationConfig.from_pretrained(model, **_where(config.model_init_kwargs))
+    except OSError:
+        return None
 
 
 def shared_vocabulary(student: Model, teacher: Model, tokenizer: PreTrainedTokenizerBase, config: GKDConfig) -> int:
@@ -130,12 +140,16 @@ def _tokenizer_of(name: str, config: GKDConfig) -> PreTrainedTokenizerBase | Non
 def _model_config(model: Model, config: GKDConfig, init_kwargs: dict | None):
     if isinstance(model, PreTrainedModel):
         return model.config
-    known = {key: value for key, value in (init_kwargs or {}).items() if key in ("revision", "token", "subfolder")}
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code, **known)
+        return AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code, **_where(init_kwargs))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()).split(". ")[0]
         raise InputError(f"the configuration of model {model!r} cannot be read: {reason}.") from error
+
+
+def _where(init_kwargs: dict | None) -> dict[str, Any]:
+    """Those of the init kwargs that say where the model's files are."""
+    return {key: value for key, value in (init_kwargs or {}).items() if key in ("revision", "token", "subfolder")}
 
 
 def _init_kwargs(config: GKDConfig, given: dict | None) -> dict[str, Any]:
