@@ -1,0 +1,145 @@
+"""Runs that are asked to stop, by a signal, a file or the clock: one checkpoint, the right exit code, W&B closed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from gkd_ds import manifest
+from tests.dist.rank_server import LIMIT, ROOT, Server, environment, poll
+from tests.dist.runs import assert_same, rows
+from tests.unit.test_tracking import records
+
+STOPPED = 75
+DEEPSPEED = Path(sys.executable).with_name("deepspeed")
+LAUNCHED = 600.0  # seconds: nothing is imported yet when the launcher starts its ranks
+LONG = 500  # updates: more than anybody waits for
+
+
+@pytest.fixture(scope="module")
+def settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {**recipe, "max_steps": LONG, "save_strategy": "no", "lr_scheduler_type": "constant"}
+
+
+def wait_for_update(run_dir: Path, step: int, process: subprocess.Popen | None = None) -> None:
+    file = run_dir / "metrics.jsonl"
+
+    def there() -> bool:
+        assert process is None or process.poll() is None, "the run has ended"
+        return file.exists() and file.read_bytes().count(b"\n") >= step
+
+    poll(there, f"update {step} never came", LIMIT if process is None else LAUNCHED)
+
+
+def the_checkpoint(run_dir: Path) -> manifest.Manifest:
+    """The only one, verified; nothing else is left of saving."""
+    (path,) = run_dir.glob("checkpoint-*")
+    found = manifest.verify(path)
+    assert list(rows(run_dir)) == list(range(1, found.step + 1)), "the metrics end where the checkpoint is"
+    return found
+
+
+def wandb_exit_codes(run_dir: Path) -> list[int]:
+    (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    return [record.exit.exit_code for record in records(file) if record.WhichOneof("record_type") == "exit"]
+
+
+@pytest.mark.parametrize("rank, number", [(1, signal.SIGTERM), (0, signal.SIGINT), (1, signal.SIGUSR1)])
+def test_a_signal_to_one_rank(server: Server, settings, tmp_path: Path, rank: int, number: signal.Signals) -> None:
+    run_dir = tmp_path / "run"
+    job = server.start(2, {**settings, "output_dir": str(run_dir), "report_to": "wandb"})
+    wait_for_update(run_dir, 2)
+    os.kill(job.pids[rank], number)
+    asked = time.monotonic()
+    assert job.wait() == [STOPPED, STOPPED], job.said()
+    assert time.monotonic() - asked < 30
+    step = the_checkpoint(run_dir).step
+    assert f"stopped after update {step}: {number.name} was received by rank {rank}" in job.said()
+    assert "resume_from_checkpoint=auto continues" in job.said()
+    assert wandb_exit_codes(run_dir) == [STOPPED]
+
+
+def test_signals_during_the_save_do_not_tear_it(server: Server, settings, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    faults = "term:update:2:0,term:save.file:1:1,term:save.hash:1:0,term:save.rename:1:0"
+    job = server.start(2, {**settings, "output_dir": str(run_dir)}, fault=faults)
+    assert job.wait() == [STOPPED, STOPPED], job.said()
+    assert job.said().count("GKD_FAULT: term at") == 4
+    assert the_checkpoint(run_dir).step == 2
+
+
+def test_stop_file(server: Server, settings, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "STOP").touch()  # left from an earlier run: not meant for this one
+    job = server.start(2, {**settings, "output_dir": str(run_dir)})
+    wait_for_update(run_dir, 2)
+    (run_dir / "STOP").touch()
+    assert job.wait() == [STOPPED, STOPPED], job.said()
+    assert the_checkpoint(run_dir).step >= 2 and not (run_dir / "STOP").exists()
+
+
+def test_time_budget_and_what_comes_after(server: Server, settings, tmp_path: Path) -> None:
+    """A budget that is spent while loading lets one window through; the same command goes on from there."""
+    mine = {**settings, "max_steps": 2, "resume_from_checkpoint": "auto", "max_runtime": 0.01}
+    run_dir = tmp_path / "run"
+    job = server.start(2, {**mine, "output_dir": str(run_dir)})
+    assert job.wait() == [STOPPED, STOPPED], job.said()
+    assert the_checkpoint(run_dir).step == 1 and "time budget of 0.01 s" in job.said()
+    del mine["max_runtime"]
+    server.run(2, {**mine, "output_dir": str(run_dir)})
+    server.run(2, {**mine, "output_dir": str(tmp_path / "whole")})
+    assert_same(run_dir, tmp_path / "whole")
+
+
+def launch(run_dir: Path, settings: dict[str, Any]) -> subprocess.Popen:
+    """Two ranks under the real launcher; their output goes to `<run_dir>.log`."""
+    flags = [f"--{name}={value}" for name, value in {**settings, "output_dir": run_dir}.items()]
+    with open(f"{run_dir}.log", "w") as log:
+        return subprocess.Popen(
+            [DEEPSPEED, "--num_accelerators", "2", "--module", "gkd_ds.train", *flags],
+            cwd=ROOT,
+            env=environment(),
+            stdout=log,
+            stderr=log,
+        )
+
+
+def test_a_signal_to_the_launcher(settings, tmp_path: Path) -> None:
+    """First to `deepspeed`, which dies and tells nobody; then, twice, to the process it has started, which ends all.
+
+    The exit code is the launcher's own: minus the signal, or 1.
+    """
+    run_dir = tmp_path / "run"
+    log = Path(f"{run_dir}.log")
+    launcher = launch(run_dir, settings)
+    wait_for_update(run_dir, 2, launcher)
+    (inner,) = psutil.Process(launcher.pid).children()
+    workers = inner.children()
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(LAUNCHED) == -signal.SIGTERM
+    _, alive = psutil.wait_procs([inner, *workers], LAUNCHED)
+    for process in alive:
+        process.kill()
+    assert not alive, "ranks go on without a launcher"
+    first = the_checkpoint(run_dir).step
+    assert f"stopped after update {first}: the deepspeed launcher that started rank" in log.read_text()
+
+    launcher = launch(run_dir, {**settings, "resume_from_checkpoint": "auto"})
+    wait_for_update(run_dir, first + 2, launcher)
+    (inner,) = psutil.Process(launcher.pid).children()
+    inner.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    inner.send_signal(signal.SIGTERM)
+    assert launcher.wait(LAUNCHED) == 1
+    steps = sorted(manifest.verify(path).step for path in run_dir.glob("checkpoint-*"))
+    assert len(steps) == 2 and steps[0] == first
+    assert f"stopped after update {steps[1]}: SIGTERM was received by rank" in log.read_text()
