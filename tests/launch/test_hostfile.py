@@ -68,12 +68,13 @@ def test_a_secret_is_refused_by_name_and_by_value(hosts, hostfile, recipe):
     assert refused.returncode == 2 and "cannot carry" in refused.stdout
 
 
-def test_no_ssh_with_one_launcher_started_by_hand_on_each_host(hosts, hostfile, tmp_path):
+def test_the_example_without_ssh_one_launcher_started_by_hand_on_each_host(hosts, tmp_path):
     output = tmp_path / "run"
     launchers = []
     for node_rank, host in enumerate(hosts):
-        command = ["deepspeed", "--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(node_rank)]
-        command += ["--master_addr", "worker-1", "--module", "tests.launch.ring", "--output_dir", str(output)]
+        command = ["deepspeed", "--hostfile", "launch/hostfile.example", "--num_accelerators", "1", "--no_ssh"]
+        command += ["--node_rank", str(node_rank), "--master_addr", "worker-1"]
+        command += ["--module", "tests.launch.ring", "--output_dir", str(output)]
         launchers.append(host.start(command))
     assert [launcher.wait(timeout=90) for launcher in launchers] == [0, 0]
     assert [fact["host"] for fact in ranks(output)] == ["worker-1", "worker-2"]

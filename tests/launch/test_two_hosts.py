@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def test_a_dead_host_ends_the_other_with_the_reason_and_the_run_can_go_on(hosts,
     for host in hosts:
         wait_until(lambda h=host: not h.processes("gkd_ds.train"), 45, f"{host.name}'s processes to end")
     log = (project / "first.log").read_text()
-    assert "exits with return code = -9" in log and "worker-1" in log, log[-6000:]
+    assert re.search(r"\[10\.77\.0\.2\].*reset by peer|closed by peer \[10\.77\.0\.2\]", log), log[-6000:]
     assert_finished_as_on_one_host(hosts, project, one_host)
 
 
