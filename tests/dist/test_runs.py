@@ -80,7 +80,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(two_ranks: Results) -> None:
     whole, half = ([{key: row[key] for key in compared} for row in result[run]] for run in ("whole", "half"))
     assert [row["step"] for row in whole] == [1, 2, 3, 4]
     assert half == whole
-    assert result["steps"] == [1, 2, 3, 4], "the history of logs goes on"
+    assert result["steps"] == [1, 2, 3, 4, 4], "the history of logs goes on; the run's summary comes last"
     assert any(row["source"]["student"] for row in whole[2:]) and len({row["lr"] for row in whole}) == 4
 
 

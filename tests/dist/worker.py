@@ -139,12 +139,7 @@ UPDATES = {
 
 def update() -> dict:
     """One clipped AdamW update on the data's completions, which are of very different lengths."""
-    return {
-        name: train(
-            f"update-{name}", lmbda=0.0, weight_decay=0.1, max_grad_norm=0.02, divergence_temperature=1.5, **case
-        )
-        for name, case in UPDATES.items()
-    }
+    return {name: train(f"update-{name}", **UPDATE_KNOBS, **case) for name, case in UPDATES.items()}
 
 
 def rollouts() -> dict:
