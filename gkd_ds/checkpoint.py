@@ -151,7 +151,14 @@ def _versions() -> dict[str, str]:
 
 
 def _together(step: int, work: Callable[[], Any]) -> list[Any]:
-    """Do `work` on this rank; return every rank's result, or raise the same CheckpointError on every rank."""
+    return together(f"the checkpoint of step {step} was not written", work)
+
+
+def together(failure: str, work: Callable[[], Any]) -> list[Any]:
+    """Do `work` on this rank; return every rank's result, or raise the same CheckpointError on every rank.
+
+    `failure` begins its sentence; what follows is which rank failed, and why.
+    """
     cause, outcome = None, (None, None)
     try:
         outcome = (work(), None)
@@ -160,8 +167,7 @@ def _together(step: int, work: Callable[[], Any]) -> list[Any]:
     outcomes = ranks.gather(outcome)
     for rank, (_, problem) in enumerate(outcomes):
         if problem is not None:
-            message = f"the checkpoint of step {step} was not written because of rank {rank}: {problem}"
-            raise CheckpointError(message) from cause
+            raise CheckpointError(f"{failure} because of rank {rank}: {problem}") from cause
     return [result for result, _ in outcomes]
 
 

@@ -218,7 +218,7 @@ class GKDTrainer:
                 metrics = self._log_summary()
                 self.control = handler.on_train_end(config, self.state, self.control)
                 saved = self._end()
-                exit_code = self.exit_code = FINISHED if not self.stop_reason else STOPPED if saved else NOT_SAVED
+                exit_code = self.exit_code = NOT_SAVED if not saved else STOPPED if self.stop_reason else FINISHED
             finally:
                 self.tracker.close(exit_code)
             ranks.barrier()
@@ -443,8 +443,8 @@ class GKDTrainer:
             resharding.load_engine(engine, found.path, found.world_size, ranks.rank(), world)
 
     def _end(self) -> bool:
-        """After the last window: a checkpoint if the run was stopped early (False if it could not be written), the
-        finished student otherwise.
+        """After the last window: a checkpoint if the run was stopped early, the finished student otherwise. False if
+        that could not be written.
         """
         if self.stop_reason:
             saved = self.state.global_step == self._saved_step
@@ -456,17 +456,27 @@ class GKDTrainer:
             best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
             found, _ = checkpoint.find(self.args.output_dir, best)
             self._load_engine(found)
-        self.save_model()
-        if ranks.rank() == 0:
-            Path(self.args.output_dir, FINISHED_FILE).write_text(f"{self.state.global_step}\n")
+        try:
+            self.save_model()
+            self._mark_finished()
+        except checkpoint.CheckpointError as error:
+            self.tracker.say(str(error))
+            return False
         if self.args.push_to_hub:
             self._push("End of training")
         return True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the student as a Hugging Face directory (default: output_dir). Collective."""
-        self._export(Path(output_dir or self.args.output_dir))
-        ranks.barrier()
+        """Write the student as a Hugging Face directory (default: output_dir). Collective.
+
+        Raises checkpoint.CheckpointError, on all ranks, when it could not be written.
+        """
+        directory = Path(output_dir or self.args.output_dir)
+        checkpoint.together(f"the student was not written to {directory}", lambda: self._export(directory))
+
+    def _mark_finished(self) -> None:
+        file, text = Path(self.args.output_dir, FINISHED_FILE), f"{self.state.global_step}\n"
+        checkpoint.together(f"{file} was not written", lambda: ranks.rank() == 0 and file.write_text(text))
 
     def _export(self, directory: Path) -> None:
         state_dict = zero.full_state_dict(self.student.engine, self.model)
