@@ -250,8 +250,8 @@ class Tracker:
         argv, sys.argv = sys.argv, redact_argv(sys.argv)  # W&B records the command line
         try:
             run = wandb.init(
-                project=environment("WANDB_PROJECT") or self._config.project,
-                name=self._config.run_name,
+                project=redact(environment("WANDB_PROJECT") or self._config.project),
+                name=redact(self._config.run_name),
                 id=self.run_id,
                 resume="allow",
                 dir=str(self._run_dir),
