@@ -1,0 +1,105 @@
+"""A rank that sleeps, or dies under the launcher: the job ends within its limit and says where."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dist.rank_server import ROOT, Server, environment, poll
+from tests.dist.runs import rows
+
+STUCK = 70
+TIMEOUT = 20.0  # seconds; more than any phase of these models takes on a busy machine
+PHASES = ["rollout", "mid-rollout", "score", "mid-score", "learn", "mid-learn", "update", "evaluation", "save.file"]
+
+
+@pytest.fixture(scope="module")
+def settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1}
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    return {**recipe, **evaluation, **saving, "max_steps": 4, "lmbda": 1.0, "watchdog_timeout": TIMEOUT}
+
+
+def test_a_rank_that_sleeps_in_each_phase(server: Server, settings: dict[str, Any], tmp_path: Path) -> None:
+    """All at once: they only sleep. Both ranks end themselves; the reports name the phase and show the stack."""
+    jobs = {}
+    for number, phase in enumerate(PHASES):
+        run_dir = tmp_path / phase
+        jobs[phase] = server.start(2, {**settings, "output_dir": str(run_dir)}, fault=f"sleep:{phase}:2:{number % 2}")
+        jobs[phase].wait_for(f"GKD_FAULT: sleep at {phase}", number % 2)
+    for number, (phase, job) in enumerate(jobs.items()):
+        sleeper = number % 2
+        codes = job.wait()
+        assert codes[sleeper] == STUCK, f"{phase}: {codes}\n{job.said()[-3000:]}"
+        # The other one waited for it in a collective: it ends in the same way, or because the connection broke.
+        assert codes[1 - sleeper] not in (0, None), f"{phase}: {codes}\n{job.said()[-3000:]}"
+        report = (tmp_path / phase / f"watchdog-rank{sleeper}.txt").read_text()
+        shown = phase.removeprefix("mid-").partition(".")[0]
+        assert f"rank {sleeper} on" in report and f"in phase '{shown}'" in report
+        assert "faults.py" in report and "in _act" in report, "the stack of the rank that hangs"
+        assert report.splitlines()[0] in job.said(sleeper)
+
+
+def test_long_phases_do_not_look_like_hangs(server: Server, settings: dict[str, Any], tmp_path: Path) -> None:
+    """A rollout that takes longer than the timeout, but beats after every few tokens, is left alone."""
+    run_dir = tmp_path / "run"
+    short = {"watchdog_timeout": 5.0, "max_new_tokens": 4000, "max_steps": 1, "gradient_accumulation_steps": 1}
+    mine = {**settings, **short, "eval_strategy": "no", "save_strategy": "no", "model_name_or_path": None}
+    del mine["model_name_or_path"]
+    mine["model_name_or_path"] = settings["model_name_or_path"]
+    job = server.start(1, {**mine, "output_dir": str(run_dir)})
+    assert job.wait(600) == [0], job.said()
+    assert rows(run_dir)[1]["perf/rollout_s"] > 5.0, "long enough to show it"
+
+
+def test_a_rank_that_dies_ends_the_launched_job(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Its last words and the launcher's sentence with the exit code are the reason that is left."""
+    run_dir = tmp_path / "run"
+    flags = [f"--{name}={value}" for name, value in {**settings, "output_dir": run_dir}.items()]
+    command = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", "2", "--module", "gkd_ds.train"]
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen(
+            [*command, *flags],
+            cwd=ROOT,
+            env={**environment(), "GKD_FAULT": "kill:mid-learn:2:1"},
+            stdout=log,
+            stderr=log,
+        )
+        poll(lambda: "GKD_FAULT: kill" in (tmp_path / "log").read_text(), "the fault never came", 600)
+        code = launcher.wait(90)
+    said = (tmp_path / "log").read_text()
+    assert code != 0, said
+    assert "exits with return code = -9" in said, said
+
+
+@pytest.mark.parametrize(
+    "field, there, here",
+    [("learning_rate", 1e-2, 2e-2), ("seed", 42, 43), ("training data", None, None)],
+)
+def test_ranks_that_were_started_differently(server: Server, recipe, tmp_path: Path, field, there, here) -> None:
+    """Refused on both, by name, before any window and any model."""
+    one = {**recipe, "max_steps": 2, "output_dir": str(tmp_path / "run")}
+    if field == "training data":
+        data = tmp_path / "data"
+        data.mkdir()
+        text = Path(recipe["dataset_name"], "train.jsonl").read_text()
+        (data / "train.jsonl").write_text(text.replace("plus", "minus", 1))
+        link = tmp_path / "link"  # the same name on both ranks, as on hosts whose copies differ
+        link.symlink_to(recipe["dataset_name"])
+        one["dataset_name"] = str(link)
+        other = {**one}
+        del other["dataset_name"]
+        other["dataset_name"] = str(data)
+    else:
+        one[field] = there
+        other = {**one, field: here}
+    job = server.start(2, [one, other])
+    assert job.wait() == [2, 2], job.said()
+    sentence = "dataset_name" if field == "training data" else field
+    assert "different" in job.said(0) and f"'{sentence}'" in job.said(0)
+    assert "Traceback" not in job.said() and not os.path.exists(tmp_path / "run" / "metrics.jsonl")
