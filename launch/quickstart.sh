@@ -3,7 +3,7 @@
 #
 #   bash launch/quickstart.sh
 #
-# environment -> teacher (SmolLM2-135M-Instruct) -> student (the same with 20 of its 30 layers) -> data -> training on
+# environment -> teacher (SmolLM2-135M-Instruct) -> student (the same with 24 of its 30 layers) -> data -> training on
 # two ranks -> result. Everything is in runs/quickstart. A second call reuses what is there; a finished run is shown
 # again, not repeated (remove runs/quickstart/run to train anew). It uses the CPU on every machine, so that the
 # result is the same everywhere. W&B records offline unless WANDB_MODE says otherwise.
@@ -20,7 +20,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 export DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 WANDB_MODE=${WANDB_MODE:-offline} WANDB_SILENT=true
 
 step "2/5 teacher, student, data"
-python tools/prepare_smollm2.py --teacher $home/models/teacher --student $home/models/student --keep-layers 20
+python tools/prepare_smollm2.py --teacher $home/models/teacher --student $home/models/student --keep-layers 24
 python tools/prepare_chatterbot.py --output $home/data
 
 step "3/5 training"

@@ -25,12 +25,10 @@ def test_kept_layers_are_as_many_as_asked_with_first_and_last(keep):
     assert kept[0] == 0 and kept[-1] == 29
 
 
-@pytest.mark.parametrize("keep", range(2, 30))
-def test_removed_layers_are_one_block_in_the_middle(keep):
+@pytest.mark.parametrize("keep", [20, 24, 27])
+def test_removed_layers_are_spread_evenly(keep):
     kept = prepare_smollm2.kept_layers(30, keep)
-    removed = [layer for layer in range(30) if layer not in kept]
-    assert removed == list(range(removed[0], removed[-1] + 1))
-    assert 0 <= removed[0] - (29 - removed[-1]) <= 1
+    assert max(b - a for a, b in zip(kept, kept[1:])) == 2  # never two neighbours gone
 
 
 @pytest.mark.parametrize("keep", [0, 1, 31])

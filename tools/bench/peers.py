@@ -44,6 +44,9 @@ class ForcedLengths(StoppingCriteria):
 
 def trl_gkd(case: Case, pace: Pace) -> None:
     """TRL's GKDTrainer, every micro-batch on-policy."""
+    if case.deepspeed:
+        # On the CPU accelerate starts torch's process group alone, and DeepSpeed would take itself for one rank.
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     work = case.workload
     prompts, _ = case.prompts_and_lengths()
     # The completion of the data is replaced by a sampled one; one token of it is enough.
@@ -199,8 +202,7 @@ def _common(case: Case) -> dict[str, Any]:
         "gradient_checkpointing": case.checkpointing,
         "deepspeed": case.deepspeed,
         "ddp_backend": "gloo" if case.world_size > 1 or case.deepspeed else None,
-        # With use_cpu accelerate would not let DeepSpeed start the process group; there is no GPU here anyway.
-        "use_cpu": case.deepspeed is None,
+        "use_cpu": True,
         "bf16": False,
         "report_to": "none",
         "save_strategy": "no",
