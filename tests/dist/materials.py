@@ -24,6 +24,7 @@ def make_materials(directory: Path) -> Path:
     make("llama", "wide", seed=1, hidden=256, vocab_size=512, init_range=0.1)
     make("gpt2", "dropout", seed=1)
     make("llama", "teacher", seed=2, layers=3, hidden=96)
+    make("llama", "teacher-large", seed=2, hidden=640, init_range=0.05)
     make("qwen2", "qwen2-student", seed=1)
     make("qwen2", "qwen2-teacher", seed=2, layers=3, hidden=96, vocab_size=PADDED)
     for number, family in enumerate(FAMILIES):

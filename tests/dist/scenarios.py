@@ -25,7 +25,7 @@ class Results:
         return [self._read(self.directory / f"{scenario}.{rank}.json") for rank in range(self.world)]
 
     def _read(self, path: Path) -> dict:
-        assert path.exists(), f"{path.stem} did not end; the last lines of the launch:\n{self.log[-3000:]}"
+        assert path.exists(), f"{path.stem} did not end; the last lines of the launch:\n{self.log[-1500:]}"
         outcome = json.loads(path.read_text())
         assert "error" not in outcome, f"{path.stem}:\n{outcome['error']}"
         return outcome["result"]
