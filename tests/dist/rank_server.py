@@ -72,7 +72,7 @@ class Job:
     def said(self, rank: int | None = None) -> str:
         """stdout and stderr of one rank, or of all."""
         logs = self.logs if rank is None else [self.logs[rank]]
-        return "".join(log.read_text(errors="replace") for log in logs)
+        return "".join(log.read_text(errors="replace") for log in logs if log.exists())  # made when a rank starts
 
     def wait_for(self, text: str, rank: int = 0, limit: float = LIMIT) -> None:
         """Return as soon as a rank has said `text`."""
