@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gkd_ds import kernels
 from gkd_ds.causal_lm import decoding_forward
-from gkd_ds.decoding import Completions, Sampling, decode, draw, uniforms
+from gkd_ds.decoding import SYNC_EVERY, Completions, Sampling, decode, draw, uniforms
 from tests.tiny import make_model, make_tokenizer
 
 CPU = torch.device("cpu")
@@ -295,3 +295,11 @@ def test_a_rank_without_rows_keeps_step_with_the_others(model) -> None:
     got = decode(counted, [], [], SAMPLING, CPU, agree=lambda here: next(answers))
     assert got.token_ids == [] and got.decoded_rows == 0
     assert calls == [1] * (1 + 4 + 4)
+
+
+def test_a_long_rollout_says_often_that_it_is_alive(model) -> None:
+    beats = []
+    sampling = replace(SAMPLING, max_new_tokens=40, stop_ids=())
+    forward = decoding_forward(model, sampling.vocabulary)
+    decode(forward, prompts(2), [0, 1], sampling, CPU, alive=lambda: beats.append(1))
+    assert len(beats) >= 40 // SYNC_EVERY
