@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,12 @@ def load_tokenizer(model: Model, given: Any, config: GKDConfig) -> PreTrainedTok
     tokenizer = given if given is not None else _tokenizer_of(_name(model), config)
     if tokenizer is None:
         raise InputError(f"the student {_name(model)!r} comes without a tokenizer; pass processing_class.")
+    for template in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
+        if not re.fullmatch(r"\w[\w.-]*", template):
+            raise InputError(
+                f"the tokenizer has a chat template named {template!r}; a template is saved as a file of its name, so "
+                "give it one of letters, digits, '_', '.' and '-'."
+            )
     prepare_tokenizer(tokenizer, config)
     tokenizer.padding_side = "left"
     return tokenizer
