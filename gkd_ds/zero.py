@@ -216,10 +216,11 @@ def whole_parameters(engine, counters: Counters) -> Iterator[None]:
     Collective: every rank enters and leaves. Below stage 3 the parameters are whole anyway.
     """
     if stage(engine) < 3:
-        yield
+        with _plain_linear():
+            yield
         return
     offload = _parameter_offload(engine)
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())), _plain_linear():
         counters.student_gathers += 1
         for hook in offload.forward_hooks + offload.backward_hooks:
             hook.remove()
@@ -228,6 +229,18 @@ def whole_parameters(engine, counters: Counters) -> Iterator[None]:
             yield
         finally:
             offload._register_deepspeed_module(offload.module)
+
+
+@contextmanager
+def _plain_linear() -> Iterator[None]:
+    """torch's own F.linear. DeepSpeed leaves an autograd function written in Python in its place for the whole process
+    once there is a ZeRO-3 engine; for the few rows of a decode step that costs as much as the product itself."""
+    theirs = torch.nn.functional.linear
+    torch.nn.functional.linear = torch._C._nn.linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = theirs
 
 
 def run_pass(engine, run: Callable[[], Any]) -> Any:
