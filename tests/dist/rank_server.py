@@ -111,8 +111,9 @@ class Server:
         config: dict[str, Any] | Sequence[dict[str, Any]],
         fault: str = "",
         env: dict[str, str] | None = None,
+        module: str = "gkd_ds.train",
     ) -> Job:
-        """Start ranks with one recipe, or with one each. Returns at once."""
+        """Start ranks with one recipe, or with one each, in `module`'s main(argv). Returns at once."""
         recipes = [config] * world if isinstance(config, dict) else list(config)
         run_dir = Path(recipes[0]["output_dir"])
         run_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,8 @@ class Server:
             path.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in recipe.items()))
             paths.append(str(path))
         logs = [run_dir.with_name(f"{run_dir.name}.log-{rank}") for rank in range(world)]
-        order = {"recipes": paths, "logs": [str(log) for log in logs], "env": {**(env or {}), "GKD_FAULT": fault}}
+        order = {"recipes": paths, "logs": [str(log) for log in logs], "module": module}
+        order["env"] = {**(env or {}), "GKD_FAULT": fault}
         return Job(self, self.ask(order), logs, run_dir)
 
     def run(self, world: int, config: dict[str, Any] | Sequence[dict[str, Any]], **options: Any) -> Job:
@@ -178,9 +180,7 @@ def _fork(rank: int, order: dict[str, Any], port: int, answers) -> int:
         os.environ.update(order["env"])
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        import gkd_ds.train
-
-        code = gkd_ds.train.main(["--config", order["recipes"][rank]])
+        code = importlib.import_module(order["module"]).main(["--config", order["recipes"][rank]])
     except SystemExit as request:
         code = request.code if isinstance(request.code, int) else 1
     except BaseException:

@@ -160,3 +160,14 @@ def test_a_rank_without_any_sample(server: Server, recipe, tmp_path: Path) -> No
         done = rows(run_dir)
         assert all(sum(row["source"].values()) == 1 and not row["skipped"] for row in done.values()) and len(done) == 4
         assert_finite_weights(run_dir)
+
+
+def test_windows_without_a_completion_token(server: Server, recipe, tmp_path: Path) -> None:
+    """Nothing to learn from is no error and changes nothing; one rank's tokens are learned from in the usual way."""
+    mine = {**recipe, "weight_decay": 0.0, "max_steps": 3, "output_dir": str(tmp_path / "run")}
+    said = server.run(2, mine, module="tests.dist.empty_windows").said(0)
+    *empty, half = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert [window["divergence"] for window in empty] == [[0.0, 0.0], []]
+    for window in empty:
+        assert window["applied"] and window["norm"] == 0 and window["same"]
+    assert half["applied"] and 0 < half["norm"] < float("inf") and half["finite"] and not half["same"]

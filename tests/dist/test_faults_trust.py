@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from gkd_ds import manifest
 from tests.dist.rank_server import Server
@@ -82,6 +83,22 @@ def test_code_that_comes_with_a_model_does_not_run(server: Server, settings, tmp
     job = server.start(1, {**settings, "model_name_or_path": str(directory), "output_dir": str(tmp_path / "run")})
     assert job.wait() == [2], job.said()
     assert "Traceback" not in job.said() and not canary.exists()
+
+
+def test_names_that_would_leave_the_run_directory(server: Server, settings, tmp_path: Path) -> None:
+    """A tokenizer's named chat templates become files when the student is written."""
+    directory = tmp_path / "model"
+    shutil.copytree(settings["model_name_or_path"], directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    templates = {"default": tokenizer.chat_template, "../../../evil": "{{ messages }}"}
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "chat_template.jinja").unlink()
+    job = server.start(1, {**settings, "model_name_or_path": str(directory), "output_dir": str(tmp_path / "run")})
+    assert job.wait() == [2], job.said()
+    assert "'../../../evil'" in job.said() and "Traceback" not in job.said()
+    assert not list(tmp_path.rglob("evil*")) and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_secrets_are_written_nowhere(server: Server, settings, tmp_path: Path) -> None:
