@@ -20,6 +20,7 @@ import mmap
 import os
 import re
 import select
+import shlex
 import shutil
 import socket
 import subprocess
@@ -33,8 +34,6 @@ from pathlib import Path
 
 LIBRARIES = ["torch", "deepspeed", "transformers", "datasets", "tokenizers", "safetensors", "numpy", "wandb"]
 MARK = "GKD_PREFLIGHT "
-PROBE_SECONDS = 5.0  # how long the first node waits for the others to connect
-ANSWER_SECONDS = 9.0  # a node that has not answered by then is a problem
 CLOCK_LIMIT = 2.0  # seconds by which a clock may differ from the first node's
 TRANSFER = 256 << 20  # bytes written and read to measure a disk, in blocks of BLOCK
 BLOCK = 8 << 20
@@ -55,7 +54,7 @@ def main() -> int:
         print(f"preflight: {problem}", file=sys.stderr)
         return 2
     with shared_file(spec):
-        answers = ask_slurm(spec, hosts) if args.slurm else ask_hosts(args, spec, hosts)
+        answers = ask_slurm(args, spec, hosts) if args.slurm else ask_hosts(args, spec, hosts)
     problems = find_problems(answers, args, hosts)
     print(table(answers))
     print("".join(f"\n  PROBLEM  {problem}" for problem in problems))
@@ -81,6 +80,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--ssh_port", type=int, help="port of the hosts' sshd")
     parser.add_argument("--master_addr", help="address of the first node (default: its name)")
     parser.add_argument("--master_port", type=int, default=29500)
+    parser.add_argument("--timeout", type=float, default=9.0, help="seconds within which a node must answer")
     parser.add_argument("--min_disk_gb", type=float, default=10.0, help="free space wanted for output_dir")
     parser.add_argument("--min_shm_gb", type=float, default=0.5, help="free space wanted in /dev/shm")
     parser.add_argument("--min_nvme_gbps", type=float, default=0.0, help="GB/s wanted from every NVMe path")
@@ -150,6 +150,7 @@ def what_to_check(args: argparse.Namespace, recipe: dict, hosts: dict[str, int |
         "master_addr": args.master_addr or ("127.0.0.1" if len(hosts) == 1 else first),
         "master_port": args.master_port,
         "peers": len(hosts) - 1,
+        "meeting_seconds": max(1.0, args.timeout - 4),  # for the others to reach the first node
         "token": base64.b32encode(os.urandom(10)).decode().lower(),
     }
 
@@ -202,30 +203,31 @@ def ask_hosts(args: argparse.Namespace, spec: dict, hosts: dict[str, int | None]
         rank, host = rank_host
         inner = [sys.executable, "-", "--probe", encode(spec | {"rank": rank})]
         if args.hostfile is None:
-            return run_probes(inner)[0]
-        return run_probes([*ssh, host, f"cd {spec['directory']} && exec {' '.join(inner)}"])[0]
+            return run_probes(inner, args.timeout)[0]
+        there = f"cd {shlex.quote(spec['directory'])} && exec {shlex.join(inner)}"
+        return run_probes([*ssh, host, there], args.timeout)[0]
 
     with ThreadPoolExecutor(max_workers=len(hosts)) as pool:
         return dict(zip(hosts, pool.map(ask, enumerate(hosts)), strict=True))
 
 
-def ask_slurm(spec: dict, hosts: dict[str, int | None]) -> dict[str, dict]:
+def ask_slurm(args: argparse.Namespace, spec: dict, hosts: dict[str, int | None]) -> dict[str, dict]:
     """Every node's answer, through one srun; a node's rank is its SLURM_NODEID."""
     nodes = str(len(hosts))
     srun = ["srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--cpu-bind=none"]
-    answers = run_probes([*srun, sys.executable, "-", "--probe", encode(spec)])
+    answers = run_probes([*srun, sys.executable, "-", "--probe", encode(spec)], args.timeout)
     by_name = {answer.get("node"): answer for answer in answers}
     nothing = {"error": answers[0]["error"] if "error" in answers[0] else "gave no answer"}
     return {host: by_name.get(host, nothing) for host in hosts}
 
 
-def run_probes(command: list[str]) -> list[dict]:
+def run_probes(command: list[str], seconds: float) -> list[dict]:
     """Run a command that runs probes, this file on its standard input; what they printed, or the error."""
     try:
         source = Path(__file__).read_text()
-        done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+        done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return [{"error": f"gave no answer within {ANSWER_SECONDS:.0f} s"}]
+        return [{"error": f"gave no answer within {seconds:g} s"}]
     lines = [line.partition(MARK)[2] for line in done.stdout.splitlines() if MARK in line]
     if lines:
         return [json.loads(line) for line in lines]
@@ -367,12 +369,13 @@ def disk_bandwidth(directory: Path) -> tuple[float, float]:
 def check_network(spec: dict, rank: int, answer: dict) -> None:
     """The first node opens the master port and a random one; the others reach both and compare clocks."""
     address = (spec["master_addr"], spec["master_port"])
+    end = time.monotonic() + spec["meeting_seconds"]
     answer["port"] = "ok"
     try:
         if rank == 0:
-            serve(spec["master_port"], spec["peers"], spec["token"])
+            serve(spec["master_port"], spec["peers"], spec["token"], end)
         else:
-            answer["clock_s"] = call(address, spec["token"])
+            answer["clock_s"] = call(address, spec["token"], end)
     except OSError as problem:
         reason = problem.strerror or str(problem)
         answer["port"] = "CLOSED"
@@ -382,9 +385,8 @@ def check_network(spec: dict, rank: int, answer: dict) -> None:
             answer["wrong"].append(f"cannot reach {address[0]} port {address[1]}: {reason}")
 
 
-def serve(port: int, peers: int, token: str) -> None:
-    """Greet `peers` callers on `port` and on a second, random port; give up quietly after PROBE_SECONDS."""
-    end = time.monotonic() + PROBE_SECONDS
+def serve(port: int, peers: int, token: str, end: float) -> None:
+    """Greet `peers` callers on `port` and on a second, random port; give up quietly at `end`."""
     with socket.create_server(("", port)) as front, socket.create_server(("", 0)) as back:
         for _ in range(2 * peers):
             ready = wait_readable([front, back], end)
@@ -403,9 +405,8 @@ def wait_readable(sockets: list[socket.socket], end: float) -> socket.socket | N
     return ready[0] if ready else None
 
 
-def call(address: tuple[str, int], token: str) -> float:
+def call(address: tuple[str, int], token: str, end: float) -> float:
     """Reach both ports of the first node; seconds by which this node's clock is ahead of its clock."""
-    end = time.monotonic() + PROBE_SECONDS - 1
     while True:
         try:
             with socket.create_connection(address, timeout=2) as line, line.makefile("rb") as replies:

@@ -162,7 +162,7 @@ def two_hosts(directory: Path) -> Iterator[tuple[Host, Host]]:
         subprocess.run([*pair, "peer", "name", INTERFACE, "netns", two], check=True)
         for host in hosts:
             for other in NAMES:
-                wait_until(lambda h=host, o=other: h.run(["ssh", o, "true"]).returncode == 0, 20, f"ssh to {other}")
+                wait_until(lambda h=host, o=other: h.run(["ssh", o, "true"]).returncode == 0, 90, f"ssh to {other}")
         yield hosts[0], hosts[1]
     finally:
         for host in hosts:
@@ -208,7 +208,7 @@ def _boot(directory: Path, name: str, address: str) -> Host:
             stdout=log,
             stderr=log,
         )
-    wait_until(up.exists, 10, lambda: f"{name} to boot: {(directory / f'{name}.boot.log').read_text()}")
+    wait_until(up.exists, 60, lambda: f"{name} to boot: {(directory / f'{name}.boot.log').read_text()}")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 1, f"{name}: unshare has the children {children}"
     return Host(name, address, directory, process, int(children[0]))

@@ -120,7 +120,7 @@ def slurm_cluster(hosts: tuple[Host, Host]) -> Iterator[SlurmCluster]:
         _check(host.run(["slurmd", "-N", host.name]))
     wait_until(
         lambda: hosts[0].run(["sinfo", "-h", "-o", "%D %t"]).stdout.strip() == "2 idle",
-        30,
+        120,
         lambda: "two idle nodes: " + hosts[0].run(["sinfo", "-N", "-l"]).stdout,
     )
     yield cluster

@@ -39,7 +39,7 @@ def test_hostfile_script_runs_one_rank_per_host_and_the_environment_travels(host
         "TRAVEL": "SITE_PATHS",
     }
     arguments = ["bash", "launch/hostfile.sh", str(hostfile), str(recipe), "--output_dir", str(output)]
-    result = hosts[0].run(arguments, env=settings, timeout=120)
+    result = hosts[0].run(arguments, env=settings, timeout=400)
     assert result.returncode == 0, result.stdout
     assert "VERDICT: 2 nodes ready" in result.stdout
     assert (output / "FINISHED").exists()
@@ -76,5 +76,5 @@ def test_the_example_without_ssh_one_launcher_started_by_hand_on_each_host(hosts
         command += ["--node_rank", str(node_rank), "--master_addr", "worker-1"]
         command += ["--module", "tests.launch.ring", "--output_dir", str(output)]
         launchers.append(host.start(command))
-    assert [launcher.wait(timeout=90) for launcher in launchers] == [0, 0]
+    assert [launcher.wait(timeout=400) for launcher in launchers] == [0, 0]
     assert [fact["host"] for fact in ranks(output)] == ["worker-1", "worker-2"]

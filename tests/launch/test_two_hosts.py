@@ -12,7 +12,7 @@ from tests.launch import tiny_run
 from tests.launch.hosts import Host, wait_until
 
 FAILURE_SECONDS = 20  # the timeouts given to the runs whose hosts fail
-SLOWNESS = 60  # seconds allowed on top for starting and ending processes on a busy machine
+SLOWNESS = 120  # seconds allowed on top for starting and ending processes on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def one_host(hosts, tmp_path_factory) -> list[float]:
     directory = tmp_path_factory.mktemp("one")
     recipe = tiny_run.write_recipe(directory, save_strategy="no")
     command = ["deepspeed", "--num_accelerators", "2", "--module", "gkd_ds.train", "--config", str(recipe)]
-    result = hosts[0].run(command, timeout=300)
+    result = hosts[0].run(command, timeout=900)
     assert result.returncode == 0, result.stdout
     assert tiny_run.steps(directory / "run") == list(range(1, tiny_run.UPDATES + 1))
     return tiny_run.losses(directory / "run")
@@ -45,12 +45,12 @@ def start(host: Host, project: Path, name: str, **fields):
 
 def wait_for_updates(project: Path, count: int) -> None:
     log = project / "first.log"
-    wait_until(lambda: len(tiny_run.steps(project / "run")) >= count, 200, lambda: log.read_text()[-6000:])
+    wait_until(lambda: len(tiny_run.steps(project / "run")) >= count, 600, lambda: log.read_text()[-6000:])
 
 
 def assert_finished_as_on_one_host(hosts, project: Path, one_host: list[float], **fields) -> None:
     """Start the run again, let it end, and compare all its losses with those of one host."""
-    code = start(hosts[0], project, "again", **fields).wait(timeout=300)
+    code = start(hosts[0], project, "again", **fields).wait(timeout=900)
     assert code == 0, (project / "again.log").read_text()[-6000:]
     output = project / "run"
     assert tiny_run.steps(output) == list(range(1, tiny_run.UPDATES + 1))
@@ -62,7 +62,7 @@ def test_two_hosts_stop_resume_and_equal_one_host(hosts, project, one_host):
     launcher = start(hosts[0], project, "first")
     wait_for_updates(project, 4)
     (project / "run" / "STOP").touch()
-    assert launcher.wait(timeout=120) == 75, (project / "first.log").read_text()[-6000:]
+    assert launcher.wait(timeout=300) == 75, (project / "first.log").read_text()[-6000:]
     saved = tiny_run.valid_checkpoints(project / "run")
     made = tiny_run.steps(project / "run")
     assert saved[-1] == made[-1] < tiny_run.UPDATES
