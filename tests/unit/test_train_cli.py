@@ -291,6 +291,18 @@ def test_secrets_do_not_appear_in_errors(capsys, monkeypatch):
 # ---- Help and dry run ----
 
 
+def test_secrets_do_not_appear_in_tracebacks(capsys, material):
+    def fail(config):
+        raise RuntimeError("cannot read https://me:hunter2hunter2@example.org/data")
+
+    names = ("model_name_or_path", "teacher_model_name_or_path", "dataset_name")
+    places = (material / "student", material / "teacher", material / "train.jsonl")
+    flags = [f"--{name}={place}" for name, place in zip(names, places)]
+    assert train.command([*flags, f"--output_dir={material / 'out'}"], fail) == 1
+    text = capsys.readouterr().err
+    assert "Traceback" in text and "https://***@example.org/data" in text and "hunter2" not in text
+
+
 def test_help_shows_every_field_in_groups(capsys):
     assert train.main(["--help"]) == 0
     text = capsys.readouterr().out
