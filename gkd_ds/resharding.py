@@ -14,6 +14,7 @@ on biases and norms. Here nothing is written, files are mapped, and only data ar
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from dataclasses import dataclass
@@ -120,7 +121,8 @@ def _optimizer_state(optimizer: Any, old: _Old, rank: int, world: int) -> dict[s
         state[number] = {}
         for key, value in old.moments(0, sources[0]).items():
             flat = isinstance(value, Tensor) and value.shape == old.flat(0, sources[0], "fp32").shape
-            state[number][key] = _chain(old, group, key, rank, world) if flat else value
+            # Copied, because several new groups may be parts of one old group, and each counts its own steps.
+            state[number][key] = _chain(old, group, key, rank, world) if flat else copy.deepcopy(value)
             if not flat and isinstance(value, Tensor) and value.dim():
                 raise InputError(
                     f"the optimizer keeps {key!r} in a form that only the {old.world} ranks which wrote it can read; "

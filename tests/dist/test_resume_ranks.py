@@ -67,6 +67,21 @@ def test_from_one_rank_to_two_and_four(server: Server, settings, whole: Path, tm
     assert_same_weights(run_dir, whole)
 
 
+def test_many_groups_and_an_optimizer_in_host_memory(server: Server, settings, whole: Path, tmp_path: Path) -> None:
+    """Groups of at most so many elements per rank: one rank makes other groups of the parameters than two did."""
+    zero = {"stage": 3, "sub_group_size": 3000, "offload_optimizer": {"device": "cpu"}}
+    mine = {**settings, "deepspeed": {"zero_optimization": zero}}
+    run_dir = tmp_path / "run"
+    first = server.start(2, {**mine, "output_dir": str(run_dir)}, fault=f"term:update:{CUT}")
+    assert first.wait() == [75, 75], first.said()
+    file = run_dir / f"checkpoint-{CUT}" / "engine" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    shards = torch.load(file, weights_only=False)
+    assert len(shards["optimizer_state_dict"]["fp32_flat_groups"]) > 2
+    go_on(server, mine, run_dir, world=1, batch=2, accumulation=2)
+    assert_same(run_dir, whole, REORDERING)
+    assert_same_weights(run_dir, whole)
+
+
 def test_another_global_batch_is_refused(server: Server, settings, whole: Path, tmp_path: Path) -> None:
     run_dir = copy_of(whole, tmp_path / "run", CUT)
     job = server.start(1, {**settings, "output_dir": str(run_dir), "resume_from_checkpoint": True})
