@@ -93,6 +93,11 @@ def load_engine(engine: DeepSpeedEngine, directory: Path, **options: Any) -> dic
     Returns the client_state. `options` go to `engine.load_checkpoint`. Raises InputError when DeepSpeed finds
     nothing to load.
     """
+    if not any((directory / TAG).glob("*model_states.pt")):
+        raise InputError(
+            f"{directory} holds a model without the state of its training (save_only_model), so no run can go on from "
+            "it; name the directory as model_name_or_path to start a new one."
+        )
     usual, engine.checkpoint_engine = engine.checkpoint_engine, PatientFiles()
     try:
         path, client_state = engine.load_checkpoint(str(directory), tag=TAG, **options)

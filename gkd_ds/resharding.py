@@ -44,7 +44,7 @@ def load_engine(engine: DeepSpeedEngine, directory: Path, old_world: int, rank: 
             f"without an optimizer on NVMe; start {old_world} ranks, or change the DeepSpeed file."
         )
     if not (directory / TAG / MODEL_FILE).is_file():
-        raise InputError(f"{directory} holds no files of a DeepSpeed engine at ZeRO stage 3; resume from another.")
+        raise InputError(f"{directory} holds no state of training at ZeRO stage 3; resume from another.")
     model_states = read(directory / TAG / MODEL_FILE, map_location="cpu")
     optimizer = engine.optimizer
     state = _optimizer_state(optimizer, _Old(directory / TAG, old_world, model_states), rank, world)
