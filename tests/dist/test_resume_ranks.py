@@ -95,3 +95,15 @@ def test_another_student_is_refused(server: Server, settings, recipe, whole: Pat
     job = server.start(1, {**settings, **deeper, "output_dir": str(run_dir), "resume_from_checkpoint": True})
     assert job.wait() == [2]
     assert "holds another student" in job.said() and "layers.1" in job.said() and "Traceback" not in job.said()
+
+
+@pytest.mark.parametrize("world, accumulation", [(2, 2), (1, 4)])
+def test_a_checkpoint_of_the_model_alone_is_refused(
+    server: Server, settings, tmp_path: Path, world: int, accumulation: int
+) -> None:
+    mine = {**settings, "output_dir": str(tmp_path / "run"), "save_only_model": True, "max_steps": CUT}
+    server.run(2, mine)
+    resume = {"resume_from_checkpoint": True, "gradient_accumulation_steps": accumulation, "max_steps": STEPS}
+    job = server.start(world, {**mine, **resume})
+    assert job.wait() == [2] * world, job.said()
+    assert "state of" in job.said() and "Traceback" not in job.said()
