@@ -25,6 +25,9 @@ monitor_config sparse_gradients disable_allgather compile tensor_parallel elasti
 autotuning nebula weight_quantization sequence_parallel_size ulysses data_efficiency
 curriculum_learning compression_training pipeline moe log_level""".split()
 
+# What would divide a model or a sequence over ranks that gkd_ds takes to hold samples of their own.
+OTHER_PARALLELISM = ("sequence_parallel_size", "ulysses", "tensor_parallel", "pipeline")
+
 MONITORS = ("wandb", "tensorboard", "csv_monitor", "comet")
 
 # What of GKDConfig the file's optimizer may repeat; the switches only choose between implementations.
@@ -117,6 +120,7 @@ def check_student_file(file: dict, config: Any) -> None:
     )
     check_equal(name, "gradient_clipping", file, "max_grad_norm", config.max_grad_norm)
     check_train_batch_size(name, file, config)
+    check_hpz(name, file, config)
     check_precision(name, file, config)
     check_optimizer(name, file, config)
 
@@ -144,6 +148,18 @@ def check_train_batch_size(name: str, file: dict, config: Any) -> None:
             f"has train_batch_size {theirs!r}, but per_device_train_batch_size x gradient_accumulation_steps "
             f"is {per_rank} "
             f'on each of {ranks or "the"} ranks; write "auto" in the file',
+        )
+
+
+def check_hpz(name: str, file: dict, config: Any) -> None:
+    """ZeRO++ keeps a second copy of the parameters in each group of so many ranks."""
+    size = block_of(name, file, "zero_optimization").get("zero_hpz_partition_size", 1)
+    ranks = config.world_size if "WORLD_SIZE" in os.environ else size
+    if not is_number(size) or size < 1 or ranks % size:
+        raise conflict(
+            name,
+            f"has zero_optimization.zero_hpz_partition_size {size!r}, which does not divide the {ranks} ranks into "
+            "groups; set it to the number of accelerators in a node",
         )
 
 
@@ -257,6 +273,9 @@ def check_foreign_blocks(name: str, file: dict) -> None:
             raise conflict(
                 name, f"holds a block {key!r}, but gkd_ds owns the run's metrics; remove it and use report_to"
             )
+    for key in OTHER_PARALLELISM:
+        if file.get(key) not in (None, 1):
+            raise conflict(name, f"holds {key!r}, but every rank works on samples of its own; remove it")
     if "scheduler" in file:
         raise conflict(
             name,

@@ -1,7 +1,8 @@
 """Rollouts through DeepSpeed's hybrid engine: its injected inference kernels where it has a policy for the model.
 
-Injection replaces whole layers by DeepSpeed's own, which lag behind transformers: on the CPU they are missing, for
-grouped-query attention and scaled rotations they are wrong, and upstream has open reports of gibberish under ZeRO-3.
+Injection replaces whole layers by DeepSpeed's own, which lag behind transformers: on the CPU they are missing, its
+source knows neither grouped-query attention nor scaled rotations, and users report gibberish under ZeRO-3 (DeepSpeed
+issues 4788 and 3594; read, not tried here).
 So the engine is used only when asked for, after `obstacle` found none, and after `check` saw it write the plain
 model's tokens. Sampling is ours all the same (decoding.py), so tokens do not depend on the rollout engine.
 NOT TESTED with kernels: this project has had no GPU. Without a policy (Qwen, Mistral, OPT) the engine runs natively.

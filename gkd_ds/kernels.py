@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 # The elementwise part of the loss makes about ten passes over a tile: 2^20 fp32 entries (4 MiB) stay in a CPU's
-# last-level cache. Measured on two cores: 32 rows of 32,768 beat 128 by a third (FACTS: peers, point 3).
+# last-level cache.
 _CPU_TILE_ENTRIES = 1 << 20
 
 
@@ -33,9 +33,8 @@ def elementwise_tile_rows(logits_nV: Tensor) -> int:
 def fast_decoding(model: nn.Module) -> Iterator[None]:
     """Make `model` quick for products of few rows while its weights stay whole and unchanged.
 
-    On the CPU every linear layer's weight is packed for oneDNN: MKL's product of 8 rows with a 32,768 x 256 matrix
-    takes 9.1 ms, the packed one 1.8 ms; packing a student costs 10-20 ms. Elsewhere nothing is done yet: a CUDA
-    graph or `torch.compile` of the decode step would start here.
+    On the CPU every linear layer's weight is packed for oneDNN, since MKL is slow at products of few rows. Elsewhere
+    nothing is done yet: a CUDA graph or `torch.compile` of the decode step would start here.
     """
     if not on_cpu():
         yield

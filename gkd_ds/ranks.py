@@ -55,6 +55,11 @@ def maximum(values: list[int]) -> list[int]:
     return tensor.tolist()
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` holds on at least one rank."""
+    return bool(maximum([int(flag)])[0])
+
+
 def total(values: list[float]) -> list[float]:
     """The sum of each number over all ranks: one all-reduce of `len(values)` float64, and one host sync."""
     if world_size() == 1:

@@ -194,8 +194,7 @@ class Teacher:
         prompts = [sample.prompt_ids for sample in samples]
         sample_ids = [sample.sample_id for sample in samples]
         stepwise = lambda *args: zero.run_pass(self.engine, lambda: forward(*args))  # noqa: E731
-        agree = lambda here: bool(ranks.maximum([int(here)])[0])  # noqa: E731
-        return decode(stepwise, prompts, sample_ids, sampling, self.device, max_rows, agree, alive)
+        return decode(stepwise, prompts, sample_ids, sampling, self.device, max_rows, ranks.any_rank, alive)
 
     @torch.no_grad()
     def _check(self) -> None:

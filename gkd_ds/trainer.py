@@ -210,7 +210,7 @@ class GKDTrainer:
                 self.control = handler.on_train_begin(config, self.state, self.control)
                 if config.eval_on_start and self.state.global_step == 0:
                     self._evaluate_and_log()
-                while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+                while self.state.global_step < self.state.max_steps and not self._asked_to_stop():
                     self._window_with_events()
                     self.stop_reason = self.interrupts.agreed_reason()
                     if self.stop_reason:
@@ -307,19 +307,24 @@ class GKDTrainer:
 
     # -- what callbacks may ask for -----------------------------------------------------------------------------
 
+    def _asked_to_stop(self) -> bool:
+        """Whether a callback wants the run to end, on any rank. A collective."""
+        self.control.should_training_stop = ranks.any_rank(self.control.should_training_stop)
+        return self.control.should_training_stop
+
     def _act(self) -> None:
-        """Log, evaluate and save as `control` says, on all ranks when it says so on any."""
-        control = self.control
-        flags = [control.should_log, control.should_evaluate, control.should_save, control.should_training_stop]
-        log, evaluation, save, stop = ranks.maximum([int(flag) for flag in flags])
-        control.should_training_stop = bool(stop)
-        if log:
+        """Log, evaluate and save as `control` says, on all ranks when it says so on any.
+
+        Each is agreed just before it is done, since what comes before may ask for it: the best model so far is
+        known, and saved, after the evaluation.
+        """
+        if ranks.any_rank(self.control.should_log):
             self._log()
-        if evaluation and self._eval_examples:
+        if ranks.any_rank(self.control.should_evaluate) and self._eval_examples:
             self._evaluate_and_log()
-        if save:
+        if ranks.any_rank(self.control.should_save):
             self._save_checkpoint()
-        control.should_log = control.should_evaluate = control.should_save = False
+        self.control.should_log = self.control.should_evaluate = self.control.should_save = False
 
     def _log(self) -> None:
         row, config = self._row, self.args
@@ -466,7 +471,7 @@ class GKDTrainer:
             self._push("End of training")
         return True
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(self, output_dir: str | None = None) -> None:
         """Write the student as a Hugging Face directory (default: output_dir). Collective.
 
         Raises checkpoint.CheckpointError, on all ranks, when it could not be written.

@@ -19,19 +19,20 @@ def shared_vocabulary_size(
     """The number V of token ids that both models score: ids 0..V-1 mean the same to both.
 
     `*_vocab_size` is the number of rows of the model's head (config.vocab_size), which may exceed the number
-    of tokens its tokenizer knows. Raises InputError where the tokenizers differ in any token, special ones
-    included, or a head is smaller than its vocabulary.
+    of tokens its tokenizer knows. Raises InputError where the tokenizers differ in any token that both models
+    score, special ones included, or a head is smaller than its vocabulary.
     """
     student = _tokens_by_id(student_tokenizer)
     teacher = _tokens_by_id(teacher_tokenizer)
+    shared = min(student_vocab_size, teacher_vocab_size)
     for token_id in sorted(student.keys() | teacher.keys()):
-        if student.get(token_id) != teacher.get(token_id):
+        if token_id < shared and student.get(token_id) != teacher.get(token_id):
             raise InputError(
                 f"student and teacher do not share a vocabulary: token id {token_id} is "
                 f"{_show(student, token_id)} to the student and {_show(teacher, token_id)} to the teacher; "
                 "choose two models with one tokenizer"
             )
-    # Loading a tokenizer may add a token of its own (Qwen2's <|endoftext|>) that the model has no row for. It does
+    # Loading a tokenizer may add a token of its own (Qwen2's <|endoftext|>) that the models have no row for. It does
     # no harm as long as it is not used; the pieces that text is made of must all have one.
     added = student_tokenizer.added_tokens_decoder.keys()
     known = max((token_id for token_id in student if token_id not in added), default=0) + 1
@@ -41,7 +42,7 @@ def shared_vocabulary_size(
                 f"the {name} scores {size} token ids but the tokenizer knows {known}; "
                 f"use the tokenizer that belongs to the {name} or resize its embeddings"
             )
-    return min(student_vocab_size, teacher_vocab_size)
+    return shared
 
 
 def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

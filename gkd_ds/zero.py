@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from gkd_ds import kernels
 from gkd_ds.config import GKDConfig
 from gkd_ds.errors import InputError
 
@@ -133,6 +134,9 @@ def _finish(resolved: dict[str, Any], config: GKDConfig, hidden_size: int) -> di
     resolved["zero_allow_untested_optimizer"] = True
     resolved["zero_force_ds_cpu_optimizer"] = False
     zero = resolved["zero_optimization"]
+    for name in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
+        if zero.get(name) and kernels.on_cpu():
+            raise InputError(f"{name} needs kernels that DeepSpeed has for GPUs only; remove it to run on the CPU.")
     # transformers' formulas for these three, so that one file serves both trainers.
     by_width = {
         "reduce_bucket_size": hidden_size * hidden_size,

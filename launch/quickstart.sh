@@ -12,6 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 home=runs/quickstart
 run=$home/run
+system="Answer in one short sentence."  # shorter prompts than with the template's own, and answers that come to an end
 step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
 step "1/5 environment"
@@ -21,7 +22,7 @@ export DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 WANDB_MODE=${WANDB_MODE:-offline} WAN
 
 step "2/5 teacher, student, data"
 python tools/prepare_smollm2.py --teacher $home/models/teacher --student $home/models/student --keep-layers 24
-python tools/prepare_chatterbot.py --output $home/data
+python tools/prepare_chatterbot.py --output $home/data --system "$system"
 
 step "3/5 training"
 if [ -f $run/FINISHED ]; then
@@ -33,7 +34,7 @@ fi
 
 step "4/5 answers and report"
 if [ ! -f $run/answers.json ] || [ $run/FINISHED -nt $run/answers.json ]; then
-    python tools/answers.py --before $home/models/student --after $run --teacher $home/models/teacher \
+    python tools/answers.py --system "$system" --before $home/models/student --after $run --teacher $home/models/teacher \
         --output $run/answers.json
 fi
 python tools/report.py $run

@@ -25,6 +25,7 @@ from transformers import (
 
 SPECIAL_TOKENS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt", "gpt_neox", "phi3"]
+MIXTURES = ["mixtral", "qwen3_moe"]  # of experts
 # Like the published ChatML templates: the newline after the end of a turn is not part of the completion.
 CHATML = (
     "{% for message in messages %}"
@@ -81,14 +82,14 @@ def make_model(
     dtype: torch.dtype = torch.float32,
     init_range: float = 0.2,
 ) -> PreTrainedModel:
-    """A random model of `family` (one of FAMILIES), saved with its tokenizer to `directory` unless None.
+    """A random model of `family` (one of FAMILIES or MIXTURES), saved with its tokenizer to `directory` unless None.
 
     `vocab_size` is the number of embedding rows (default: the tokenizer's; more means padding rows without a
     token). `hidden` must be a multiple of 16: there are four heads, two key/value heads where the family has
     them. `init_range` is the standard deviation of the initial weights: ten times the usual one, so that the
     distributions differ visibly from uniform ones.
     """
-    assert family in FAMILIES, f"family {family!r} is none of {FAMILIES}"
+    assert family in FAMILIES + MIXTURES, f"family {family!r} is none of {FAMILIES + MIXTURES}"
     tokenizer = tokenizer or make_tokenizer()
     rows = vocab_size or len(tokenizer)
     assert rows >= len(tokenizer), f"{rows} embedding rows cannot hold {len(tokenizer)} tokens"
@@ -146,7 +147,10 @@ def _shape(family: str, layers: int, hidden: int) -> dict:
     if family == "gpt_neox":
         return common
     common["num_key_value_heads"] = 2
-    if family in ("qwen3", "gemma2"):
+    if family in MIXTURES:
+        common |= {"num_experts_per_tok": 2, "moe_intermediate_size": hidden}
+        common["num_local_experts" if family == "mixtral" else "num_experts"] = 4
+    if family in ("qwen3", "qwen3_moe", "gemma2"):
         common["head_dim"] = hidden // 4
     if family == "gemma2":
         common |= {"query_pre_attn_scalar": hidden // 4, "sliding_window": 64}

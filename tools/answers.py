@@ -20,12 +20,13 @@ PROMPTS = ["How are you feeling today?", "Why is the sky blue?", "My computer is
 
 
 @torch.no_grad()
-def answers(directory: Path, prompts: list[str], max_new_tokens: int) -> list[str]:
+def answers(directory: Path, prompts: list[str], system: str | None, max_new_tokens: int) -> list[str]:
     """Greedy answers of the model in `directory`, as text without special tokens."""
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    start = [{"role": "system", "content": system}] if system else []
     batch = tokenizer.apply_chat_template(
-        [[{"role": "user", "content": prompt}] for prompt in prompts],
+        [[*start, {"role": "user", "content": prompt}] for prompt in prompts],
         add_generation_prompt=True,
         padding=True,
         return_tensors="pt",
@@ -42,12 +43,13 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True, help="directory of a model and its tokenizer")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
+    parser.add_argument("--system", help="a system message before every prompt")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     args = parser.parse_args()
 
     result = {"prompts": args.prompts}
     for name in ("before", "after", "teacher"):
-        result[name] = answers(getattr(args, name), args.prompts, args.max_new_tokens)
+        result[name] = answers(getattr(args, name), args.prompts, args.system, args.max_new_tokens)
     partial = args.output.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, args.output)

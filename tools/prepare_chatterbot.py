@@ -53,18 +53,20 @@ def first_of_each_prompt(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return list(chosen.values())
 
 
-def write_rows(path: Path, pairs: list[tuple[str, str]]) -> None:
+def write_rows(path: Path, pairs: list[tuple[str, str]], system: str | None) -> None:
+    start = [{"role": "system", "content": system}] if system else []
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
         for prompt, answer in pairs:
-            row = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            messages = [*start, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     os.replace(partial, path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="directory for train.jsonl and test.jsonl")
+    parser.add_argument("--system", help="a system message for every row (default: what the chat template puts there)")
     parser.add_argument("--test-rows", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -72,8 +74,8 @@ def main() -> None:
     pairs = first_of_each_prompt(read_pairs())
     random.Random(args.seed).shuffle(pairs)
     args.output.mkdir(parents=True, exist_ok=True)
-    write_rows(args.output / "test.jsonl", pairs[: args.test_rows])
-    write_rows(args.output / "train.jsonl", pairs[args.test_rows :])
+    write_rows(args.output / "test.jsonl", pairs[: args.test_rows], args.system)
+    write_rows(args.output / "train.jsonl", pairs[args.test_rows :], args.system)
     print(f"{args.output}: {len(pairs) - args.test_rows} rows to train on, {args.test_rows} held out")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tests.tiny import FAMILIES, make_model, make_tokenizer
+from tests.tiny import FAMILIES, MIXTURES, make_model, make_tokenizer
 
 # Student family -> teacher family: every family takes each part once.
 FAMILY_PAIRS = dict(zip(FAMILIES, FAMILIES[1:] + FAMILIES[:1]))
@@ -27,6 +27,8 @@ def make_materials(directory: Path) -> Path:
     make("llama", "teacher-large", seed=2, hidden=640, init_range=0.05)
     make("qwen2", "qwen2-student", seed=1)
     make("qwen2", "qwen2-teacher", seed=2, layers=3, hidden=96, vocab_size=PADDED)
+    for family in MIXTURES:
+        make(family, family, seed=1)
     for number, family in enumerate(FAMILIES):
         # Both heads are tied or not in turn, and the vocabulary is padded on one side in turn.
         tied, padded = number % 2 == 0, number % 3 == 0

@@ -25,15 +25,21 @@ CASES = [
     (2, "cpu", "none"),
     (2, "cpu", "cpu"),
 ]
+# Where DeepSpeed can read and write asynchronously. The model is larger: shards below 1 MiB are not swapped.
+NVME_CASES = [(1, "nvme", "none"), (2, "nvme", "none")]
+BUFFERS, BUFFER_SIZE = 8, 1_200_000
 
 
 def config_of(directory: Path, teacher_on: str, optimizer_on: str) -> GKDConfig:
     zero = {"stage": 3, "reduce_bucket_size": 100_000}
+    offload: dict = {"device": teacher_on}
+    if teacher_on == "nvme":
+        offload |= {"nvme_path": str(directory / "nvme"), "buffer_count": BUFFERS, "buffer_size": BUFFER_SIZE}
     return GKDConfig(
         output_dir=str(directory / "run"),
         overwrite_output_dir=True,
         model_name_or_path=str(directory / "student"),
-        teacher_model_name_or_path=str(directory / "teacher"),
+        teacher_model_name_or_path=str(directory / ("teacher-large" if teacher_on == "nvme" else "teacher")),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=ROWS,
         max_steps=1,
@@ -46,7 +52,7 @@ def config_of(directory: Path, teacher_on: str, optimizer_on: str) -> GKDConfig:
         log_level="error",
         use_cpu=True,
         deepspeed={"zero_optimization": zero | {"offload_optimizer": {"device": optimizer_on}}},
-        teacher_deepspeed={"zero_optimization": zero | {"offload_param": {"device": teacher_on}}},
+        teacher_deepspeed={"zero_optimization": zero | {"offload_param": offload}},
     )
 
 
@@ -68,12 +74,19 @@ def measure(trainer: GKDTrainer) -> dict[str, float]:
         "student parameters": parameters,
         "student gradients": tensor_bytes([optimizer.grad_partitions_flat_buffer]),
         "optimizer states": tensor_bytes([*shards, *masters, *moments]) - parameters,
-        "teacher parameters": sum(p.ds_tensor.nbytes for p in teacher.module.parameters()),
+        "teacher parameters": sum(p.ds_tensor.nbytes for p in teacher.module.parameters()) + swapped_bytes(trainer.args),
         "teacher's head, whole": trainer.teacher.head.weight.ds_numel * 4,
         "teacher_bytes": trainer.counters.teacher_bytes,
         "teacher_passes": trainer.counters.teacher_passes,
         "student_gathers": trainer.counters.student_gathers,
     }
+
+
+def swapped_bytes(config: GKDConfig) -> int:
+    """This rank's part of what is on NVMe."""
+    path = config.teacher_deepspeed["zero_optimization"]["offload_param"].get("nvme_path")
+    rank = torch.distributed.get_rank()
+    return sum(file.stat().st_size for file in Path(path).rglob(f"rank{rank}/**/*.swp")) if path else 0
 
 
 def train_and_note(directory: Path, config: GKDConfig, rows: list[dict], note: Path) -> None:
@@ -93,9 +106,9 @@ def train_and_note(directory: Path, config: GKDConfig, rows: list[dict], note: P
 
 
 def predict(config: GKDConfig, ranks: int) -> dict[str, float]:
-    """What the planner says about `config`, with bytes of the device and the host together."""
+    """What the planner says about `config`, with bytes of the device, the host and NVMe together."""
     plan = make_plan(config, ranks, weight_bytes=4, on_cpu=True)
-    memory = {line.what: line.device + line.host for line in count_memory(plan)}
+    memory = {line.what: line.device + line.host + line.nvme for line in count_memory(plan)}
     teacher = plan.teacher
     per_pass, head = teacher.layers_total + teacher.embedding, teacher.head or teacher.embedding
     return memory | {
@@ -110,7 +123,11 @@ def main() -> None:
     tokenizer, rows = make_tokenizer(), make_chat_rows(12)
     for name, layers in (("student", 2), ("teacher", 3)):
         make_model("llama", directory / name, layers=layers, hidden=128, tokenizer=tokenizer, tie_word_embeddings=False)
-    for ranks, teacher_on, optimizer_on in CASES:
+    cases = list(CASES)
+    if Path("/usr/include/libaio.h").exists():
+        make_model("llama", directory / "teacher-large", layers=3, hidden=768, tokenizer=tokenizer, init_range=0.02)
+        cases += NVME_CASES
+    for ranks, teacher_on, optimizer_on in cases:
         config, note = config_of(directory, teacher_on, optimizer_on), directory / "measured.json"
         codes = forked.run(ranks, lambda c=config, n=note: train_and_note(directory, c, rows, n), limit=120)
         assert codes == [0] * ranks, codes

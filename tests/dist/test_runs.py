@@ -14,6 +14,7 @@ from tests.dist import plain
 from tests.dist.events import EVENT_KNOBS, Events
 from tests.dist.scenarios import Results
 from tests.dist.test_parity import everybody_s_rollouts, losses
+from tests.tiny import MIXTURES
 
 NVME = pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="NVMe offload needs libaio-dev")
 
@@ -45,6 +46,22 @@ def test_a_teacher_on_nvme_gives_the_same_losses(two_ranks: Results) -> None:
     assert losses(result["nvme"]) == pytest.approx(losses(result["resident"]), rel=1e-6)
     # Of every layer the three matrices of its feed-forward part are large enough, in two shards each.
     assert len(result["files"]) == 2 * 3 * 2 and min(result["files"]) >= 1 << 20, "the weights are in files"
+
+
+@pytest.mark.parametrize("feature", ["hpz", "comms_logger", "flops_profiler"])
+def test_deepspeed_s_switches_leave_the_losses_alone(two_ranks: Results, feature: str) -> None:
+    results = two_ranks["scale_features"][0]
+    assert losses(results[feature]["rows"]) == pytest.approx(losses(results["plain"]["rows"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_of_experts_learn_although_ranks_use_different_experts(two_ranks: Results, family: str) -> None:
+    ranks = two_ranks["scale_features"]
+    gathered, sharded = (ranks[0][f"{family}/{engine}"]["rows"] for engine in ("gather", "sharded"))
+    assert losses(sharded) == pytest.approx(losses(gathered), rel=1e-5)
+    assert all(row["skipped"] == 0 and row["grad_norm"] > 0 for row in gathered)
+    for rank in ranks:
+        assert rank[f"{family}/gather"]["rollouts"] == rank[f"{family}/sharded"]["rollouts"]
 
 
 @pytest.mark.parametrize("name, allowed", [("data", "data"), ("student", "student"), ("teacher", "teacher")])

@@ -34,7 +34,7 @@ from gkd_ds.pipeline import count_tokens
 from gkd_ds.records import Rollout, Sample, Source
 from tests.dist.events import EVENT_KNOBS, Events
 from tests.dist.materials import FAMILY_PAIRS
-from tests.tiny import make_chat_rows
+from tests.tiny import MIXTURES, make_chat_rows
 
 MATERIALS, RESULTS = (Path(argument) for argument in [a for a in sys.argv[1:] if not a.startswith("--local_rank")][:2])
 
@@ -196,6 +196,24 @@ def teacher_places() -> dict:
         "resident": train("teacher-resident", **PLACES),
         "cpu": train("teacher-cpu", **PLACES, teacher_deepspeed=_teacher_in("cpu")),
     }
+
+
+def scale_features() -> dict:
+    """DeepSpeed's switches for large clusters, each beside the same run without it; and mixtures of experts."""
+    zero3 = PARTITIONED["zero_optimization"]
+    profile = {"enabled": True, "profile_step": 1, "output_file": str(RESULTS / "flops.txt")}
+    files = {
+        "plain": PARTITIONED,
+        "hpz": {"zero_optimization": {**zero3, "zero_hpz_partition_size": 2}},
+        "comms_logger": {**PARTITIONED, "comms_logger": {"enabled": True, "prof_all": True}},
+        "flops_profiler": {**PARTITIONED, "flops_profiler": profile},
+    }
+    results = {name: train(f"scale-{name}", **PLACES, deepspeed=file) for name, file in files.items()}
+    for family in MIXTURES:
+        for engine in ("gather", "sharded"):
+            how = {"student": family, "max_steps": 2, "lmbda": 1.0, "rollout_engine": engine}
+            results[f"{family}/{engine}"] = train(f"scale-{family}-{engine}", **how)
+    return results
 
 
 def teacher_on_nvme() -> dict:
@@ -380,6 +398,7 @@ SCENARIOS = [
     families,
     counts,
     teacher_places,
+    scale_features,
     teacher_on_nvme,
     sources,
     resume,

@@ -75,19 +75,20 @@ def test_the_time_limit_requeues_even_a_trainer_that_does_not_stop(cluster, subm
     assert ring_steps(output) == list(range(1, 151))
 
 
-def test_array_tasks_go_on_where_the_one_before_stopped(cluster, submit, some_recipe, tmp_path):
+def test_array_tasks_go_on_where_the_one_before_stopped(cluster, hosts, submit, tmp_path):
+    recipe = tiny_run.write_recipe(tmp_path)
     output = tmp_path / "run"
-    settings = RING | {"OUTPUT_DIR": str(output)}
-    arguments = [some_recipe, "--steps", "200", "--seconds", "0.05"]
-    job = submit("slurm_array.sbatch", "--nodes=2", "--array=1-3%1", arguments=arguments, **settings)
-    wait_until(lambda: len(ring_steps(output)) > 2, 300, "the first task to make steps")
+    settings = {"SLOTS_PER_NODE": "1", "OUTPUT_DIR": str(output), "PREFLIGHT": "0"}
+    job = submit("slurm_array.sbatch", "--nodes=2", "--array=1-3%1", arguments=[str(recipe)], **settings)
+    wait_until(lambda: len(tiny_run.steps(output)) >= 4, 400, lambda: log_tails(tmp_path))
     cluster.head.run(["scancel", "--batch", "--signal=USR1", f"{job}_1"])
     assert cluster.wait(job, 600) == ["COMPLETED"] * 3, log_tails(tmp_path)
     logs = [(tmp_path / f"job-{job}_{task}.log").read_text() for task in (1, 2, 3)]
     assert "the next task of the array goes on" in logs[0]
     assert "finished" in logs[1]
     assert "has finished already" in logs[2]
-    assert ring_steps(output) == list(range(1, 201))
+    assert tiny_run.steps(output) == list(range(1, tiny_run.UPDATES + 1))
+    assert tiny_run.valid_checkpoints(output)[-1] == tiny_run.UPDATES
 
 
 def test_a_chain_refuses_to_run_side_by_side(cluster, submit, some_recipe, tmp_path):

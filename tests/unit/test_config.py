@@ -369,6 +369,9 @@ ZERO3 = {"zero_optimization": {"stage": 3}}
         ({"torch_autocast": {"enabled": True}}, {}, ["torch_autocast"]),
         ({"wandb": {"enabled": True}}, {}, ["'wandb'", "report_to"]),
         ({"tensorboard": {}}, {}, ["'tensorboard'"]),
+        ({"sequence_parallel_size": 2}, {}, ["'sequence_parallel_size'", "samples of its own"]),
+        ({"tensor_parallel": {"autotp_size": 2}}, {}, ["'tensor_parallel'"]),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 0}}, {}, ["zero_hpz_partition_size 0"]),
         ({"csv_monitor": {}}, {}, ["'csv_monitor'"]),
         ({"scheduler": {"type": "WarmupLR"}}, {}, ["'scheduler'", "lr_scheduler_type"]),
         ({"hybrid_engine": {"enabled": True}}, {}, ["hybrid_engine", "rollout_engine"]),
@@ -413,6 +416,23 @@ def test_train_batch_size_is_checked_against_the_ranks(tmp_path, monkeypatch):
     GKDConfig(output_dir=str(tmp_path), deepspeed=file).validate_files()
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert "4 ranks" in refusal(output_dir=str(tmp_path), deepspeed=file)
+
+
+def test_hpz_groups_are_checked_against_the_ranks(tmp_path, monkeypatch):
+    file = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    GKDConfig(output_dir=str(tmp_path), deepspeed=file).validate_files()
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    assert "does not divide the 12 ranks" in refusal(output_dir=str(tmp_path), deepspeed=file)
+
+
+@pytest.mark.parametrize("name", ["zero_quantized_weights", "zero_quantized_gradients"])
+def test_zeropp_s_quantization_is_refused_on_the_cpu(name, tmp_path):
+    from gkd_ds import zero
+
+    config = GKDConfig(output_dir=str(tmp_path), deepspeed={"zero_optimization": {"stage": 3, name: True}})
+    with pytest.raises(InputError, match=f"{name} needs kernels that DeepSpeed has for GPUs only"):
+        zero.student_config(config, world_size=1, hidden_size=64)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,15 @@ def test_a_token_that_only_one_side_knows_is_refused(tokenizer, directory):
         shared_vocabulary_size(other, tokenizer, 384, 384)
 
 
+def test_a_token_that_loading_added_and_no_head_scores_is_no_difference(directory, tokenizer):
+    """transformers gives every Qwen2 tokenizer an <|endoftext|>, also where the files have none."""
+    qwen = transformers.AutoTokenizer.from_pretrained(directory)
+    qwen.add_special_tokens({"pad_token": "<|endoftext|>"})
+    assert len(qwen) == 341
+    assert shared_vocabulary_size(tokenizer, qwen, 340, 340) == 340
+    assert shared_vocabulary_size(qwen, tokenizer, 340, 352) == 340
+
+
 def test_a_renamed_special_token_is_refused(directory, tmp_path, tokenizer):
     other = train_tokenizer(TEXTS, tmp_path, 340, eos_token="<|end|>")
     with pytest.raises(InputError, match=r"token id 2 is '</s>' to the student and '<\|end\|>' to the teacher"):
