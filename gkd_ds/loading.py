@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from gkd_ds import zero
+from gkd_ds import nvme, zero
 from gkd_ds.config import GKDConfig
 from gkd_ds.data import Examples, prepare_tokenizer
 from gkd_ds.errors import InputError
@@ -126,8 +133,11 @@ def load_teacher(model: Model, config: GKDConfig) -> PreTrainedModel:
         if config.teacher_model_init_kwargs:
             raise InputError("teacher_model_init_kwargs is set but teacher_model is already a model; drop one of them.")
         return model.to(zero.precision(config))
-    width = _model_config(model, config, config.teacher_model_init_kwargs).get_text_config().hidden_size
-    ds_config = zero.teacher_config(config, width)
+    model_config = _model_config(model, config, config.teacher_model_init_kwargs)
+    ds_config = zero.teacher_config(config, model_config.get_text_config().hidden_size)
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    nvme.fit_buffers(ds_config, shapes, zero.precision(config).itemsize)
     return zero.load(model, ds_config, zero.precision(config), **_init_kwargs(config, config.teacher_model_init_kwargs))
 
 

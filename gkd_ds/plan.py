@@ -48,6 +48,8 @@ class ModelCounts:
     vocabulary: int
     kv_per_token: int  # keys and values of one token in all layers
     attention_width: int  # heads x head size
+    matrices_per_layer: int
+    largest_matrix: int
 
 
 def count_model(source: str, init_kwargs: dict[str, Any] | None = None, trust_remote_code: bool = False) -> ModelCounts:
@@ -96,6 +98,8 @@ def count_parameters(model: torch.nn.Module) -> ModelCounts:
         vocabulary=text.vocab_size,
         kv_per_token=2 * len(per_layer) * kv_heads * head_size,
         attention_width=heads * head_size,
+        matrices_per_layer=max(sum(p.dim() > 1 for p in layer.parameters()) for layer in layers),
+        largest_matrix=max(p.numel() for p in model.parameters()),
     )
 
 
@@ -147,7 +151,8 @@ class Engine:
     prefetch: int
     max_live: int
     sub_group: int
-    nvme_buffer: int  # elements of all pinned buffers for parameters on NVMe
+    buffer_count: int  # pinned buffers for parameters on NVMe; 0: not given
+    buffer_size: int  # elements of each; 0: not given
     nvme_optimizer_buffers: int
 
     @classmethod
@@ -176,7 +181,8 @@ class Engine:
             prefetch=number(zero, "stage3_prefetch_bucket_size", 50_000_000, auto=int(0.9 * hidden * hidden)),
             max_live=number(zero, "stage3_max_live_parameters", 1_000_000_000),
             sub_group=number(zero, "sub_group_size", 1_000_000_000),
-            nvme_buffer=number(params, "buffer_count", 5) * number(params, "buffer_size", 100_000_000),
+            buffer_count=number(params, "buffer_count", 0),
+            buffer_size=number(params, "buffer_size", 0),
             nvme_optimizer_buffers=number(optimizer, "buffer_count", 4),
         )
 
@@ -320,9 +326,8 @@ def student_states(plan: Plan) -> list[Memory]:
         bucket = min(engine.bucket, n) if plan.on_cpu else engine.bucket
         lines.append(Memory("always", "gradient bucket", device=bucket * b, remedy="a smaller reduce_bucket_size"))
     if engine.params_on == "nvme":
-        lines.append(
-            Memory("always", "NVMe buffers, parameters", host=engine.nvme_buffer * b, remedy="smaller buffer_size")
-        )
+        buffers = (engine.buffer_count or 5) * (engine.buffer_size or 100_000_000) * b  # DeepSpeed's own numbers
+        lines.append(Memory("always", "NVMe buffers, parameters", host=buffers, remedy="smaller buffer_size"))
     if engine.optimizer_on == "nvme":
         buffers = engine.nvme_optimizer_buffers * min(states, engine.sub_group) * 4
         lines.append(Memory("always", "NVMe buffers, optimizer", host=buffers, remedy="a smaller sub_group_size"))
@@ -343,8 +348,11 @@ def teacher_states(plan: Plan) -> list[Memory]:
         Memory("always", "teacher norms, whole", device=teacher.glue * b),
     ]
     if engine.params_on == "nvme":
-        smaller = "smaller buffer_count and buffer_size in the teacher's DeepSpeed file"
-        lines.append(Memory("always", "NVMe buffers, teacher", host=engine.nvme_buffer * b, remedy=smaller))
+        # nvme.py's "auto".
+        count = engine.buffer_count or teacher.matrices_per_layer + 1
+        size = engine.buffer_size or math.ceil(teacher.largest_matrix / plan.ranks)
+        remedy = '"auto" for buffer_count and buffer_size, or more ranks'
+        lines.append(Memory("always", "NVMe buffers, teacher", host=count * size * b, remedy=remedy))
     return lines
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gkd_ds import causal_lm, ranks, zero
+from gkd_ds import causal_lm, nvme, ranks, zero
 from gkd_ds.batching import length_groups
 from gkd_ds.config import GKDConfig
 from gkd_ds.decoding import Completions, Sampling, decode
@@ -45,6 +45,8 @@ class Teacher:
         self.pad_id, self.device = pad_id, zero.device()
         model.eval().requires_grad_(False)
         self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        ds_config = zero.teacher_config(config, model.config.get_text_config().hidden_size)
+        nvme.fit_buffers(ds_config, model, self.head.weight.dtype.itemsize)
         layers = causal_lm.decoder_layers(model)
         self.slots = [_LayerSlot(layer, counters) for layer in layers]
         for index, slot in enumerate(self.slots):
@@ -52,11 +54,11 @@ class Teacher:
         streamed = nn.ModuleList(slot.streamed for slot in self.slots)
         deepspeed.utils.set_z3_leaf_modules(streamed, [_StreamedLayer])
         self._keep_glue_whole(streamed)
-        width = model.config.get_text_config().hidden_size
         root = zero.EngineRoot(embedding=self.embedding, layers=streamed, head=self.head)
-        self.engine = zero.initialize(root, zero.teacher_config(config, width))
+        self.engine = zero.initialize(root, ds_config)
         self.engine.eval()
         self._check()
+        self.swap_files = nvme.SwapFiles(model)
 
     def _keep_glue_whole(self, streamed: nn.ModuleList) -> None:
         """Norms, position tables and the like stay whole on every rank: small, and used once per chunk.
@@ -82,6 +84,7 @@ class Teacher:
         the same number on every rank. `alive` is called after every layer. Collective, also for a rank that has no
         rollouts.
         """
+        self.swap_files.check()
         passes = self._passes([len(rollout) for rollout in rollouts])
         (count,) = ranks.maximum([len(passes)])
         hidden: list[Tensor | None] = [None] * len(rollouts)
@@ -190,6 +193,7 @@ class Teacher:
 
         The teacher may be too large to gather, so its parameters stay where they are, and all ranks decode in step.
         """
+        self.swap_files.check()
         forward = causal_lm.decoding_forward(self.model, self.vocabulary)
         prompts = [sample.prompt_ids for sample in samples]
         sample_ids = [sample.sample_id for sample in samples]

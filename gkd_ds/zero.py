@@ -23,6 +23,7 @@ import deepspeed
 import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
@@ -303,6 +304,11 @@ def keep_whole(parameters: list[nn.Parameter]) -> None:
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
     return "ds_status" in parameter.__dict__ and parameter.ds_status != ZeroParamStatus.AVAILABLE
+
+
+def is_on_nvme(parameter: nn.Parameter) -> bool:
+    """Whether this rank's shard of the parameter lives in a swap file."""
+    return "ds_tensor" in parameter.__dict__ and parameter.ds_tensor.final_location == OffloadDeviceEnum.nvme
 
 
 def full_numel(parameter: nn.Parameter) -> int:

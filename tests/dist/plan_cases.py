@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import torch
 
-from gkd_ds import GKDConfig, GKDTrainer
+from gkd_ds import GKDConfig, GKDTrainer, zero
 from gkd_ds.plan import count_memory, make_plan
 from tests.dist import forked
 from tests.tiny import make_chat_rows, make_model, make_tokenizer
@@ -27,14 +27,13 @@ CASES = [
 ]
 # Where DeepSpeed can read and write asynchronously. The model is larger: shards below 1 MiB are not swapped.
 NVME_CASES = [(1, "nvme", "none"), (2, "nvme", "none")]
-BUFFERS, BUFFER_SIZE = 8, 1_200_000
 
 
 def config_of(directory: Path, teacher_on: str, optimizer_on: str) -> GKDConfig:
     zero = {"stage": 3, "reduce_bucket_size": 100_000}
     offload: dict = {"device": teacher_on}
     if teacher_on == "nvme":
-        offload |= {"nvme_path": str(directory / "nvme"), "buffer_count": BUFFERS, "buffer_size": BUFFER_SIZE}
+        offload |= {"nvme_path": str(directory / "nvme"), "buffer_count": "auto", "buffer_size": "auto"}
     return GKDConfig(
         output_dir=str(directory / "run"),
         overwrite_output_dir=True,
@@ -70,7 +69,9 @@ def measure(trainer: GKDTrainer) -> dict[str, float]:
     masters = optimizer.fp32_partitioned_groups_flat
     moments = [state[name] for state in optimizer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     parameters = tensor_bytes(shards)
+    swappers = {p.nvme_swapper for p in teacher.module.parameters() if zero.is_on_nvme(p)}
     return {
+        "NVMe buffers, teacher": sum(swapper.buffers.nbytes for swapper in swappers),
         "student parameters": parameters,
         "student gradients": tensor_bytes([optimizer.grad_partitions_flat_buffer]),
         "optimizer states": tensor_bytes([*shards, *masters, *moments]) - parameters,

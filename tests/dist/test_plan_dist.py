@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 BYTES = ["student parameters", "student gradients", "optimizer states", "teacher parameters", "teacher's head, whole"]
+BYTES += ["NVMe buffers, teacher"]
 COUNTS = ["teacher_bytes", "teacher_passes", "student_gathers"]
 
 
@@ -32,7 +33,7 @@ def test_all_configurations_were_measured(cases):
 @pytest.mark.parametrize("what", BYTES)
 def test_memory_is_within_a_tenth(what, cases):
     for case in cases:
-        assert case["predicted"][what] == pytest.approx(case["measured"][what], rel=0.1), (what, case)
+        assert case["predicted"].get(what, 0) == pytest.approx(case["measured"][what], rel=0.1), (what, case)
 
 
 @pytest.mark.parametrize("what", COUNTS)

@@ -42,10 +42,24 @@ def test_the_teacher_s_place_does_not_matter(two_ranks: Results) -> None:
 
 @NVME
 def test_a_teacher_on_nvme_gives_the_same_losses(two_ranks: Results) -> None:
-    (result, _) = two_ranks["teacher_on_nvme"]
+    result = two_ranks["teacher_on_nvme"][0]
     assert losses(result["nvme"]) == pytest.approx(losses(result["resident"]), rel=1e-6)
-    # Of every layer the three matrices of its feed-forward part are large enough, in two shards each.
-    assert len(result["files"]) == 2 * 3 * 2 and min(result["files"]) >= 1 << 20, "the weights are in files"
+    # Of every layer the three matrices of its feed-forward part are large enough.
+    assert len(result["files"]) == 2 * 3 and min(result["files"]) >= 1 << 20, "the weights are in files"
+
+
+@NVME
+@pytest.mark.parametrize("damage, what", [("truncated", "bytes instead of"), ("deleted", "is gone")])
+def test_a_damaged_swap_file_is_named_on_all_ranks_and_gives_no_target(two_ranks: Results, damage: str, what: str):
+    first, second = two_ranks["teacher_on_nvme"]
+    assert first[damage] == second[damage]
+    assert first["file"] in first[damage] and what in first[damage]
+
+
+@NVME
+def test_too_few_buffers_are_refused_before_anything_is_read(two_ranks: Results) -> None:
+    for rank in two_ranks["teacher_on_nvme"]:
+        assert "offload_param.buffer_count to 2, but this teacher needs 4" in rank["too few buffers"]
 
 
 @pytest.mark.parametrize("feature", ["hpz", "comms_logger", "flops_profiler"])

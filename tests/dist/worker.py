@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -28,7 +29,8 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback
 
-from gkd_ds import GKDConfig, GKDTrainer, ranks, zero
+from gkd_ds import GKDConfig, GKDTrainer, nvme, ranks, zero
+from gkd_ds.errors import InputError
 from gkd_ds.guards import TrainingStopped
 from gkd_ds.pipeline import count_tokens
 from gkd_ds.records import Rollout, Sample, Source
@@ -219,11 +221,33 @@ def scale_features() -> dict:
 def teacher_on_nvme() -> dict:
     """A teacher whose shards are large enough for DeepSpeed to swap (1 MB), resident and on NVMe."""
     resident = train("nvme-resident", teacher="teacher-large", **PLACES)
-    offload = _teacher_in("nvme", nvme_path=str(RESULTS / "nvme"), buffer_count=5, buffer_size=500_000)
+    offload = _teacher_in("nvme", nvme_path=str(RESULTS / "nvme"), buffer_count="auto", buffer_size="auto")
     trainer = build("nvme-offloaded", teacher="teacher-large", **PLACES, teacher_deepspeed=offload)
     trainer.train()
-    files = [path.stat().st_size for path in (RESULTS / "nvme").rglob("*.swp")]
-    return {"resident": resident["rows"], "nvme": rows_of("nvme-offloaded"), "files": files}
+    files = sorted((RESULTS / "nvme").rglob("rank0/**/*.swp"))
+    results = {"resident": resident["rows"], "nvme": rows_of("nvme-offloaded")}
+    results["files"] = [path.stat().st_size for path in files]
+    # What something else may do to the files: rank 0's are damaged, and no rank gets a target.
+    ranks.barrier()
+    for name, damage in (("truncated", _truncate), ("deleted", Path.unlink)):
+        if ranks.rank() == 0:
+            damage(files[0])
+        ranks.barrier()
+        try:
+            trainer.pipeline.score(trainer._rollouts)
+            results[name] = "scored"
+        except nvme.SwapFileError as error:
+            results[name] = str(error)
+    small = _teacher_in("nvme", nvme_path=str(RESULTS / "nvme"), buffer_count=2, buffer_size="auto")
+    try:
+        build("nvme-small", teacher="teacher-large", teacher_deepspeed=small)
+    except InputError as error:
+        results["too few buffers"] = str(error)
+    return results | {"file": str(files[0])}
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
 
 
 SOURCES = {

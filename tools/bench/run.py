@@ -215,12 +215,12 @@ def main() -> None:
         settings = Settings(1, 1 if arguments.quick else arguments.runs, arguments.threads, Path(temporary))
         results: dict[str, Any] = {"machine": machine(arguments.threads), "quick": arguments.quick, "groups": {}}
         started = time.monotonic()
-        for group in groups:
-            results["groups"][group.name] = run_group(group, settings)
-        results["minutes"] = (time.monotonic() - started) / 60
         arguments.output.mkdir(parents=True, exist_ok=True)
         file = arguments.output / "results.json"
-        file.write_text(json.dumps(results, indent=1) + "\n")
+        for group in groups:
+            results["groups"][group.name] = run_group(group, settings)
+            results["minutes"] = (time.monotonic() - started) / 60
+            file.write_text(json.dumps(results, indent=1) + "\n")
     write_reports(file)
 
 

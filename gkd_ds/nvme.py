@@ -1,0 +1,86 @@
+"""A teacher on NVMe: buffers that fit its layers, and swap files that are still what was written.
+
+DeepSpeed (read in 0.19.8) swaps a partitioned parameter when its shard has at least 1 MiB, one file each, and reads
+each into a pinned buffer of `buffer_count` equal ones. Too few or too small buffers, or a file that is gone, are
+assertions deep inside it, long after the weights were loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.swap_tensor.utils import MIN_AIO_BYTES
+from torch import nn
+from transformers import PreTrainedModel
+
+from gkd_ds import causal_lm, ranks, zero
+from gkd_ds.errors import InputError
+
+
+class SwapFileError(RuntimeError):
+    """A swap file is not what was written: no target can be trusted any more."""
+
+
+def fit_buffers(ds_config: dict[str, Any], model: PreTrainedModel, element_size: int) -> None:
+    """Resolve "auto" for `buffer_count` and `buffer_size` of an NVMe teacher in `ds_config`, or check the numbers.
+
+    `model` may be on the meta device; `element_size` is in bytes. A whole layer is in the buffers at a time, and one
+    more buffer lets the next be read ahead. Raises InputError where the numbers given are too small.
+    """
+    block = ds_config["zero_optimization"].get("offload_param") or {}
+    if block.get("device") != "nvme":
+        return
+    units = [*causal_lm.decoder_layers(model), model.get_input_embeddings(), model.get_output_embeddings()]
+    shards = [list(_swapped(unit.parameters(), element_size)) for unit in units]
+    needed = {
+        "buffer_count": max(map(len, shards)) + 1,
+        "buffer_size": max((size for unit in shards for size in unit), default=MIN_AIO_BYTES),
+    }
+    for name, least in needed.items():
+        value = block.get(name, "auto")
+        if value == "auto":
+            block[name] = least
+        elif value < least:
+            raise InputError(
+                f"teacher_deepspeed sets offload_param.{name} to {value}, but this teacher needs {least}; "
+                'write "auto", or at least that.'
+            )
+
+
+def _swapped(parameters: Iterable[nn.Parameter], element_size: int) -> Iterable[int]:
+    """Elements of this rank's shards that go to NVMe."""
+    for parameter in parameters:
+        shard = math.ceil(zero.full_numel(parameter) / ranks.world_size())
+        if shard * element_size >= MIN_AIO_BYTES:
+            yield shard
+
+
+class SwapFiles:
+    """The swap files of a teacher and their sizes, noted once all of them are written."""
+
+    def __init__(self, model: PreTrainedModel):
+        swapped = [p for p in model.parameters() if zero.is_on_nvme(p)]
+        self.sizes = {path: path.stat().st_size for path in (Path(p.nvme_swapper.get_path(p)) for p in swapped)}
+        self.anywhere = ranks.any_rank(bool(self.sizes))
+
+    def check(self) -> None:
+        """Raise SwapFileError on all ranks when one misses a file, or finds it shorter or longer. A collective."""
+        if not self.anywhere:
+            return
+        problem = next(filter(None, ranks.gather(self._problem())), None)
+        if problem:
+            raise SwapFileError(problem)
+
+    def _problem(self) -> str | None:
+        for path, size in self.sizes.items():
+            found = path.stat().st_size if path.exists() else None
+            if found != size:
+                what = "is gone" if found is None else f"has {found} bytes instead of {size}"
+                return (
+                    f"the swap file {path} of the teacher on rank {ranks.rank()} {what}; something else writes to "
+                    "offload_param.nvme_path: give this run a directory of its own and resume."
+                )
+        return None
