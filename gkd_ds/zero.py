@@ -102,6 +102,8 @@ def student_config(config: GKDConfig, world_size: int, hidden_size: int) -> dict
         "train_batch_size": micro * accumulation * world_size,
         "gradient_clipping": config.max_grad_norm,
     }
+    if resolved["zero_optimization"].get("stage", 0) == 0 and precision(config) == torch.float32:
+        resolved["gradient_clipping"] = 0.0  # Student.update clips, by a norm that is summed in fp64
     if "optimizer" in resolved:
         resolved["optimizer"].setdefault("params", {}).update(
             lr=config.learning_rate,
