@@ -9,6 +9,7 @@
 #   MASTER_PORT       port for the ranks to meet (default: a free one)
 #   OMP_NUM_THREADS   threads per rank (default: the cores shared out evenly)
 #   DS_ACCELERATOR    set it to cpu to leave the accelerators of a machine alone
+# SIGTERM or Ctrl-C: the run stops with a checkpoint after the window, and the exit code is 75.
 set -euo pipefail
 
 fail() { echo "local.sh: $*" >&2; exit 2; }
@@ -35,6 +36,20 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export TOKENIZERS_PARALLELISM=false
 port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
+# A signal to this script, Ctrl-C too, goes to the ranks and not to the launcher: they checkpoint after the window and
+# exit with 75, and the launcher passes that on. It would itself kill them after 30 seconds and exit with 1.
+# shellcheck disable=SC2317  # the trap calls it
+stop() { pkill -TERM --session "$launcher" --full -- --local_rank || true; }
+trap stop INT TERM
+
 # The launcher would take a hostfile of the machine's if there is one; this is about one machine.
-exec deepspeed --quiet --hostfile "" --num_accelerators "$ranks" --master_port "$port" \
-    --module gkd_ds.train --config "$recipe" "$@"
+setsid deepspeed --quiet --hostfile "" --num_accelerators "$ranks" --master_port "$port" \
+    --module gkd_ds.train --config "$recipe" "$@" &
+launcher=$!
+status=0
+wait "$launcher" || status=$?
+while kill -0 "$launcher" 2> /dev/null; do # a signal ends `wait`, not the launcher
+    status=0
+    wait "$launcher" || status=$?
+done
+exit "$status"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -143,3 +144,15 @@ def test_a_signal_to_the_launcher(settings, tmp_path: Path) -> None:
     steps = sorted(manifest.verify(path).step for path in run_dir.glob("checkpoint-*"))
     assert len(steps) == 2 and steps[0] == first
     assert f"stopped after update {steps[1]}: SIGTERM was received by rank" in log.read_text()
+
+
+def test_a_signal_to_local_sh_stops_with_the_code_of_a_stop(settings, tmp_path: Path) -> None:
+    run_dir, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
+    recipe.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in settings.items()))
+    command = ["bash", ROOT / "launch/local.sh", recipe, "--output_dir", run_dir]
+    with open(tmp_path / "log", "w") as log:
+        script = subprocess.Popen(command, env=environment() | {"RANKS": "2"}, stdout=log, stderr=log)
+    wait_for_update(run_dir, 2, script)
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(LAUNCHED) == STOPPED, (tmp_path / "log").read_text()
+    assert f"stopped after update {the_checkpoint(run_dir).step}: SIGTERM was received" in (tmp_path / "log").read_text()
