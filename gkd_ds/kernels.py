@@ -5,6 +5,9 @@ Everything here is an optimisation that leaves results alone: remove it and the 
 
 from __future__ import annotations
 
+import ctypes
+import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +18,9 @@ from torch import Tensor, nn
 # The elementwise part of the loss makes about ten passes over a tile: 2^20 fp32 entries (4 MiB) stay in a CPU's
 # last-level cache.
 _CPU_TILE_ENTRIES = 1 << 20
+
+# Names of mallopt(3), from glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def on_cpu() -> bool:
@@ -27,6 +33,27 @@ def elementwise_tile_rows(logits_nV: Tensor) -> int:
     if logits_nV.device.type != "cpu":
         return max(rows, 1)
     return max(4, _CPU_TILE_ENTRIES // vocabulary)
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Give large blocks of host memory back as soon as they are freed: for loading.
+
+    On the CPU a parameter is whole in host memory before its shard is kept. glibc keeps the room of blocks of up to
+    32 MiB in its heap, in holes between the shards, until a rank has taken nearly the size of the whole model. The
+    thresholds are left where glibc would have moved them by itself; a user's own settings stay.
+    """
+    own = {"GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
+    if not on_cpu() or platform.libc_ver()[0] != "glibc" or own:
+        yield
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 @contextmanager

@@ -181,7 +181,8 @@ def load(source: str, ds_config: dict[str, Any], dtype: torch.dtype, **init_kwar
     loading = _Zero3Loading(ds_config)
     set_hf_deepspeed_config(loading)
     try:
-        return AutoModelForCausalLM.from_pretrained(source, **{"dtype": dtype, **init_kwargs})
+        with kernels.freed_at_once():
+            return AutoModelForCausalLM.from_pretrained(source, **{"dtype": dtype, **init_kwargs})
     finally:
         # While it is alive the next from_pretrained would be partitioned, too.
         unset_hf_deepspeed_config()
