@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything from a fresh clone to a distilled model, on two CPU cores in about a quarter of an hour:
+# Everything from a fresh clone to a distilled model, on two CPU cores in 10 to 15 minutes:
 #
 #   bash launch/quickstart.sh
 #
@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 home=runs/quickstart
 run=$home/run
-system="Answer in one short sentence."  # shorter prompts than with the template's own, and answers that come to an end
+system="Answer in one short sentence."  # shorter than the chat template's own
 step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
 step "1/5 environment"
