@@ -6,6 +6,7 @@ through. `engine.load_checkpoint` unpickles with `weights_only=False`; here only
 and the three classes that DeepSpeed itself stores are let in.
 """
 
+import copyreg
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from gkd_ds import faults
 from gkd_ds.errors import InputError
 
 TAG = "engine"  # the folder inside the checkpoint that DeepSpeed's files go to
+
+# Python 3.11.0 to 3.11.3 pickle a member of an enumeration as a call of getattr, which no reader here lets in.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 class PatientFiles(CheckpointEngine):

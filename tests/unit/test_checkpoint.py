@@ -397,3 +397,15 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     checkpoint.main()
     out = capsys.readouterr().out
     assert "passed over" in out and "checkpoint-1 (step 1, 2 files verified)" in out
+
+
+def test_an_enumeration_is_data_whatever_python_wrote_it(tmp_path: Path) -> None:
+    """Early releases of Python 3.11 pickle a member as a call of getattr: their checkpoints could not be read."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    from gkd_ds import engine_files
+
+    torch.save({"zero_stage": ZeroStageEnum.weights}, tmp_path / "states.pt")
+    unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / "states.pt"))
+    assert unknown == {"deepspeed.runtime.zero.config.ZeroStageEnum"} <= manifest.HARMLESS_CLASSES
+    assert engine_files.read(tmp_path / "states.pt") == {"zero_stage": ZeroStageEnum.weights}
