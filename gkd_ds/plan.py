@@ -48,7 +48,7 @@ class ModelCounts:
     vocabulary: int
     kv_per_token: int  # keys and values of one token in all layers
     attention_width: int  # heads x head size
-    matrices_per_layer: int
+    layer_matrices: tuple[int, ...]  # each matrix of one layer
     largest_matrix: int
 
 
@@ -98,7 +98,7 @@ def count_parameters(model: torch.nn.Module) -> ModelCounts:
         vocabulary=text.vocab_size,
         kv_per_token=2 * len(per_layer) * kv_heads * head_size,
         attention_width=heads * head_size,
-        matrices_per_layer=max(sum(p.dim() > 1 for p in layer.parameters()) for layer in layers),
+        layer_matrices=max((tuple(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in layers), key=len),
         largest_matrix=max(p.numel() for p in model.parameters()),
     )
 
@@ -348,8 +348,9 @@ def teacher_states(plan: Plan) -> list[Memory]:
         Memory("always", "teacher norms, whole", device=teacher.glue * b),
     ]
     if engine.params_on == "nvme":
-        # nvme.py's "auto".
-        count = engine.buffer_count or teacher.matrices_per_layer + 1
+        # nvme.py's "auto": shards below 1 MiB are not swapped.
+        swapped = [size for size in teacher.layer_matrices if math.ceil(size / plan.ranks) * b >= MIB]
+        count = engine.buffer_count or len(swapped) + 1
         size = engine.buffer_size or math.ceil(teacher.largest_matrix / plan.ranks)
         remedy = '"auto" for buffer_count and buffer_size, or more ranks'
         lines.append(Memory("always", "NVMe buffers, teacher", host=count * size * b, remedy=remedy))

@@ -222,6 +222,7 @@ class GKDTrainer:
             finally:
                 self.tracker.close(exit_code)
             ranks.barrier()
+            zero.leave_at_exit()
         return TrainOutput(self.state.global_step, self._mean_loss, metrics)
 
     def _begin(self, resume: bool | str | None) -> None:

@@ -5,6 +5,7 @@ Everything it relies on was read in, and is tested against, deepspeed 0.19.8.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import datetime
 import gc
@@ -77,6 +78,21 @@ def start(config: GKDConfig) -> None:
         auto_mpi_discovery=False,
         verbose=False,
     )
+
+
+def leave_at_exit() -> None:
+    """Leave the process group when the program ends, after a run that all ranks have finished together.
+
+    A thread of gloo's that still holds Python objects is otherwise taken down by the interpreter, now and then with
+    SIGABRT ("terminate called without an active exception").
+    """
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def device() -> torch.device:

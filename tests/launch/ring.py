@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.1, help="of each step")
-    parser.add_argument("--deaf", type=int, default=0, help="do not look for STOP until this step")
+    parser.add_argument("--stuck_at", type=int, help="the first start hangs after this step, and STOP does not help")
     args = parser.parse_args()
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -34,9 +34,12 @@ def main() -> int:
     (args.output_dir / f"rank-{rank}.json").write_text(json.dumps(facts))
     done = args.output_dir / "steps.txt"
     step = len(done.read_text().splitlines()) if done.exists() else 0
+    stuck_at = args.stuck_at if step == 0 else None
     dist.barrier()
     stopped = torch.zeros(1)
     while step < args.steps and not stopped.item():
+        if step == stuck_at:
+            time.sleep(3600)
         step += 1
         time.sleep(args.seconds)
         total = torch.ones(1)
@@ -45,7 +48,7 @@ def main() -> int:
         if rank == 0:
             with open(done, "a") as file:
                 file.write(f"{step}\n")
-            stopped[0] = step >= args.deaf and (args.output_dir / "STOP").exists()
+            stopped[0] = stuck_at is None and (args.output_dir / "STOP").exists()
         dist.broadcast(stopped, 0)
     if rank == 0 and step >= args.steps:
         (args.output_dir / "FINISHED").touch()
