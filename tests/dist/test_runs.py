@@ -57,6 +57,13 @@ def test_a_damaged_swap_file_is_named_on_all_ranks_and_gives_no_target(two_ranks
 
 
 @NVME
+def test_an_optimizer_on_nvme_gives_the_same_losses(two_ranks: Results) -> None:
+    result = two_ranks["optimizer_on_nvme"][0]
+    assert losses(result["nvme"]) == pytest.approx(losses(result["memory"]), rel=1e-6)
+    assert result["bytes"] > 50 * 2**20, "the optimizer's states are in files"
+
+
+@NVME
 def test_too_few_buffers_are_refused_before_anything_is_read(two_ranks: Results) -> None:
     for rank in two_ranks["teacher_on_nvme"]:
         assert "offload_param.buffer_count to 2, but this teacher needs 4" in rank["too few buffers"]

@@ -250,6 +250,20 @@ def _truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def optimizer_on_nvme() -> dict:
+    """A student whose optimizer states are large enough to be swapped, beside the same in memory."""
+    offload = {"device": "nvme", "nvme_path": str(RESULTS / "nvme-optimizer"), "pin_memory": False}
+    places = {"memory": PARTITIONED["zero_optimization"]}
+    places["nvme"] = {**PARTITIONED["zero_optimization"], "offload_optimizer": offload}
+    results = {}
+    for place, zero_block in places.items():
+        file = {"zero_optimization": zero_block}
+        run = train(f"optimizer-{place}", student="teacher-large", **PLACES, deepspeed=file)
+        results[place] = run["rows"]
+    results["bytes"] = sum(path.stat().st_size for path in (RESULTS / "nvme-optimizer").rglob("*.swp"))
+    return results
+
+
 SOURCES = {
     "data": {"lmbda": 0.0},
     "student": {"lmbda": 1.0},
@@ -424,6 +438,7 @@ SCENARIOS = [
     teacher_places,
     scale_features,
     teacher_on_nvme,
+    optimizer_on_nvme,
     sources,
     resume,
     generation_that_raises,
