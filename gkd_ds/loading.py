@@ -135,9 +135,10 @@ def load_teacher(model: Model, config: GKDConfig) -> PreTrainedModel:
         return model.to(zero.precision(config))
     model_config = _model_config(model, config, config.teacher_model_init_kwargs)
     ds_config = zero.teacher_config(config, model_config.get_text_config().hidden_size)
-    with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
-    nvme.fit_buffers(ds_config, shapes, zero.precision(config).itemsize)
+    if nvme.is_used(ds_config):
+        with torch.device("meta"):
+            shapes = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+        nvme.fit_buffers(ds_config, shapes, zero.precision(config).itemsize)
     return zero.load(model, ds_config, zero.precision(config), **_init_kwargs(config, config.teacher_model_init_kwargs))
 
 

@@ -24,15 +24,20 @@ class SwapFileError(RuntimeError):
     """A swap file is not what was written: no target can be trusted any more."""
 
 
+def is_used(ds_config: dict[str, Any]) -> bool:
+    """Whether the parameters go to NVMe."""
+    return (ds_config["zero_optimization"].get("offload_param") or {}).get("device") == "nvme"
+
+
 def fit_buffers(ds_config: dict[str, Any], model: PreTrainedModel, element_size: int) -> None:
     """Resolve "auto" for `buffer_count` and `buffer_size` of an NVMe teacher in `ds_config`, or check the numbers.
 
     `model` may be on the meta device; `element_size` is in bytes. A whole layer is in the buffers at a time, and one
     more buffer lets the next be read ahead. Raises InputError where the numbers given are too small.
     """
-    block = ds_config["zero_optimization"].get("offload_param") or {}
-    if block.get("device") != "nvme":
+    if not is_used(ds_config):
         return
+    block = ds_config["zero_optimization"]["offload_param"]
     units = [*causal_lm.decoder_layers(model), model.get_input_embeddings(), model.get_output_embeddings()]
     shards = [list(_swapped(unit.parameters(), element_size)) for unit in units]
     needed = {
