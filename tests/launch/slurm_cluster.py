@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from tests.launch.hosts import NAMES, Host, wait_until
@@ -88,9 +89,15 @@ class SlurmCluster:
         return self.states(job)
 
     def hurry(self, job: int) -> None:
-        """Slurm holds a requeued job back for two minutes; users wait, tests need not."""
+        """Slurm holds a requeued job back for two minutes; users wait, tests need only a moment.
+
+        The moment is needed: slurmd keeps a killed job's credential revoked by the second, and refuses ("Job credential
+        revoked", FAILED) a start in the second of the requeue, which is the job's new SubmitTime.
+        """
         shown = self.show(job)
-        if shown.get("JobState") == "PENDING" and shown.get("Reason") == "BeginTime":
+        if shown.get("JobState") != "PENDING" or shown.get("Reason") != "BeginTime":
+            return
+        if datetime.now() - datetime.fromisoformat(shown["SubmitTime"]) > timedelta(seconds=3):
             self.head.run(["scontrol", "update", f"JobId={shown['JobId']}", "StartTime=now"])
 
     def describe(self, job: int) -> str:
