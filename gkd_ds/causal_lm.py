@@ -6,6 +6,8 @@ sentence instead of being trained on wrong logits.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
@@ -23,14 +25,16 @@ def body_forward(model: PreTrainedModel, input_ids_BT: Tensor | None = None, **k
 def decoding_forward(model: PreTrainedModel, vocabulary: int) -> Forward:
     """The decode loop's view of `model`: logits of the last position, over the shared vocabulary, `[B, V]`."""
     body, head, transform = model.base_model, model.get_output_embeddings(), LogitTransform.of(model.config)
+    # transformers 5.24 renamed the argument; models from the hub that bring their own code may have the old name.
+    cache_name = "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
 
     def forward(ids_Bt: Tensor, mask_BL: Tensor | None, positions_Bt: Tensor, cache: DynamicCache) -> Tensor:
         hidden_BtD = body(
             input_ids=ids_Bt,
             attention_mask=mask_BL,
             position_ids=positions_Bt,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_name: cache},
         ).last_hidden_state
         return transform.apply_(head(hidden_BtD[:, -1]))[:, :vocabulary]
 
