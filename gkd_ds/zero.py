@@ -15,7 +15,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,7 @@ def load(source: str, ds_config: dict[str, Any], dtype: torch.dtype, **init_kwar
     loading = _Zero3Loading(ds_config)
     set_hf_deepspeed_config(loading)
     try:
-        with kernels.freed_at_once():
+        with kernels.loading():
             return AutoModelForCausalLM.from_pretrained(source, **{"dtype": dtype, **init_kwargs})
     finally:
         # While it is alive the next from_pretrained would be partitioned, too.
@@ -310,7 +310,12 @@ def _parameter_offload(engine):
 def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
     """These parameters whole on every rank; a collective. Does nothing for parameters that are not partitioned."""
     partitioned = [p for p in parameters if is_partitioned(p)]
-    with deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext():
+    if not partitioned:
+        yield
+        return
+    # On one rank GatheredParameters would still copy a single parameter through the collective; this does not.
+    partitioned[0].all_gather_coalesced(partitioned).wait()
+    with deepspeed.zero.GatheredParameters(partitioned):
         yield
 
 
