@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def tune(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "tools.aio_tune", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    # In a fresh environment this builds DeepSpeed's reader: minutes. A build that is killed leaves its lock behind.
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 @NVME
