@@ -7,17 +7,23 @@ assertions deep inside it, long after the weights were loaded.
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from deepspeed.runtime.swap_tensor.utils import MIN_AIO_BYTES
 from torch import nn
+from torch.utils import cpp_extension
 from transformers import PreTrainedModel
 
 from gkd_ds import causal_lm, ranks, zero
 from gkd_ds.errors import InputError
+
+logger = logging.getLogger(__name__)
+_LONGEST_BUILD_SECONDS = 1800
 
 
 class SwapFileError(RuntimeError):
@@ -37,6 +43,7 @@ def fit_buffers(ds_config: dict[str, Any], model: PreTrainedModel, element_size:
     """
     if not is_used(ds_config):
         return
+    check_build_lock()
     block = ds_config["zero_optimization"]["offload_param"]
     units = [*causal_lm.decoder_layers(model), model.get_input_embeddings(), model.get_output_embeddings()]
     shards = [list(_swapped(unit.parameters(), element_size)) for unit in units]
@@ -53,6 +60,20 @@ def fit_buffers(ds_config: dict[str, Any], model: PreTrainedModel, element_size:
                 f"teacher_deepspeed sets offload_param.{name} to {value}, but this teacher needs {least}; "
                 'write "auto", or at least that.'
             )
+
+
+def check_build_lock() -> None:
+    """Raise InputError where a build of DeepSpeed's reader was killed; say so where one seems to be going on.
+
+    DeepSpeed builds it at its first use, which takes minutes. A killed build leaves a lock file, and torch waits
+    without a word until somebody removes it.
+    """
+    lock = Path(cpp_extension._get_build_directory("async_io", verbose=False)) / "lock"
+    if not lock.exists():
+        return
+    if time.time() - lock.stat().st_mtime > _LONGEST_BUILD_SECONDS:
+        raise InputError(f"a build of DeepSpeed's NVMe reader was interrupted; remove {lock} and start again.")
+    logger.warning("Waiting for a build of DeepSpeed's NVMe reader; if no other process builds it, remove %s.", lock)
 
 
 def _swapped(parameters: Iterable[nn.Parameter], element_size: int) -> Iterable[int]:

@@ -1,5 +1,8 @@
 """The read buffers of a teacher on NVMe: resolved from its shapes, or refused where they are too small."""
 
+import os
+import time
+
 import pytest
 import torch
 
@@ -40,3 +43,16 @@ def test_larger_numbers_and_other_devices_are_left_alone(model):
         before = repr(config)
         fit_buffers(config, model, 4)
         assert repr(config) == before
+
+
+def test_a_build_that_was_killed_is_not_waited_for(model, tmp_path, monkeypatch, caplog):
+    """Its lock stays, and torch would wait for it silently and for ever."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "async_io" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    fit_buffers(offload(), model, 4)
+    assert f"remove {lock}" in caplog.text
+    os.utime(lock, (0, time.time() - 3600))
+    with pytest.raises(InputError, match=f"interrupted; remove {lock}"):
+        fit_buffers(offload(), model, 4)
