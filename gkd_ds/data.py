@@ -13,9 +13,7 @@ completion an end-of-sequence token. Other columns are ignored.
 
 import datetime
 import hashlib
-import json
 import logging
-import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,16 +23,13 @@ from typing import Any
 import datasets
 import jinja2
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from gkd_ds.errors import InputError
+from gkd_ds.dataset_files import JSON_COLUMN, PLACE_COLUMN, decode_json
+from gkd_ds.errors import InputError, first_line, name_list, quote, type_name
+from gkd_ds.rows import Row, parse_row
 
 logger = logging.getLogger(__name__)
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-COLUMNS = ("messages", "prompt", "completion")
 
 # For a tokenizer that has no chat template of its own. The space before the answer belongs to the completion,
 # because " word" is one natural token for byte-level and SentencePiece tokenizers alike.
@@ -58,126 +53,6 @@ PINNED_CLOCK = (
 )
 
 # --------------------------------------------------------------------------------------------------
-# One row: checked, not yet tokenised
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row that passed every check: messages and the assistant message that answers them, or two strings."""
-
-    prompt: list[dict[str, str]] | str
-    completion: dict[str, str] | str
-
-
-def parse_row(row: object) -> Row:
-    """Check one row and split it into prompt and completion.
-
-    Raises InputError with a clause about the row ("messages[1] has ..."); the caller puts file and row in
-    front.
-    """
-    if not isinstance(row, Mapping):
-        raise InputError(f"the row must be an object with fields, not {_type_name(row)}")
-    if row.get("messages") is not None:
-        return _split(_parse_messages(row["messages"], "messages"))
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if prompt is None or completion is None:
-        filled = [name for name, value in row.items() if value is not None]
-        raise InputError(
-            f"the row needs 'messages', or 'prompt' and 'completion'; its non-empty fields are: {_name_list(filled)}"
-        )
-    if isinstance(prompt, str) and isinstance(completion, str):
-        for name, text in (("prompt", prompt), ("completion", completion)):
-            if not text:
-                raise InputError(f"'{name}' is empty")
-            _check_text(text, f"'{name}'")
-        return Row(prompt, completion)
-    if isinstance(prompt, list) and isinstance(completion, list):
-        answer = _parse_messages(completion, "completion")
-        if all(message["role"] != "assistant" for message in answer):
-            raise InputError("'completion' has no message with the role 'assistant'")
-        return _split(_parse_messages(prompt, "prompt") + answer)
-    raise InputError(
-        "'prompt' and 'completion' must be two strings or two lists of messages, "
-        f"not {_type_name(prompt)} and {_type_name(completion)}"
-    )
-
-
-def _split(messages: list[dict[str, str]]) -> Row:
-    """Cut a conversation at its last assistant turn; what follows it has no answer and is dropped."""
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise InputError("no message has the role 'assistant'")
-    last = turns[-1]
-    if last == 0:
-        raise InputError("the assistant's turn has no message before it")
-    if not messages[last]["content"].strip():
-        raise InputError("the last assistant message is empty")
-    return Row(messages[:last], messages[last])
-
-
-def _parse_messages(messages: object, field: str) -> list[dict[str, str]]:
-    if not isinstance(messages, list):
-        raise InputError(f"'{field}' must be a list of messages, not {_type_name(messages)}")
-    if not messages:
-        raise InputError(f"'{field}' is an empty list")
-    return [_parse_message(message, f"{field}[{index}]") for index, message in enumerate(messages)]
-
-
-def _parse_message(message: object, place: str) -> dict[str, str]:
-    if not isinstance(message, Mapping):
-        raise InputError(f"{place} must be an object with 'role' and 'content', not {_type_name(message)}")
-    role = message.get("role")
-    if not isinstance(role, str):
-        raise InputError(f"{place} needs a 'role' that is text, not {_type_name(role)}")
-    if role not in ROLES:
-        raise InputError(f"{place} has the unknown role {_quote(role)}; known are {', '.join(ROLES)}")
-    if message.get("tool_calls"):
-        raise InputError(f"{place} has 'tool_calls'; write the call into 'content' as text")
-    # Templates know further text fields (name, reasoning_content, ...); what is not text is not for them.
-    texts = {key: value for key, value in message.items() if isinstance(key, str) and isinstance(value, str)}
-    texts["content"] = _parse_content(message.get("content"), place)
-    for key, text in texts.items():
-        _check_text(text, f"{place}, field {_quote(key)},")
-    return texts
-
-
-def _parse_content(content: object, place: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise InputError(f"{place} needs a 'content' that is text, not {_type_name(content)}")
-    texts = []
-    for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise InputError(f"{place} has a content part that is not {{'type': 'text', 'text': ...}}")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def _check_text(text: str, place: str) -> None:
-    if "\x00" in text:
-        raise InputError(f"{place} contains a NUL character at position {text.index(chr(0))}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{place} contains a lone surrogate at position {error.start}") from error
-
-
-def _type_name(value: object) -> str:
-    return "nothing (null)" if value is None else f"{type(value).__name__}"
-
-
-def _quote(text: str, limit: int = 40) -> str:
-    """repr() escapes lone surrogates and control characters, so the sentence can always be printed."""
-    return repr(text if len(text) <= limit else text[:limit] + "...")
-
-
-def _name_list(names: Sequence[object], limit: int = 20) -> str:
-    shown = [_quote(name) if isinstance(name, str) else _type_name(name) for name in names[:limit]]
-    return ", ".join(shown + ["..."] * (len(names) > limit)) or "none"
-
-
-# --------------------------------------------------------------------------------------------------
 # The tokenizer: special tokens, chat template, stop tokens
 
 
@@ -193,7 +68,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
     for name in ("eos_token", "pad_token"):
         token = getattr(config, name)
         if token is not None and token not in vocabulary:
-            raise InputError(f"{name} {_quote(token)} is not in the tokenizer's vocabulary; name a token that is")
+            raise InputError(f"{name} {quote(token)} is not in the tokenizer's vocabulary; name a token that is")
         if token is not None:
             setattr(tokenizer, name, token)
     if tokenizer.eos_token_id is None:
@@ -213,7 +88,7 @@ def _read_chat_template(path: str) -> str:
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"chat_template_path '{path}' cannot be read ({_first_line(error)})") from error
+            raise InputError(f"chat_template_path '{path}' cannot be read ({first_line(error)})") from error
     try:
         template = AutoTokenizer.from_pretrained(path).chat_template
     except (OSError, ValueError) as error:
@@ -270,7 +145,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         # A template is a program that came with the tokenizer: it may refuse these messages (roles that must
         # alternate) or stumble over them in any of these ways.
-        raise InputError(f"the chat template fails: {_first_line(error)}") from error
+        raise InputError(f"the chat template fails: {first_line(error)}") from error
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -392,7 +267,7 @@ class RowEncoder:
         known = [token_id for token_id in sorted(self.stop_ids) if token_id < len(self.tokenizer)]
         for stop in self.tokenizer.convert_ids_to_tokens(known):
             if stop in content.strip().removesuffix(stop):
-                raise InputError(f"the assistant's text has the stop token {_quote(stop)} before its end")
+                raise InputError(f"the assistant's text has the stop token {quote(stop)} before its end")
 
     def _end(self, completion_ids: list[int]) -> list[int]:
         """Through the first stop token; what the template prints after it is never generated."""
@@ -420,7 +295,7 @@ class RowEncoder:
         for row in _rows(columns):
             prompt_ids, completion_ids, problem = [], [], None
             try:
-                prompt_ids, completion_ids = self.encode(_decode_json(row))
+                prompt_ids, completion_ids = self.encode(decode_json(row))
             except InputError as error:
                 problem = str(error)
             result["prompt_ids"].append(prompt_ids)
@@ -496,11 +371,11 @@ def _encode_all(dataset, encoder: RowEncoder, config: Any) -> Iterator[tuple[lis
 def _check_dataset(dataset, where: str) -> tuple[Any, list[str] | None]:
     """The dataset reduced to the columns we read, and a place ("line 3") per row if the reader knew one."""
     if isinstance(dataset, datasets.DatasetDict):
-        raise InputError(f"{where} is a set of splits; pass one of them: {_name_list(list(dataset))}")
+        raise InputError(f"{where} is a set of splits; pass one of them: {name_list(list(dataset))}")
     if isinstance(dataset, datasets.IterableDataset):
         raise InputError(f"{where} is a streaming dataset, which has no length; load it without streaming")
     if not isinstance(dataset, (datasets.Dataset, list, tuple)):
-        raise InputError(f"{where} must be a datasets.Dataset or a list of rows, not {_type_name(dataset)}")
+        raise InputError(f"{where} must be a datasets.Dataset or a list of rows, not {type_name(dataset)}")
     if not len(dataset):
         raise InputError(f"{where} has no rows; give at least one")
     if not isinstance(dataset, datasets.Dataset):
@@ -514,7 +389,7 @@ def _check_dataset(dataset, where: str) -> tuple[Any, list[str] | None]:
         return dataset.select_columns(["prompt", "completion"]), None
     raise InputError(
         f"{where} needs a column 'messages', or 'prompt' and 'completion'; "
-        f"its columns are: {_name_list(dataset.column_names)}"
+        f"its columns are: {name_list(dataset.column_names)}"
     )
 
 
@@ -561,164 +436,3 @@ class SampleOrder:
         keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return np.argsort(keys ^ (keys >> np.uint64(31)), kind="stable").astype(np.int64)
-
-
-# --------------------------------------------------------------------------------------------------
-# Where rows come from
-
-SUFFIXES = (".jsonl", ".json", ".parquet")
-USUAL_SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
-
-# JSON rows stay text until they are checked: Arrow would refuse the whole file for one row of another shape,
-# without saying which.
-JSON_COLUMN, PLACE_COLUMN = "__json__", "__place__"
-
-
-def read_dataset(name: str, split: str, config: str | None = None) -> datasets.Dataset:
-    """One split of a file (.json, .jsonl, .parquet), a directory or a dataset on the hub (with its `config`).
-
-    A directory holds what `save_to_disk` wrote, or files named by split (train.jsonl,
-    test-00000-of-00002.parquet, also under data/), or files of other names that together are "train". A
-    single file, and a single saved dataset, is whatever split one asks for. JSON rows arrive undecoded, for
-    tokenize() to check. Raises InputError.
-    """
-    if not name:
-        raise InputError("the dataset's name is empty; give a file, a directory or a name on the hub")
-    path = Path(name).expanduser()
-    if path.is_file():
-        _refuse_slice(name, split)
-        return _read_files([path])
-    if path.is_dir():
-        _refuse_slice(name, split)
-        return _read_directory(path, split)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or path.suffix in SUFFIXES or name.startswith("."):
-        raise InputError(f"dataset '{name}' does not exist; give a file, a directory or a name on the hub")
-    try:
-        return datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # a download fails in more ways than its libraries document
-        raise InputError(
-            f"'{name}' is no local file or directory, and its split '{split}' cannot be loaded from the hub: "
-            f"{_first_line(error)}"
-        ) from error
-
-
-def dataset_splits(name: str, config: str | None = None) -> list[str]:
-    """The splits that read_dataset() finds; for a single file only "train", so no evaluation runs on it."""
-    path = Path(name).expanduser()
-    if path.is_file() or (path / "state.json").is_file():
-        return ["train"]
-    if (path / "dataset_dict.json").is_file():
-        return list(_load_saved(path))
-    if path.is_dir():
-        return sorted(_split_files(path))
-    try:
-        return datasets.get_dataset_split_names(name, config)
-    except Exception as error:  # as above
-        raise InputError(f"dataset '{name}' cannot be found: {_first_line(error)}") from error
-
-
-def _refuse_slice(name: str, split: str) -> None:
-    if "[" in split or "+" in split:
-        raise InputError(f"split '{split}' is hub syntax, but '{name}' is local; name a whole split")
-
-
-def _read_directory(path: Path, split: str) -> datasets.Dataset:
-    if (path / "state.json").is_file():
-        return _load_saved(path)
-    saved = (path / "dataset_dict.json").is_file()
-    splits = _load_saved(path) if saved else _split_files(path)
-    if split not in splits:
-        raise InputError(f"'{path}' has no split '{split}'; it has: {_name_list(sorted(splits))}")
-    return splits[split] if saved else _read_files(splits[split])
-
-
-def _load_saved(path: Path) -> datasets.Dataset | datasets.DatasetDict:
-    try:
-        return datasets.load_from_disk(str(path))
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"the dataset saved in '{path}' cannot be loaded: {_first_line(error)}") from error
-
-
-def _split_files(path: Path) -> dict[str, list[Path]]:
-    """Data files by split: the file's name without suffix and shard number."""
-    splits: dict[str, list[Path]] = {}
-    files = []
-    for folder in (path, path / "data"):
-        if not files and folder.is_dir():
-            files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
-    if not files:
-        raise InputError(f"'{path}' holds no dataset: no saved one and no {', '.join(SUFFIXES)} file")
-    for file in files:
-        splits.setdefault(re.sub(r"-\d+-of-\d+(-\w+)?$", "", file.stem), []).append(file)
-    if not splits.keys() & USUAL_SPLITS:
-        splits["train"] = files
-    return splits
-
-
-def _read_files(files: list[Path]) -> datasets.Dataset:
-    suffixes = {file.suffix for file in files}
-    if not suffixes <= set(SUFFIXES):
-        raise InputError(f"'{files[0]}' is not a dataset file; give one that ends in {', '.join(SUFFIXES)}")
-    if suffixes == {".parquet"}:
-        return _read_parquet(files)
-    if ".parquet" in suffixes:
-        raise InputError(f"'{files[0].parent}' mixes Parquet and JSON files in one split; keep one kind")
-    places, rows = [], []
-    for file in files:
-        for place, row in _read_json(file):
-            places.append(f"{file.name}, {place}")
-            rows.append(row)
-    table = {
-        JSON_COLUMN: pyarrow.array(rows, pyarrow.large_binary()),
-        PLACE_COLUMN: pyarrow.array(places, "string"),
-    }
-    return datasets.Dataset(pyarrow.table(table))
-
-
-def _read_json(file: Path) -> Iterator[tuple[str, bytes]]:
-    """Every row of a JSON file, still JSON, with its place. JSON Lines, or one array (told by its first
-    character).
-    """
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"'{file}' cannot be read ({_first_line(error)})") from error
-    if file.suffix == ".json" and content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        try:
-            rows = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"'{file}' is not valid JSON: {_first_line(error)}") from error
-        yield from ((f"row index {index}", json.dumps(row).encode()) for index, row in enumerate(rows))
-        return
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            yield f"line {number}", line.strip()
-
-
-def _decode_json(row: object) -> object:
-    if not isinstance(row, Mapping) or JSON_COLUMN not in row:
-        return row
-    try:
-        return json.loads(row[JSON_COLUMN])
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"the row is not valid JSON: {_first_line(error)}") from error
-
-
-def _read_parquet(files: list[Path]) -> datasets.Dataset:
-    tables = []
-    for file in files:
-        try:
-            names = pyarrow.parquet.read_schema(file).names
-            # With none of our columns, keep all: the complaint about it lists them.
-            tables.append(pyarrow.parquet.read_table(file, columns=[n for n in COLUMNS if n in names] or None))
-        except (OSError, pyarrow.ArrowException) as error:
-            raise InputError(f"'{file}' is not a readable Parquet file: {_first_line(error)}") from error
-    try:
-        return datasets.Dataset(pyarrow.concat_tables(tables).replace_schema_metadata(None))
-    except pyarrow.ArrowException as error:
-        raise InputError(f"the Parquet files in '{files[0].parent}' differ in their columns") from error
-
-
-def _first_line(error: BaseException, limit: int = 200) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= limit else text[:limit] + "..."

@@ -1,4 +1,6 @@
-"""The one exception for wrong input."""
+"""The one exception for wrong input, and words for its sentences."""
+
+from collections.abc import Sequence
 
 
 class InputError(ValueError):
@@ -8,3 +10,22 @@ class InputError(ValueError):
     stderr and exits with code 2; library users catch it as a ValueError. Raised before anything is allocated,
     and equally on every rank.
     """
+
+
+def type_name(value: object) -> str:
+    return "nothing (null)" if value is None else f"{type(value).__name__}"
+
+
+def quote(text: str, limit: int = 40) -> str:
+    """repr() escapes lone surrogates and control characters, so the sentence can always be printed."""
+    return repr(text if len(text) <= limit else text[:limit] + "...")
+
+
+def name_list(names: Sequence[object], limit: int = 20) -> str:
+    shown = [quote(name) if isinstance(name, str) else type_name(name) for name in names[:limit]]
+    return ", ".join(shown + ["..."] * (len(names) > limit)) or "none"
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -39,7 +39,7 @@ def fit_buffers(ds_config: dict[str, Any], model: PreTrainedModel, element_size:
     """Resolve "auto" for `buffer_count` and `buffer_size` of an NVMe teacher in `ds_config`, or check the numbers.
 
     `model` may be on the meta device; `element_size` is in bytes. A whole layer is in the buffers at a time, and one
-    more buffer lets the next be read ahead. Raises InputError where the numbers given are too small.
+    more buffer lets the next be read ahead. Raises InputError where the numbers given are too small. A collective.
     """
     if not is_used(ds_config):
         return
@@ -63,17 +63,20 @@ def fit_buffers(ds_config: dict[str, Any], model: PreTrainedModel, element_size:
 
 
 def check_build_lock() -> None:
-    """Raise InputError where a build of DeepSpeed's reader was killed; say so where one seems to be going on.
+    """Raise InputError on all ranks where a build of DeepSpeed's reader was killed on some host. A collective.
 
     DeepSpeed builds it at its first use, which takes minutes. A killed build leaves a lock file, and torch waits
     without a word until somebody removes it.
     """
     lock = Path(cpp_extension._get_build_directory("async_io", verbose=False)) / "lock"
-    if not lock.exists():
-        return
-    if time.time() - lock.stat().st_mtime > _LONGEST_BUILD_SECONDS:
+    try:
+        age = time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        age = 0.0
+    if ranks.any_rank(age > _LONGEST_BUILD_SECONDS):
         raise InputError(f"a build of DeepSpeed's NVMe reader was interrupted; remove {lock} and start again.")
-    logger.warning("Waiting for a build of DeepSpeed's NVMe reader; if no other process builds it, remove %s.", lock)
+    if age:
+        logger.warning("Waiting for DeepSpeed's NVMe reader to be built; if no other process does that, remove %s.", lock)
 
 
 def _swapped(parameters: Iterable[nn.Parameter], element_size: int) -> Iterable[int]:

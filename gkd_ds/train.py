@@ -98,7 +98,7 @@ def check_hub_model(field: str, model: str, init_kwargs: dict | None) -> None:
 
 def read_datasets(config: GKDConfig) -> tuple[Any, Any]:
     """The training data and, when any evaluation is asked for, the evaluation data (else None)."""
-    from gkd_ds.data import dataset_splits, read_dataset
+    from gkd_ds.dataset_files import dataset_splits, read_dataset
 
     train = read_dataset(config.dataset_name, config.dataset_train_split, config.dataset_config)
     if not (config.do_eval or config.eval_on_start or config.eval_strategy != "no"):

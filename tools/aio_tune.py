@@ -4,7 +4,7 @@
 
 Reads are made as an offloaded teacher makes them: DeepSpeed's own reader fetches the matrices of a layer, one file
 each, past the page cache into pinned memory, and waits for all of them. (DeepSpeed's `ds_nvme_tune` starts a process
-for each of 128 settings and prints keys that its configuration does not know.) Needs libaio-dev and a C++ compiler.
+for every measurement and prints keys that its configuration does not know.) Needs libaio-dev and a C++ compiler.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ class Setting:
     def measure(self, aio_handle, buffers: list[torch.Tensor], files: list[str]) -> None:
         """Write, then read all files once; `aio_handle` is DeepSpeed's class."""
         handle = aio_handle(**self.block())
-        for seconds, start in ((self.write, handle.async_pwrite), (self.read, handle.async_pread)):
+        for speeds, start in ((self.write, handle.async_pwrite), (self.read, handle.async_pread)):
             began = time.perf_counter()
             for buffer, file in zip(buffers, files):
                 start(buffer, file, 0)
             if handle.wait() != len(files):
                 raise OSError("DeepSpeed's reader lost a request")
-            seconds.append(sum(buffer.nbytes for buffer in buffers) / (time.perf_counter() - began) / 1e9)
+            speeds.append(sum(buffer.nbytes for buffer in buffers) / (time.perf_counter() - began) / 1e9)
 
 
 def grid() -> list[Setting]:
     """Threads, depth and block in every combination, cheapest first; then the two flags."""
     sizes = itertools.product((1, 2, 4), (8, 32, 128), (256 << 10, 1 << 20))
     settings = [Setting(*size) for size in sizes]
-    flags = [Setting(2, 32, 1 << 20, single, overlap) for single in (False, True) for overlap in (False, True)]
-    return settings + [setting for setting in flags if setting.block() not in [s.block() for s in settings]]
+    other_flags = ((False, False), (True, False), (True, True))
+    return settings + [Setting(2, 32, 1 << 20, single, overlap) for single, overlap in other_flags]
 
 
 def best(settings: list[Setting]) -> Setting:

@@ -19,18 +19,16 @@ from gkd_ds import data
 from gkd_ds.config import GKDConfig
 from gkd_ds.data import (
     PLAIN_CHAT_TEMPLATE,
-    Row,
     RowEncoder,
     SampleOrder,
-    dataset_splits,
     end_of_turn_token,
-    parse_row,
     prepare_tokenizer,
-    read_dataset,
     stop_token_ids,
     tokenize,
 )
+from gkd_ds.dataset_files import dataset_splits, read_dataset
 from gkd_ds.errors import InputError
+from gkd_ds.rows import COLUMNS, ROLES, Row, parse_row
 from tools.train_tokenizer import train_tokenizer
 
 # How Qwen2 (and most ChatML models) write a conversation: their end of text is another token than their end of turn.
@@ -688,11 +686,11 @@ JSON = st.recursive(
 )
 CONTENT = TEXT | JSON | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXT | JSON}), max_size=2)
 MESSAGE = JSON | st.fixed_dictionaries(
-    {"role": st.sampled_from(data.ROLES) | TEXT, "content": CONTENT},
+    {"role": st.sampled_from(ROLES) | TEXT, "content": CONTENT},
     optional={"name": JSON, "tool_calls": JSON, "reasoning_content": TEXT},
 )
 MESSAGES = JSON | st.lists(MESSAGE, max_size=5)
-NEARLY = st.fixed_dictionaries({}, optional={name: MESSAGES | TEXT for name in data.COLUMNS})
+NEARLY = st.fixed_dictionaries({}, optional={name: MESSAGES | TEXT for name in COLUMNS})
 ROW = JSON | st.dictionaries(st.integers() | TEXT, JSON, max_size=2) | NEARLY
 
 
