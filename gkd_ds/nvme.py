@@ -76,7 +76,7 @@ def check_build_lock() -> None:
     if ranks.any_rank(age > _LONGEST_BUILD_SECONDS):
         raise InputError(f"a build of DeepSpeed's NVMe reader was interrupted; remove {lock} and start again.")
     if age:
-        logger.warning("Waiting for DeepSpeed's NVMe reader to be built; if no other process does that, remove %s.", lock)
+        logger.warning("Waiting for a build of DeepSpeed's NVMe reader; if there is none, remove %s.", lock)
 
 
 def _swapped(parameters: Iterable[nn.Parameter], element_size: int) -> Iterable[int]:
