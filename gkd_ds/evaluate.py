@@ -55,7 +55,7 @@ def _divergence(pipeline: Pipeline, rollouts: list[Rollout]) -> tuple[float, flo
 
 def main() -> None:
     """Evaluate a student directory against the teacher of a recipe, on the recipe's test split."""
-    from gkd_ds.train import build, command
+    from gkd_ds.train import build, command, leave
 
     def work(config: GKDConfig) -> int:
         metrics = build(config).evaluate()
@@ -64,7 +64,7 @@ def main() -> None:
         return 0
 
     # Nothing is written: any existing run may stand in output_dir.
-    sys.exit(command([*sys.argv[1:], "--eval_strategy", "epoch", "--overwrite_output_dir"], work))
+    leave(command([*sys.argv[1:], "--eval_strategy", "epoch", "--overwrite_output_dir"], work))
 
 
 if __name__ == "__main__":

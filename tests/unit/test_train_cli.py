@@ -349,3 +349,19 @@ def test_as_a_process_wrong_input_answers_before_torch_is_imported():
 def test_as_a_process_the_other_ranks_stay_silent():
     done, seconds = run_module("--beta", "2", LOCAL_RANK="1")
     assert done.returncode == 2 and done.stderr == "" and seconds >= train.SECONDS_BEFORE_SILENT_EXIT
+
+
+def test_the_exit_code_survives_what_happens_while_the_interpreter_goes_down():
+    """gloo's threads abort there now and then; here it happens always. Handlers of atexit still run."""
+    program = """
+import atexit, os
+from gkd_ds.train import leave
+class Late:
+    def __del__(self):
+        os.abort()
+late = Late()
+atexit.register(print, "closed")
+leave(75)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stdout) == (75, "closed\n")
