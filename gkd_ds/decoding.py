@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from gkd_ds.kv_cache import empty_cache
+
 # Reading which rows have stopped is the loop's only wait for the device. A finished row is computed for one and a
 # half steps in vain on average: under 2 % of a hundred tokens.
 SYNC_EVERY = 4
@@ -157,7 +159,7 @@ class _Batch:
         self.token_B = self.row_B  # its newest token, which the model has not seen yet
         self.mask_BL = torch.empty(0, 0, dtype=torch.long, device=device)
         self.padded = False  # without any padding the model needs no mask
-        self.cache = DynamicCache()
+        self.cache = empty_cache()
 
     @property
     def live(self) -> int:
@@ -179,7 +181,7 @@ class _Batch:
         ids_BL = self._tensor([[self.sampling.pad_id] * pad + self.prompts[row] for row, pad in zip(rows, pads)])
         mask_BL = self._tensor([[0] * pad + [1] * length for pad, length in zip(pads, lengths)])
         positions_BL = (mask_BL.cumsum(-1) - 1).clamp(min=0)
-        cache, padded = DynamicCache(), any(pads)
+        cache, padded = empty_cache(), any(pads)
         logits_BV = self.forward(ids_BL, mask_BL if padded else None, positions_BL, cache)
         self.prefilled_tokens += ids_BL.numel()
         row_B = self._tensor(rows)
@@ -209,7 +211,7 @@ class _Batch:
         self.mask_BL = self.mask_BL[:, cut:]
         self.padded = self.padded and not bool(self.mask_BL.all())
         for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[keep_B, :, cut:], layer.values[keep_B, :, cut:]
+            layer.replace(layer.keys[keep_B, :, cut:], layer.values[keep_B, :, cut:])
 
     def completions(self) -> Completions:
         counts = self.count_R.tolist()
@@ -242,14 +244,14 @@ class _Batch:
         pad_old, pad_new = max(new - old, 0), max(old - new, 0)
         self.mask_BL = torch.cat([extend(self.mask_BL, (pad_old, 0)), extend(mask_BL, (pad_new, 0))])
         for ours, theirs in zip(self.cache.layers, cache.layers):
-            ours.keys = torch.cat([extend(ours.keys, (0, 0, pad_old, 0)), extend(theirs.keys, (0, 0, pad_new, 0))])
-            ours.values = torch.cat(
-                [extend(ours.values, (0, 0, pad_old, 0)), extend(theirs.values, (0, 0, pad_new, 0))]
+            ours.replace(
+                torch.cat([extend(ours.keys, (0, 0, pad_old, 0)), extend(theirs.keys, (0, 0, pad_new, 0))]),
+                torch.cat([extend(ours.values, (0, 0, pad_old, 0)), extend(theirs.values, (0, 0, pad_new, 0))]),
             )
 
     def _dummy_forward(self) -> None:
         one_11 = self._tensor([[self.sampling.pad_id]])
-        self.forward(one_11, None, torch.zeros_like(one_11), DynamicCache())
+        self.forward(one_11, None, torch.zeros_like(one_11), empty_cache())
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)

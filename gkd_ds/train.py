@@ -25,8 +25,9 @@ from gkd_ds.launcher import check_hostfile
 from gkd_ds.recipe import read_flags, read_recipe
 from gkd_ds.secrets import redact
 
-# The launcher ends all ranks of a node as soon as one has failed: the silent ones give rank 0 time to speak.
-SECONDS_BEFORE_SILENT_EXIT = 3.0
+# The launcher looks at its ranks once a second. As soon as one of a node has failed it ends them all and reports that
+# one's exit code: ranks that may fail because another did wait, so that it is the one with the reason.
+SECONDS_BEFORE_EXIT = 3.0
 FAILED, WRONG_INPUT = 1, 2  # as in interrupts.py, which imports torch
 
 
@@ -57,6 +58,8 @@ def command(argv: list[str], work: Callable[[GKDConfig], int]) -> int:
         return WRONG_INPUT
     except Exception:  # with a traceback, as Python would print it, but without the secrets that may be in it
         print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # it may be that another rank has died: the connection is lost
+            time.sleep(SECONDS_BEFORE_EXIT)
         return FAILED
 
 
@@ -160,7 +163,7 @@ def say(error: Exception) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print("gkd_ds: error:", redact(" ".join(str(error).split())), file=sys.stderr, flush=True)
     else:
-        time.sleep(SECONDS_BEFORE_SILENT_EXIT)
+        time.sleep(SECONDS_BEFORE_EXIT)
 
 
 def print_help() -> None:

@@ -197,6 +197,21 @@ def test_packed_weights_write_the_same_tokens(tokenizer) -> None:
     assert "forward" not in model.lm_head.__dict__
 
 
+def test_a_model_that_changed_itself_while_decoding_can_be_trained(tokenizer) -> None:
+    """Rotary tables that grow with the length are made in inference mode, whose tensors autograd refuses."""
+    model = make_model("llama", tokenizer=tokenizer)
+    model.config.max_position_embeddings = 16
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    model = type(model)(model.config)
+    before = model.model.rotary_emb.inv_freq.clone()
+    with kernels.fast_decoding(model):
+        run(model, prompts(4))
+    assert not before.equal(model.model.rotary_emb.inv_freq), "the sequences outgrew the table"
+    assert not any(buffer.is_inference() for buffer in model.buffers())
+    ids = torch.arange(1, 40)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
 @pytest.mark.parametrize("max_rows", [None, 3])
 def test_greedy_decoding_is_transformers_generate(model, max_rows: int | None) -> None:
     given, sampling = prompts(9), replace(SAMPLING, temperature=0.0)

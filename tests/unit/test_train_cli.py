@@ -275,7 +275,7 @@ def test_dataset_without_rows(material, tmp_path, capsys):
 
 
 def test_only_the_first_rank_of_a_node_speaks(capsys, monkeypatch):
-    monkeypatch.setattr(train, "SECONDS_BEFORE_SILENT_EXIT", 0.01)
+    monkeypatch.setattr(train, "SECONDS_BEFORE_EXIT", 0.01)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert run_main(capsys, "--beta", "2") == (2, "")
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -348,7 +348,7 @@ def test_as_a_process_wrong_input_answers_before_torch_is_imported():
 
 def test_as_a_process_the_other_ranks_stay_silent():
     done, seconds = run_module("--beta", "2", LOCAL_RANK="1")
-    assert done.returncode == 2 and done.stderr == "" and seconds >= train.SECONDS_BEFORE_SILENT_EXIT
+    assert done.returncode == 2 and done.stderr == "" and seconds >= train.SECONDS_BEFORE_EXIT
 
 
 def test_the_exit_code_survives_what_happens_while_the_interpreter_goes_down():
