@@ -61,6 +61,9 @@ class Student:
             optimizer=optimizer,
             lr_scheduler=scheduler or (lambda optimizer: _schedule(optimizer, config, total_updates)),
         )
+        if ranks.world_size() == 1 and isinstance(self.engine.optimizer, torch.optim.Optimizer):
+            # DeepSpeed would copy all gradients into one buffer and back, to average them over this rank alone.
+            self.engine.enable_backward_allreduce = False
         model.eval()
         self._in_root(lambda: causal_lm.check_head(model, "student", self.device))
         if self.rollout_engine == "hybrid":
