@@ -194,11 +194,12 @@ class _ChunkedDivergence(torch.autograd.Function):
         for start in range(0, N, rows):
             chunk = slice(start, min(start + rows, N))
             hidden_nD = hidden_ND[chunk]
-            student_nV = transform.apply_(F.linear(hidden_nD, weight_VD, bias_V))
+            student_nV = transform.apply_(kernels.logits(hidden_nD, weight_VD, bias_V))
             teacher_hidden_nE = loss.teacher_hidden_NE[chunk].to(device, non_blocking=True)
             head = loss.teacher_head
             teacher_bias_V = None if head.bias_V is None else head.bias_V[:vocabulary]
-            teacher_nV = head.transform.apply_(F.linear(teacher_hidden_nE, head.weight_VE[:vocabulary], teacher_bias_V))
+            teacher_nV = kernels.logits(teacher_hidden_nE, head.weight_VE[:vocabulary], teacher_bias_V)
+            teacher_nV = head.transform.apply_(teacher_nV)
             gradient_nV = _elementwise(student_nV, teacher_nV, transform, loss, chunk, per_token_4N)
             if hidden_grad_ND is not None:
                 torch.mm(gradient_nV, weight_VD, out=hidden_grad_ND[chunk])
