@@ -1,7 +1,9 @@
-"""How many floating-point operations an update needs, phase by phase: the same numbers for every side.
+"""How many floating-point operations and bytes an update needs, phase by phase: the same numbers for every side.
 
 Counted is what the mathematics needs for the real tokens (a multiply-add is two operations): no padding, no
 recomputation, the heads at completion positions only. What a side computes beyond that lowers its share of the peak.
+Bytes are those of fp32 weights, their gradients and Adam's moments, and of the key-value cache, which do not fit a
+processor's caches; what lives between two operations (activations, logits) could and is left out.
 """
 
 from __future__ import annotations
@@ -20,6 +22,30 @@ def phase_flops(vocabulary: int, lengths: list[int]) -> dict[str, float]:
         # Both heads forward; the student's body and head backward cost twice their forward.
         "learn": 3 * body["student"] + 3 * head["student"] + head["teacher"],
     }
+
+
+def phase_bytes(vocabulary: int, lengths: list[int]) -> dict[str, float]:
+    """Bytes that one rank with these completions moves per update, at least: each weight once per pass over it."""
+    student = _weights("student") + vocabulary * SHAPES["student"]["hidden_size"]
+    teacher_head = vocabulary * SHAPES["teacher"]["hidden_size"]
+    everything = student + vocabulary * SHAPES["student"]["hidden_size"]  # and the input embedding
+    cached = sum(length * PROMPT_TOKENS + length * (length + 1) / 2 for length in lengths)
+    numbers = {
+        # All rows in one batch: a pass over the weights per step. Each token reads the keys and values before it,
+        # which are half as wide as the hidden states.
+        "rollout": max(lengths) * student + cached * _key_value_width("student"),
+        "score": _weights("teacher"),
+        # Forward, backward, and the gradient written.
+        "learn": 3 * student + teacher_head,
+        # Adam reads weight, gradient and two moments, and writes all but the gradient.
+        "update": 7 * everything,
+    }
+    return {phase: 4 * count for phase, count in numbers.items()}
+
+
+def _key_value_width(role: str) -> int:
+    """Numbers that the cache keeps per token: keys and values, half the heads, in all layers."""
+    return SHAPES[role]["num_hidden_layers"] * SHAPES[role]["hidden_size"]
 
 
 def _weights(role: str) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from tools.bench.flops import phase_flops
+from tools.bench.flops import phase_bytes, phase_flops
 from tools.bench.workload import SHAPES, Workload
 
 PHASES = ("rollout", "score", "learn", "update")
@@ -80,6 +80,7 @@ def markdown(results: dict[str, Any]) -> str:
             lines += _update_table(group)
         lines.append("")
     lines += _targets(results["groups"])
+    lines += ["", *_floors(results["groups"])]
     return "\n".join(lines) + "\n"
 
 
@@ -216,6 +217,37 @@ def _targets(groups: dict[str, Any]) -> list[str]:
         return []
     note = "*Arithmetic alone* is what the ratio would be if all of an update ran at the peak of matrix products."
     return ["### Targets", "", note, "", *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def _floors(groups: dict[str, Any]) -> list[str]:
+    """How far each of our phases is from what the machine could do at best."""
+    rows = [["phase of an update", "measured, s", "arithmetic, s", "memory, s", "floor / measured"], ["---"] * 5]
+    machines = []
+    for name, group in groups.items():
+        if name.split("/")[0] not in ("fixed", "ragged", "zero3"):
+            continue
+        work, ranks = Workload(**group["workload"]), group["world_size"]
+        moved = phase_bytes(work.vocabulary, work.lengths(work.samples, 1))
+        bandwidth = max(run["read_bytes_per_s"] for run in group["sides"]["matmul"]["runs"])
+        machines.append(f"{name} {_peak(group) / 1e9:.0f} GFLOP/s and {bandwidth / 1e9:.0f} GB/s")
+        arithmetic, floor = _floor(group), 0.0
+        for phase in PHASES:
+            took = _phase(group["sides"]["gkd_ds"], phase)
+            limits = arithmetic.get(phase, 0.0), ranks * moved[phase] / bandwidth
+            rows.append(_floor_row(f"{name}: {phase}", took, *limits))
+            floor += max(limits)
+        whole = seconds(group["sides"]["gkd_ds"])
+        rows.append([f"**{name}: whole update**", f"{whole:.2f}", "", "", f"{floor / whole:.0%}"])
+    if not machines:
+        return []
+    note = "*Arithmetic*: the phase's operations at the peak of large matrix products. *Memory*: the bytes that it "
+    note += f"must move (`flops.py`) at the best reading bandwidth. Measured between the runs: {'; '.join(machines)}."
+    return ["### Floors", "", note, "", *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def _floor_row(name: str, took: float, arithmetic: float, memory: float) -> list[str]:
+    share = f"{max(arithmetic, memory) / took:.0%}"
+    return [name, f"{took:.2f}", f"{arithmetic:.2f}", f"{memory:.2f}", share]
 
 
 def plot(results: dict[str, Any], file: Path) -> None:
