@@ -22,6 +22,8 @@ _CPU_TILE_ENTRIES = 1 << 20
 
 # Rows of an output matrix to multiply by at a time, so that they stay in a core's second-level cache.
 _CPU_HEAD_ROWS = 1024
+# Entries left free between rows of logits: a power of two apart, they would fall into the same places of the caches.
+CPU_ROW_GAP = 64
 
 # Names of mallopt(3), from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -40,13 +42,14 @@ def elementwise_tile_rows(logits_nV: Tensor) -> int:
 
 
 def logits(hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    """`hidden_nD @ weight_VD.T + bias_V`, without gradients: `[n, V]`.
+    """`hidden_nD @ weight_VD.T + bias_V`, without gradients: `[n, V]`, on the CPU with gaps between its rows.
 
-    On the CPU in blocks of the vocabulary: MKL is up to a quarter slower at the whole of a tall matrix.
+    There it is made in blocks of the vocabulary, since MKL is up to a quarter slower at the whole of a tall matrix.
     """
     if hidden_nD.device.type != "cpu" or hidden_nD.dtype != torch.float32:
         return F.linear(hidden_nD, weight_VD, bias_V)
-    logits_nV = hidden_nD.new_empty(hidden_nD.shape[0], weight_VD.shape[0])
+    rows, vocabulary = hidden_nD.shape[0], weight_VD.shape[0]
+    logits_nV = hidden_nD.new_empty(rows, vocabulary + CPU_ROW_GAP)[:, :vocabulary]
     for block_nv, weight_vD in zip(logits_nV.split(_CPU_HEAD_ROWS, 1), weight_VD.split(_CPU_HEAD_ROWS), strict=True):
         torch.mm(hidden_nD, weight_vD.t(), out=block_nv)
     return logits_nV if bias_V is None else logits_nV.add_(bias_V)
