@@ -57,42 +57,41 @@ def divergence_and_gradient_(student_logits_nV: Tensor, teacher_logits_nV: Tenso
     if temperature != 1.0:
         student_logits_nV.div_(temperature)
         teacher_logits_nV.div_(temperature)
-    b, q, log_q_norm_n = _log_softmax_(student_logits_nV)
-    a, p, log_p_norm_n = _log_softmax_(teacher_logits_nV)
-    entropy_n = _dot(q, b).neg_()
+    b, e_q, sum_q_n, largest_q_n = _unnormalised_(student_logits_nV)
+    a, e_p, sum_p_n, largest_p_n = _unnormalised_(teacher_logits_nV)
+    log_sum_q_n, log_sum_p_n = sum_q_n.log(), sum_p_n.log()
+    entropy_n = log_sum_q_n - _dot(e_q, b) / sum_q_n
     if beta == 0:
-        loss_n = _dot(p, a.sub_(b))
-        gradient = torch.sub(q, p, out=b)
+        difference = a.sub_(b).add_((log_sum_q_n - log_sum_p_n)[:, None])
+        loss_n = _dot(e_p, difference) / sum_p_n
+        gradient = torch.sub(e_q.div_(sum_q_n[:, None]), e_p.div_(sum_p_n[:, None]), out=b)
     elif beta == 1:
-        difference = b.sub_(a)
-        loss_n = _dot(q, difference)
-        gradient = difference.sub_(loss_n[:, None]).mul_(q)
+        difference = b.sub_(a).add_((log_sum_p_n - log_sum_q_n)[:, None])
+        loss_n = _dot(e_q, difference) / sum_q_n
+        gradient = difference.sub_(loss_n[:, None]).mul_(e_q).div_(sum_q_n[:, None])
     else:
         k = math.log(beta) - math.log1p(-beta)
-        x = a.sub_(b).add_(k)
+        x = a.sub_(b).add_((log_sum_q_n - log_sum_p_n + k)[:, None])
         w = torch.ops.aten.softplus.out(x, 1, 20, out=b)
-        q_dot_w_n = _dot(q, w)
-        loss_n = beta * (_dot(p, x.sub_(w)) - k) - (1 - beta) * q_dot_w_n - math.log1p(-beta)
-        gradient = w.sub_(q_dot_w_n[:, None]).mul_(q).mul_(beta - 1)
+        q_dot_w_n = _dot(e_q, w) / sum_q_n
+        loss_n = beta * (_dot(e_p, x.sub_(w)) / sum_p_n - k) - (1 - beta) * q_dot_w_n - math.log1p(-beta)
+        gradient = w.sub_(q_dot_w_n[:, None]).mul_(e_q).mul_(((beta - 1) / sum_q_n)[:, None])
     if temperature != 1.0:
         gradient.div_(temperature)
-    return loss_n, gradient, log_q_norm_n, log_p_norm_n, entropy_n
+    return loss_n, gradient, largest_q_n + log_sum_q_n, largest_p_n + log_sum_p_n, entropy_n
 
 
-def _log_softmax_(logits_nV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities (in place of the logits), probabilities, and the normaliser `logits - log-probabilities`.
+def _unnormalised_(logits_nV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(logits - largest, exp of it, its sum, largest)`; the first takes the place of the logits.
 
-    The largest logit goes first: a normaliser of 25, rounded to fp32, would leave probabilities that sum to 1 + 2e-6,
-    and the gradient of beta = 1 multiplies that by the divergence.
+    Dividing by the sum is left to the rows' sums and to the gradient, where it costs a pass over the tile less. The
+    largest logit goes first: a normaliser of 25, rounded to fp32, would leave probabilities that sum to 1 + 2e-6, and
+    the gradient of beta = 1 multiplies that by the divergence.
     """
     largest_n = logits_nV.amax(-1)
-    log_nV = logits_nV.sub_(largest_n[:, None])
-    probability_nV = log_nV.exp()
-    sum_n = probability_nV.sum(-1)
-    log_sum_n = sum_n.log()
-    probability_nV.div_(sum_n[:, None])
-    log_nV.sub_(log_sum_n[:, None]).clamp_(min=_IMPOSSIBLE)
-    return log_nV, probability_nV, largest_n + log_sum_n
+    log_nV = logits_nV.sub_(largest_n[:, None]).clamp_(min=_IMPOSSIBLE)
+    exp_nV = log_nV.exp()
+    return log_nV, exp_nV, exp_nV.sum(-1), largest_n
 
 
 def _dot(x_nV: Tensor, y_nV: Tensor) -> Tensor:
@@ -190,7 +189,7 @@ class _ChunkedDivergence(torch.autograd.Function):
         bias_grad_W = torch.zeros_like(bias_W, dtype=torch.float32) if bias_W is not None else None
         per_token_4N = torch.empty(4, N, dtype=torch.float32, device=device)
 
-        rows = chunk_rows(loss.chunk_bytes, vocabulary, hidden_ND.dtype)
+        rows = chunk_rows(N, loss.chunk_bytes, vocabulary, hidden_ND.dtype)
         for start in range(0, N, rows):
             chunk = slice(start, min(start + rows, N))
             hidden_nD = hidden_ND[chunk]
@@ -255,7 +254,8 @@ def _add_outer_(total_VD: Tensor, gradient_nV: Tensor, hidden_nD: Tensor) -> Non
         total_VD.add_(gradient_nV.t() @ hidden_nD)
 
 
-def chunk_rows(chunk_bytes: int, vocabulary: int, dtype: torch.dtype) -> int:
-    """Rows of logits of both models that fit `chunk_bytes`: at least 16, a multiple of 16."""
-    rows = chunk_bytes // (2 * vocabulary * dtype.itemsize)
-    return max(16, rows // 16 * 16)
+def chunk_rows(tokens: int, chunk_bytes: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Rows per chunk so that both models' logits fit `chunk_bytes`: a multiple of 16, chunks of about equal size."""
+    most = max(16, (chunk_bytes - 1) // (2 * (vocabulary + kernels.CPU_ROW_GAP) * dtype.itemsize) // 16 * 16)
+    chunks = max(1, math.ceil(tokens / most))
+    return math.ceil(tokens / chunks / 16) * 16 or 16

@@ -146,7 +146,8 @@ class Student:
             # Stage 0 in fp32: the gradient is whole on every rank. DeepSpeed would neither look for NaN nor tell the
             # norm, and would clip by a norm that is summed in fp32: a thousandth off for a large vocabulary.
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+            # Rows in fp32, their norms in fp64: no copy of a whole gradient in fp64.
+            norms = [torch.linalg.vector_norm(gradient, dim=-1).double().norm() for gradient in gradients]
             self._whole_norm = float(torch.stack(norms).norm())
             if not math.isfinite(self._whole_norm):
                 self.engine.zero_grad()

@@ -381,10 +381,18 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("tokens, rows", [(0, 16), (1, 16), (64, 64), (65, 48), (200, 64), (1000, 64)])
+def test_chunks_fit_the_budget_and_are_of_about_equal_size(tokens: int, rows: int) -> None:
+    """Just too little for 80 rows: on the CPU a block of exactly 32 MiB would be taken from the system every time."""
+    V = 2000
+    assert chunk_rows(tokens, 80 * 2 * (V + kernels.CPU_ROW_GAP) * 4, V, torch.float32) == rows
+    assert chunk_rows(tokens, 1, V, torch.float32) == 16
+
+
 def test_whole_logits_are_never_held() -> None:
     N, V, D = 1000, 2000, 16
-    case, chunk_bytes = Case(N=N, V=V, D=D, E=16), 64 * 2 * V * 4
-    assert chunk_rows(chunk_bytes, V, torch.float32) == 64
+    case, chunk_bytes = Case(N=N, V=V, D=D, E=16), 70 * 2 * (V + kernels.CPU_ROW_GAP) * 4
+    assert chunk_rows(N, chunk_bytes, V, torch.float32) == 64
     with LargestTensor() as chunked:
         loss, *_ = DivergenceHead(case.layer, PLAIN)(
             case.hidden.requires_grad_(), loss=case.inputs(0.5, 1.0, chunk_bytes, PLAIN)
