@@ -61,7 +61,7 @@ CASES = {
     "an image": (data(GOOD, IMAGE), "line 2"),
     "long prompt": (lambda recipe, place: {"max_length": 8}, "leaves no room for a completion within max_length=8"),
     "occupied": (occupied, "already holds a run (metrics.jsonl)"),
-    "no model": (lambda recipe, place: {"model_name_or_path": str(place)}, "names"),
+    "no model": (lambda recipe, place: {"model_name_or_path": str(place)}, "neither a model's directory that exists nor a hub name"),
 }
 
 
