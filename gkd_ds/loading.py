@@ -85,6 +85,7 @@ def load_tokenizer(model: Model, given: Any, config: GKDConfig) -> PreTrainedTok
     """The run's tokenizer, ready to use: `given` (processing_class), or the student's own."""
     if given is not None and not isinstance(given, PreTrainedTokenizerBase):
         raise InputError(f"processing_class is a {type(given).__name__}; pass the student's tokenizer.")
+    _model_config(model, config, config.model_init_kwargs)  # loading a tokenizer reads it: a bad one is blamed first
     tokenizer = given if given is not None else _tokenizer_of(_name(model), config, config.model_init_kwargs)
     if tokenizer is None:
         raise InputError(f"the student {_name(model)!r} comes without a tokenizer; pass processing_class.")
@@ -114,10 +115,6 @@ def shared_vocabulary(student: Model, teacher: Model, tokenizer: PreTrainedToken
 
     A teacher whose directory or repository has no tokenizer is taken at its word: then only sizes can be checked.
     """
-    teacher_tokenizer = _tokenizer_of(_name(teacher), config, config.teacher_model_init_kwargs)
-    if teacher_tokenizer is None:
-        logger.warning("the teacher comes without a tokenizer; it is taken to use the student's.")
-        teacher_tokenizer = tokenizer
     sizes = [
         _model_config(model, config, init_kwargs).get_text_config().vocab_size
         for model, init_kwargs in (
@@ -125,6 +122,10 @@ def shared_vocabulary(student: Model, teacher: Model, tokenizer: PreTrainedToken
             (teacher, config.teacher_model_init_kwargs),
         )
     ]
+    teacher_tokenizer = _tokenizer_of(_name(teacher), config, config.teacher_model_init_kwargs)
+    if teacher_tokenizer is None:
+        logger.warning("the teacher comes without a tokenizer; it is taken to use the student's.")
+        teacher_tokenizer = tokenizer
     return shared_vocabulary_size(tokenizer, teacher_tokenizer, *sizes)
 
 

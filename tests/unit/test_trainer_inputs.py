@@ -68,10 +68,14 @@ def test_what_is_right_is_accepted(build):
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("damage", [cut, garble, empty_list])
-@pytest.mark.parametrize("file", ["tokenizer.json", "config.json", "model.safetensors"])
-def test_a_damaged_file_is_refused_by_name(build, models, tmp_path, role, file, damage):
+@pytest.mark.parametrize("file, what", [
+    ("tokenizer.json", "the tokenizer of model"),
+    ("config.json", "the configuration of model"),
+    ("model.safetensors", "the weights"),
+])  # fmt: skip
+def test_a_damaged_file_is_refused_by_name(build, models, tmp_path, role, file, what, damage):
     message = build(**damaged(models, tmp_path, role, file, damage))
-    assert str(tmp_path / role) in message and re.search(r"cannot be read \(.+\)|are damaged \(.+\)", message), message
+    assert message.startswith(f"{what} '{tmp_path / role}") and re.search(r"(be read|damaged) \(.+\)", message), message
 
 
 def test_weights_that_end_too_early_are_refused(build, models, tmp_path):
@@ -81,8 +85,10 @@ def test_weights_that_end_too_early_are_refused(build, models, tmp_path):
     assert "are damaged" in build(**damaged(models, tmp_path, "teacher", "model.safetensors", shorten))
 
 
-def test_a_hub_that_cannot_be_asked_is_no_missing_tokenizer(build):
-    message = build(teacher="some-org/some-teacher")
+def test_a_hub_that_cannot_be_asked_is_no_missing_tokenizer(build, models):
+    teacher = AutoModelForCausalLM.from_pretrained(models / "teacher")
+    teacher.config._name_or_path = "some-org/some-teacher"  # as of one that was loaded from there
+    message = build(teacher=teacher)
     assert "the tokenizer of model 'some-org/some-teacher' cannot be read" in message
 
 
