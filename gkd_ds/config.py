@@ -9,9 +9,9 @@ too, with its default, and is refused *by name* through the table NOT_SUPPORTED 
 else: to support a field, act on it and delete its name there.
 
 Everything knowable without files is checked when the object is made (`validate`); files and directories by
-`validate_files`, which the command line and the trainer call before any model is loaded. Both raise
-InputError. Nothing here imports torch, so a wrong knob answers at once. `python -m gkd_ds.train --help`
-prints the fields.
+`validate_files`, which the command line and the trainer call before any model is loaded, and by
+`check_output_dir_is_free`, before training. All raise InputError. Nothing here imports torch, so a wrong knob answers
+at once. `python -m gkd_ds.train --help` prints the fields.
 """
 
 import dataclasses
@@ -121,10 +121,11 @@ NOT_SUPPORTED: dict[str, str] = {
         "there is no hyperparameter search inside a run; see launch/ for sweeps": "ray_scope",
         "perf/rollout_tokens_per_s is always in metrics.jsonl": "include_tokens_per_second",
         "the loss is already computed chunk by chunk; see loss_memory_mb": ("use_liger_kernel liger_kernel_config"),
-        "rows are always read as chat messages or prompt/completion": "dataset_kwargs",
+        "rows are always read as chat messages or prompt/completion": "dataset_kwargs dataset_text_field",
         "the learn phase packs a window's samples itself; see learn_tokens_per_micro_batch": (
             "packing packing_strategy eval_packing padding_free"
         ),
+        "every completion token of a window weighs the same, on whatever rank": "average_tokens_across_devices",
         "the loss is always on the completion only": "completion_only_loss",
         "the loss is always on the last assistant turn only": "assistant_only_loss",
         "the loss is always the generalized JSD; see beta": "loss_type",
@@ -207,7 +208,6 @@ class GKDConfig:
     dataset_config: str | None = knob(None, "Configuration of the data set on the hub.")
     dataset_train_split: str = knob("train", "Split to train on.")
     dataset_test_split: str = knob("test", "Split to evaluate on.")
-    dataset_text_field: str = knob("text", "Accepted for TRL's scripts; rows are messages or prompt/completion.")
     dataset_num_proc: int | None = knob(None, "Processes that tokenize.", low=1)
     row_errors: Literal["strict", "skip"] = knob(
         "strict", "A malformed row ends the run (strict) or is counted (skip)."
@@ -249,9 +249,6 @@ class GKDConfig:
     gradient_accumulation_steps: int = knob(1, "Micro-batches per window, that is, per update.", low=1)
     num_train_epochs: float = knob(3.0, "Passes over the data.", above=0)
     max_steps: int = knob(-1, "Updates; if positive, num_train_epochs does not count.", low=-1)
-    average_tokens_across_devices: bool = knob(
-        True, "Every completion token of a window weighs the same on all ranks (always so)."
-    )
 
     learning_rate: float = knob(2e-5, "Peak learning rate.", heading="Optimizer", low=0)
     weight_decay: float = knob(0.0, "Decoupled weight decay; biases and norms are left out.", low=0)
@@ -436,6 +433,8 @@ class GKDConfig:
     include_tokens_per_second: bool = knob(False, "Log tokens per second.")
     use_liger_kernel: bool = knob(False, "Use Liger's kernels.")
     liger_kernel_config: dict | None = knob(None, "Which of Liger's kernels.")
+    average_tokens_across_devices: bool = knob(True, "Divide the loss by the tokens of all ranks together.")
+    dataset_text_field: str = knob("text", "Column with plain text.")
     dataset_kwargs: dict | None = knob(None, "Further arguments for preparing the data set.")
     packing: bool = knob(False, "Pack several samples into one sequence.")
     packing_strategy: str = knob("bfd", "How to pack.")
@@ -548,8 +547,7 @@ class GKDConfig:
     # ---- What is checked in the file system, before any model is loaded ----
 
     def validate_files(self) -> None:
-        """Check paths, DeepSpeed files and the output directory. Call it before torch.distributed starts:
-        later, the first rank may already have written into output_dir.
+        """Check paths and DeepSpeed files, and that output_dir can be written.
 
         Raises:
             InputError: a file or directory is missing, malformed, contradicts a field, or cannot be written.
@@ -569,7 +567,10 @@ class GKDConfig:
                     f"names {show(self.resume_from_checkpoint)}, which is not a directory; give a "
                     "checkpoint-<step> directory, true or auto",
                 )
-        self._check_output_dir()
+        obstacle = obstacle_to_writing(self.output_dir)
+        if obstacle:
+            where = f"is {show(self.output_dir)}, where nothing can be written ({obstacle})"
+            raise wrong("output_dir", f"{where}; choose another directory")
 
     def read_deepspeed_files(self) -> tuple[dict | None, dict | None]:
         """The student's and the teacher's DeepSpeed configuration, read and checked; None if not given."""
@@ -581,7 +582,13 @@ class GKDConfig:
             check_teacher_file(teacher, self)
         return student, teacher
 
-    def _check_output_dir(self) -> None:
+    def check_output_dir_is_free(self, resume: bool | str | None) -> None:
+        """What training would write over: call it before training begins, with the value of resume_from_checkpoint that
+        counts. Whoever only evaluates may stand in an old run's directory.
+
+        Raises:
+            InputError: output_dir is one of the inputs, or holds a run that is neither continued nor given up.
+        """
         directory = Path(self.output_dir)
         for name in ("model_name_or_path", "teacher_model_name_or_path", "dataset_name"):
             other = getattr(self, name)
@@ -595,11 +602,7 @@ class GKDConfig:
                     "output_dir",
                     f"is the same directory as {name}, which the run would overwrite; choose another",
                 )
-        obstacle = obstacle_to_writing(self.output_dir)
-        if obstacle:
-            where = f"is {show(self.output_dir)}, where nothing can be written ({obstacle})"
-            raise wrong("output_dir", f"{where}; choose another directory")
-        if self.overwrite_output_dir or self.resume_from_checkpoint:
+        if self.overwrite_output_dir or resume:
             return
         traces = [
             *directory.glob("checkpoint-*"),

@@ -107,7 +107,7 @@ class LogitTransform:
 
     @classmethod
     def of(cls, model_config) -> LogitTransform:
-        """Read the transform from a transformers config; `probe` in student.py checks it against the model."""
+        """Read the transform from a transformers config; causal_lm.check_head compares it with the model."""
         known = model_config.get_text_config().to_dict()
         scale = known.get("logit_scale") or 1.0
         if known.get("logits_scaling"):

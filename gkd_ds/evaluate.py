@@ -41,6 +41,12 @@ def evaluate(pipeline: Pipeline, examples: Examples, config: GKDConfig) -> dict[
     return metrics | {"samples": count, "runtime": time.perf_counter() - started}
 
 
+def metric_names(config: GKDConfig) -> list[str]:
+    """The keys of what `evaluate` returns, known before."""
+    own = ["on_policy_loss", "on_policy_entropy", "on_policy_mean_length"] if config.eval_on_policy else []
+    return ["loss", *own, "samples", "runtime"]
+
+
 def _sample(examples: Examples, row: int, source: Source) -> Sample:
     return Sample(EVALUATION_IDS + row, examples.prompt_ids[row], examples.completion_ids[row], source)
 
@@ -53,9 +59,9 @@ def _divergence(pipeline: Pipeline, rollouts: list[Rollout]) -> tuple[float, flo
     return divergence / max(tokens, 1), entropy / max(tokens, 1), tokens
 
 
-def main() -> None:
-    """Evaluate a student directory against the teacher of a recipe, on the recipe's test split."""
-    from gkd_ds.train import build, command, leave
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate a student directory against the teacher of a recipe, on the recipe's test split. Writes nothing."""
+    from gkd_ds.train import build, check_inputs, command
 
     def work(config: GKDConfig) -> int:
         metrics = build(config).evaluate()
@@ -63,9 +69,10 @@ def main() -> None:
             print("\n".join(f"{name:28} {value:.6g}" for name, value in metrics.items()))
         return 0
 
-    # Nothing is written: any existing run may stand in output_dir.
-    leave(command([*sys.argv[1:], "--eval_strategy", "epoch", "--overwrite_output_dir"], work))
+    return command([*(sys.argv[1:] if argv is None else argv), "--eval_strategy", "epoch"], work, check_inputs)
 
 
 if __name__ == "__main__":
-    main()
+    from gkd_ds.train import leave
+
+    leave(main())

@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import HfApi
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gkd_ds.errors import InputError
 from gkd_ds.model_card import Card, model_card
 from gkd_ds.secrets import HIDDEN, redact
 
@@ -27,6 +28,15 @@ UNFINISHED = ".export"  # inside the directory: same file system, so that moving
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 NOT_FOR_THE_HUB = ["wandb/*", f"{UNFINISHED}/*", "*.tmp", "rollouts.jsonl", "STOP", "latest"]
 CHECKPOINTS = "checkpoint-*/*"
+CARD_ARGUMENTS = {  # of push_to_hub, in TRL and transformers -> of Card
+    "model_name": "name",
+    "dataset_name": "dataset",
+    "dataset": "dataset",
+    "finetuned_from": "student",
+    "language": "language",
+    "license": "license",
+    "tags": "tags",
+}
 
 
 def export_model(
@@ -61,13 +71,34 @@ def export_model(
         # published models carry: what the student came with goes on as it is.
         (generation_config or model.generation_config).to_json_file(unfinished / "generation_config.json")
         tokenizer.save_pretrained(unfinished)
-        (unfinished / "README.md").write_text(model_card(card), encoding="utf-8")
+        write_card(unfinished, card)
         for path in unfinished.rglob("*"):
             _force_to_disk(path)
         _move_into_place(unfinished, directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return directory
+
+
+def write_card(directory: str | os.PathLike, card: Card) -> None:
+    """Write the model card of a directory, or replace it."""
+    Path(directory, "README.md").write_text(model_card(card), encoding="utf-8")
+
+
+def card_of_arguments(arguments: dict[str, Any]) -> Card:
+    """What TRL's and transformers' push_to_hub take for the model card, as ours spells it. Raises InputError."""
+    card: Card = {}
+    for name, value in arguments.items():
+        if name not in CARD_ARGUMENTS:
+            known = ", ".join(CARD_ARGUMENTS)
+            raise InputError(f"push_to_hub does not support {name}; leave it out (the model card takes {known}).")
+        if value is None:
+            continue
+        several = name in ("language", "tags") and isinstance(value, (list, tuple))
+        if not all(isinstance(one, str) for one in (value if several else [value])):
+            raise InputError(f"push_to_hub needs text for {name}, not {value!r}; give its name.")
+        card[CARD_ARGUMENTS[name]] = list(value) if several else value
+    return card
 
 
 def push_to_hub(

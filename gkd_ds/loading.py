@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +25,8 @@ from transformers import (
 from gkd_ds import nvme, zero
 from gkd_ds.config import GKDConfig
 from gkd_ds.data import Examples, prepare_tokenizer
-from gkd_ds.errors import InputError
+from gkd_ds.errors import InputError, first_line
+from gkd_ds.paths import HUB_NAME
 from gkd_ds.vocabulary import shared_vocabulary_size
 
 logger = logging.getLogger(__name__)
@@ -42,29 +47,46 @@ def require_causal_lm(model: Any, role: str) -> Model:
     )
 
 
+def refuse_ignored(model: Model, role: str, **settings: Any) -> None:
+    """Raise InputError for settings that say how to load a model that is loaded already."""
+    for name, value in settings.items():
+        if isinstance(model, PreTrainedModel) and value:
+            raise InputError(f"{name} is set but the {role} is already a model; drop one of them.")
+
+
 def require_safetensors(model: Model, init_kwargs: dict | None) -> None:
-    """Raise InputError for a directory whose weights are pickles only: loading a pickle may run code.
+    """Raise InputError for a directory whose weights are pickles only (loading a pickle may run code) or damaged.
 
     Names on the hub are checked when they are loaded, by `use_safetensors`.
     """
+    if isinstance(model, str) and not os.path.isdir(model) and not HUB_NAME.fullmatch(model):
+        raise InputError(f"the model {model!r} is neither a directory nor a hub name such as org/name; check the path.")
     given = init_kwargs or {}
     if given.get("use_safetensors", True) is not True:
         raise InputError("model init kwargs set use_safetensors, but only safetensors are loaded; leave it out.")
     if not isinstance(model, str) or not os.path.isdir(model) or "gguf_file" in given:
         return
     directory = Path(model, given.get("subfolder", ""))
-    if not any(directory.glob("*.safetensors")):
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
         raise InputError(
             f"the directory {model!r} has no weights in safetensors; pickles (pytorch_model.bin) can run code and are "
             "not loaded: convert them with save_pretrained, where you trust them."
         )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):  # reads the header, and compares it with the file's size
+                pass
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"the weights {str(file)!r} are damaged ({_reason(error)}); copy them again.") from error
 
 
 def load_tokenizer(model: Model, given: Any, config: GKDConfig) -> PreTrainedTokenizerBase:
     """The run's tokenizer, ready to use: `given` (processing_class), or the student's own."""
     if given is not None and not isinstance(given, PreTrainedTokenizerBase):
         raise InputError(f"processing_class is a {type(given).__name__}; pass the student's tokenizer.")
-    tokenizer = given if given is not None else _tokenizer_of(_name(model), config)
+    _model_config(model, config, config.model_init_kwargs)  # loading a tokenizer reads it: a bad one is blamed first
+    tokenizer = given if given is not None else _tokenizer_of(_name(model), config, config.model_init_kwargs)
     if tokenizer is None:
         raise InputError(f"the student {_name(model)!r} comes without a tokenizer; pass processing_class.")
     for template in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
@@ -91,12 +113,8 @@ def generation_config(model: Model, config: GKDConfig) -> GenerationConfig | Non
 def shared_vocabulary(student: Model, teacher: Model, tokenizer: PreTrainedTokenizerBase, config: GKDConfig) -> int:
     """How many token ids both models score, after checking that they mean the same. No weights are loaded.
 
-    A teacher object, or a directory without tokenizer, is taken at its word: then only sizes can be checked.
+    A teacher whose directory or repository has no tokenizer is taken at its word: then only sizes can be checked.
     """
-    teacher_tokenizer = _tokenizer_of(_name(teacher), config)
-    if teacher_tokenizer is None:
-        logger.warning("the teacher comes without a tokenizer; it is taken to use the student's.")
-        teacher_tokenizer = tokenizer
     sizes = [
         _model_config(model, config, init_kwargs).get_text_config().vocab_size
         for model, init_kwargs in (
@@ -104,6 +122,10 @@ def shared_vocabulary(student: Model, teacher: Model, tokenizer: PreTrainedToken
             (teacher, config.teacher_model_init_kwargs),
         )
     ]
+    teacher_tokenizer = _tokenizer_of(_name(teacher), config, config.teacher_model_init_kwargs)
+    if teacher_tokenizer is None:
+        logger.warning("the teacher comes without a tokenizer; it is taken to use the student's.")
+        teacher_tokenizer = tokenizer
     return shared_vocabulary_size(tokenizer, teacher_tokenizer, *sizes)
 
 
@@ -130,8 +152,6 @@ def load_student(model: Model, config: GKDConfig, world_size: int) -> PreTrained
 def load_teacher(model: Model, config: GKDConfig) -> PreTrainedModel:
     """The teacher's model; a name is loaded shard by shard, straight to where its DeepSpeed file wants it."""
     if isinstance(model, PreTrainedModel):
-        if config.teacher_model_init_kwargs:
-            raise InputError("teacher_model_init_kwargs is set but teacher_model is already a model; drop one of them.")
         return model.to(zero.precision(config))
     model_config = _model_config(model, config, config.teacher_model_init_kwargs)
     ds_config = zero.teacher_config(config, model_config.get_text_config().hidden_size)
@@ -146,13 +166,31 @@ def _name(model: Model) -> str:
     return model if isinstance(model, str) else model.config._name_or_path
 
 
-def _tokenizer_of(name: str, config: GKDConfig) -> PreTrainedTokenizerBase | None:
-    if not name or (os.path.isdir(name) and not any(any(Path(name).glob(pattern)) for pattern in TOKENIZER_FILES)):
-        return None
+def _tokenizer_of(name: str, config: GKDConfig, init_kwargs: dict | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that comes with a model; None only where there is none, and InputError where there is a bad one."""
+    where = _where(init_kwargs)
+    if not os.path.isdir(name) and not HUB_NAME.fullmatch(name):
+        return None  # an object that was never in a directory, or whose directory is gone
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError):
-        return None
+        if not _has_tokenizer(name, **where):
+            return None
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, **where)
+    except Exception as error:  # tokenizers raises plain ones; and a missing library, the hub, code of the model's own
+        raise InputError(f"the tokenizer of model {name!r} cannot be read ({_reason(error)}); mend it.") from error
+
+
+def _has_tokenizer(name: str, subfolder: str = "", revision: str | None = None, token: Any = None) -> bool:
+    """Whether the directory, or the hub's repository, has a tokenizer's files. The hub's local cache is asked first."""
+    inside = lambda place: any(any(Path(place, subfolder).glob(pattern)) for pattern in TOKENIZER_FILES)  # noqa: E731
+    if os.path.isdir(name):
+        return inside(name)
+    try:
+        if inside(snapshot_download(name, revision=revision, local_files_only=True)):
+            return True
+    except LocalEntryNotFoundError:
+        pass  # nothing of it is in the cache
+    files = HfApi(token=token).list_repo_files(name, revision=revision)
+    return any(fnmatch(file, str(Path(subfolder, pattern))) for file in files for pattern in TOKENIZER_FILES)
 
 
 def _model_config(model: Model, config: GKDConfig, init_kwargs: dict | None):
@@ -160,9 +198,13 @@ def _model_config(model: Model, config: GKDConfig, init_kwargs: dict | None):
         return model.config
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code, **_where(init_kwargs))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0]
-        raise InputError(f"the configuration of model {model!r} cannot be read: {reason}.") from error
+    except Exception as error:  # an architecture's configuration may stumble over wrong content in any way
+        raise InputError(f"the configuration of model {model!r} cannot be read ({_reason(error)}); mend it.") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of what a library says."""
+    return first_line(error).split(". ")[0].rstrip(".:")
 
 
 def _where(init_kwargs: dict | None) -> dict[str, Any]:

@@ -58,6 +58,9 @@ class Card(TypedDict, total=False):
     ranks: int
     metrics: dict[str, Any]  # name -> number, or (before, after)
     license: str  # of the student's weights, as the hub spells it
+    name: str  # title of the card
+    language: str | list[str]  # as the hub spells it
+    tags: str | list[str]  # besides those that say how it was made
 
 
 def model_card(card: Card) -> str:
@@ -66,7 +69,7 @@ def model_card(card: Card) -> str:
     config = card.get("config") or {}
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(card), sort_keys=False, allow_unicode=True)}---",
-        f"# {_name(card.get('student')) or 'Student'}, distilled",
+        f"# {card.get('name') or (_name(card.get('student')) or 'Student') + ', distilled'}",
         _story(card),
         _example(),
         _metrics(card.get("metrics") or {}),
@@ -84,8 +87,9 @@ def model_card(card: Card) -> str:
 def _front_matter(card: Card) -> dict[str, Any]:
     front = {"library_name": "transformers", "pipeline_tag": "text-generation",
              "tags": ["gkd", "distillation", "on-policy-distillation", "gkd_ds"]}  # fmt: skip
-    if card.get("license"):
-        front["license"] = card["license"]
+    more = card.get("tags") or []
+    front["tags"] += [more] if isinstance(more, str) else more
+    front |= {name: card[name] for name in ("language", "license") if card.get(name)}
     # The hub refuses a base_model or a dataset that is not one of its own names.
     if _is_hub_name(card.get("student")):
         front |= {"base_model": card["student"], "base_model_relation": "finetune"}

@@ -33,11 +33,11 @@ FAILED, WRONG_INPUT = 1, 2  # as in interrupts.py, which imports torch
 
 def main(argv: list[str] | None = None) -> int:
     """Train. Returns the exit code: 2 for wrong input, else one of those in interrupts.py."""
-    return command(sys.argv[1:] if argv is None else argv, run)
+    return command(sys.argv[1:] if argv is None else argv, run, check_training)
 
 
-def command(argv: list[str], work: Callable[[GKDConfig], int]) -> int:
-    """Read and check a command line and do `work` with its configuration; `work` returns the exit code."""
+def command(argv: list[str], work: Callable[[GKDConfig], int], check: Callable[[GKDConfig], None]) -> int:
+    """Read a command line, `check` its configuration and do `work` with it; `work` returns the exit code."""
     try:
         given = read_flags(argv)
         if given.pop("help", False):
@@ -46,7 +46,7 @@ def command(argv: list[str], work: Callable[[GKDConfig], int]) -> int:
         dry_run = given.pop("dry_run", False)
         recipe = given.pop("config", None)
         config = GKDConfig(**{**(read_recipe(recipe) if recipe else {}), **given})
-        check_inputs(config)
+        check(config)
         if config.use_cpu:  # DeepSpeed chooses its accelerator when it is imported
             os.environ["DS_ACCELERATOR"] = "cpu"
         if not dry_run:
@@ -80,6 +80,12 @@ def check_inputs(config: GKDConfig) -> None:
     config.validate_files()
     check_hub_model("model_name_or_path", config.model_name_or_path, config.model_init_kwargs)
     check_hub_model("teacher_model_name_or_path", config.teacher_model_name_or_path, config.teacher_model_init_kwargs)
+
+
+def check_training(config: GKDConfig) -> None:
+    """The inputs, and that the run overwrites nothing; early, before the first rank can have written anything there."""
+    check_inputs(config)
+    config.check_output_dir_is_free(config.resume_from_checkpoint)
 
 
 def check_hub_model(field: str, model: str, init_kwargs: dict | None) -> None:

@@ -27,9 +27,10 @@ from gkd_ds.config import GKDConfig
 from gkd_ds.data import Examples, SampleOrder, stop_token_ids, tokenize
 from gkd_ds.decoding import Sampling
 from gkd_ds.errors import InputError
-from gkd_ds.evaluate import evaluate
+from gkd_ds.evaluate import evaluate, metric_names
 from gkd_ds.guards import BadUpdates, RateLimit, warnings
 from gkd_ds.interrupts import FAILED, FINISHED, NOT_SAVED, STOPPED, Interrupts
+from gkd_ds.launcher import check_hostfile
 from gkd_ds.pipeline import Pipeline, count_tokens
 from gkd_ds.records import Sample
 from gkd_ds.report_row import rollout_rows, suspects, update_row, window_stats
@@ -76,12 +77,15 @@ class GKDTrainer:
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
+        check_hostfile()
         self.args = config = args if args is not None else GKDConfig()
         # The time budget includes loading, and a stop file that appears meanwhile counts.
         self.interrupts = Interrupts(config.stop_path, config.max_runtime)
         student = loading.require_causal_lm(model if model is not None else config.model_name_or_path, "student")
         teacher = teacher_model if teacher_model is not None else config.teacher_model_name_or_path
         teacher = loading.require_causal_lm(teacher, "teacher")
+        loading.refuse_ignored(student, "student", model_init_kwargs=config.model_init_kwargs, dtype=config.dtype)
+        loading.refuse_ignored(teacher, "teacher", teacher_model_init_kwargs=config.teacher_model_init_kwargs)
         config.validate_files()
         loading.require_safetensors(student, config.model_init_kwargs)
         loading.require_safetensors(teacher, config.teacher_model_init_kwargs)
@@ -89,6 +93,7 @@ class GKDTrainer:
         self._stop_ids = stop_token_ids(self.processing_class, loading.generation_config(student, config))
         self._train_examples = self._tokenize(train_dataset, config.dataset_name or "the training data")
         self._eval_examples = self._tokenize_eval(eval_dataset)
+        self._refuse_impossible_evaluation()
         self._vocabulary = loading.shared_vocabulary(student, teacher, self.processing_class, config)
         for examples in (self._train_examples, *self._eval_examples.values()):
             loading.require_known_tokens(examples, self._vocabulary)
@@ -130,6 +135,25 @@ class GKDTrainer:
             return {}
         sets = dataset if isinstance(dataset, dict) and "messages" not in dataset else {"": dataset}
         return {name: self._tokenize(rows, f"the evaluation data {name}".rstrip()) for name, rows in sets.items()}
+
+    def _refuse_impossible_evaluation(self) -> None:
+        config = self.args
+        if config.eval_strategy == "no" and not config.eval_on_start:
+            return
+        if not self._eval_examples:
+            asked = "eval_on_start is set" if config.eval_on_start else f"eval_strategy is {config.eval_strategy.value}"
+            raise InputError(f"{asked} but no eval_dataset is given; pass one to GKDTrainer, or switch evaluation off.")
+        if config.metric_for_best_model is not None:
+            prefixes = [f"eval_{name}_" if name else "eval_" for name in self._eval_examples]
+            self._find_metric({prefix + name: None for prefix in prefixes for name in metric_names(config)})
+
+    def _find_metric(self, metrics: dict[str, Any]) -> Any:
+        """The one of `metrics` that metric_for_best_model names."""
+        name = self.args.metric_for_best_model
+        key = name if name.startswith("eval_") else f"eval_{name}"
+        if key not in metrics:
+            raise InputError(f"metric_for_best_model {name!r} is none of {', '.join(metrics)}; name one of them.")
+        return metrics[key]
 
     def _refuse_different_ranks(self) -> None:
         fields = {name: repr(value) for name, value in self.args.to_dict().items() if name != "local_rank"}
@@ -196,15 +220,18 @@ class GKDTrainer:
 
         `resume_from_checkpoint`: True (newest valid one in output_dir), "auto" (the same, or start) or a directory.
         The finished student is left in output_dir. After an early stop `stop_reason` says why. Raises InputError
-        when there is nothing to resume from, TrainingStopped when too many updates in a row were not finite.
+        when there is nothing to resume from, or a run in output_dir that is neither resumed nor overwritten;
+        TrainingStopped when too many updates in a row were not finite.
         """
         _refuse_unsupported(trial=trial, **kwargs)
         if self._train_examples is None:
             raise InputError("no train_dataset is given; pass one to GKDTrainer.")
         config, handler = self.args, self.callback_handler
+        resume = config.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        _refuse_occupied(config, resume)
         self.watchdog = self.pipeline.watchdog = Watchdog(config.watchdog_timeout, config.output_dir)
         with self.interrupts, self.watchdog:
-            self._begin(resume_from_checkpoint)
+            self._begin(resume)
             exit_code = FAILED
             try:
                 self.control = handler.on_train_begin(config, self.state, self.control)
@@ -227,7 +254,7 @@ class GKDTrainer:
 
     def _begin(self, resume: bool | str | None) -> None:
         config, run_dir = self.args, Path(self.args.output_dir)
-        found, passed_over = checkpoint.find(run_dir, resume if resume is not None else config.resume_from_checkpoint)
+        found, passed_over = checkpoint.find(run_dir, resume)
         if found is None and config.overwrite_output_dir:
             _clear(run_dir)
         self._started, self._losses = time.monotonic(), (0.0, 0)
@@ -345,12 +372,9 @@ class GKDTrainer:
 
     def _evaluate_and_log(self) -> None:
         metrics = self.evaluate()
-        name = self.args.metric_for_best_model
-        if name is None:
+        if self.args.metric_for_best_model is None:
             return
-        value = metrics.get(name if name.startswith("eval_") else f"eval_{name}")
-        if value is None:
-            raise InputError(f"metric_for_best_model {name!r} is none of {sorted(metrics)}; name one of them.")
+        value = self._find_metric(metrics)
         best = self.state.best_metric
         if best is None or (value > best if self.args.greater_is_better else value < best):
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
@@ -509,18 +533,27 @@ class GKDTrainer:
         revision: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Upload output_dir (without checkpoints) to the hub; rank 0 does it, the others return None."""
+        """Upload output_dir (without checkpoints) to the hub; rank 0 does it, the others return None.
+
+        kwargs go to the model card, as in TRL: model_name, dataset_name (or dataset), finetuned_from, language,
+        license, tags. Raises InputError for others.
+        """
+        card = export.card_of_arguments(kwargs)
         if ranks.rank() != 0:
             return None
         config = dataclasses.replace(
             self.args, hub_token=token or self.args.hub_token, hub_revision=revision or self.args.hub_revision
         )
-        return export.push_to_hub(config.output_dir, config, commit_message, blocking, **kwargs)
+        if card:
+            export.write_card(config.output_dir, {**self._card(), **card})
+        return export.push_to_hub(config.output_dir, config, commit_message, blocking)
 
     def _push(self, message: str, **options: Any) -> None:
         """A push that fails loses nothing: the model is in output_dir, and rank 0 says what went wrong."""
+        if ranks.rank() != 0:
+            return
         try:
-            self.push_to_hub(message, **options)
+            export.push_to_hub(self.args.output_dir, self.args, message, **options)
         except RuntimeError as error:
             self.tracker.say(str(error))
 
@@ -552,6 +585,18 @@ def _refuse_unsupported(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise InputError(f"GKDTrainer does not support {name} yet; leave it out.")
+
+
+def _refuse_occupied(config: GKDConfig, resume: bool | str | None) -> None:
+    """Refuse an output_dir that training would write over. A collective: rank 0 looks, before it writes anything."""
+    problem = None
+    if ranks.rank() == 0:
+        try:
+            config.check_output_dir_is_free(resume)
+        except InputError as error:
+            problem = str(error)
+    if problem := ranks.broadcast(problem):
+        raise InputError(problem)
 
 
 def _what_was_bad(row: dict[str, Any]) -> str:

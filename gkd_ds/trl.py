@@ -33,21 +33,29 @@ def generalized_jsd_loss(
     return {"sum": divergence.sum, "mean": divergence.mean}.get(reduction, lambda: divergence)()
 
 
-def generate_on_policy_outputs(model, inputs: dict[str, Tensor], generation_config) -> tuple[Tensor, Tensor, Tensor]:
-    """Complete `inputs["prompts"] [B, P]` (left-padded, `inputs["prompt_attention_mask"]`) with `model.generate`.
+def generate_on_policy_outputs(
+    model, inputs: dict[str, Tensor], generation_config, pad_token_id: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Complete `inputs["prompts"] [B, P]`, padded on the left, with `model.generate`.
 
     Returns token ids, attention mask and labels, all `[B, P + C]`: the mask ends after the first stop token, and
-    labels are -100 on the prompt and after the end.
+    labels are -100 on the prompt and after the end. Padding is told by position, since pad may equal eos: it is what
+    `inputs["prompt_attention_mask"]` leaves out or, without one, the `pad_token_id`s before a prompt's first token.
     """
-    prompt_mask = inputs["prompt_attention_mask"]
+    prompts, prompt_mask = inputs["prompts"], inputs.get("prompt_attention_mask")
+    if prompt_mask is None:
+        is_token = torch.ones_like(prompts) if pad_token_id is None else (prompts != pad_token_id).long()
+        prompt_mask = (is_token.cumsum(-1) > 0).long()
     generated = model.generate(
-        input_ids=inputs["prompts"],
+        input_ids=prompts,
         attention_mask=prompt_mask,
         generation_config=generation_config,
         return_dict_in_generate=True,
     ).sequences
-    completion = generated[:, prompt_mask.shape[1] :]
+    completion = generated[:, prompts.shape[1] :]
     stop_ids = generation_config.eos_token_id
+    if stop_ids is None:  # then generate() stops at the model's own
+        stop_ids = model.generation_config.eos_token_id
     if stop_ids is None:
         completion_mask = torch.ones_like(completion)
     else:
@@ -56,5 +64,5 @@ def generate_on_policy_outputs(model, inputs: dict[str, Tensor], generation_conf
         completion_mask = (is_stop.cumsum(-1) - is_stop == 0).long()
     mask = torch.cat([prompt_mask.to(completion_mask.dtype), completion_mask], dim=1)
     labels = generated.masked_fill(mask == 0, -100)
-    labels[:, : prompt_mask.shape[1]] = -100
+    labels[:, : prompts.shape[1]] = -100
     return generated, mask, labels

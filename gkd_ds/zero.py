@@ -27,13 +27,14 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from gkd_ds import kernels
 from gkd_ds.config import GKDConfig
-from gkd_ds.errors import InputError
+from gkd_ds.errors import InputError, first_line
 
 
 @dataclass
@@ -199,6 +200,8 @@ def load(source: str, ds_config: dict[str, Any], dtype: torch.dtype, **init_kwar
     try:
         with kernels.loading():
             return AutoModelForCausalLM.from_pretrained(source, **{"dtype": dtype, **init_kwargs})
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"the weights of {source!r} cannot be read ({first_line(error)}); get them again.") from error
     finally:
         # While it is alive the next from_pretrained would be partitioned, too.
         unset_hf_deepspeed_config()

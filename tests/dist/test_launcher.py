@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.dist.rank_server import environment
 from tests.tiny import make_everything
 
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
@@ -24,3 +25,14 @@ def test_a_hostfile_that_does_not_exist_is_refused(tmp_path):
     ]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_hostfile_that_does_not_exist_is_refused_by_the_trainer_of_a_script(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "from gkd_ds import GKDConfig, GKDTrainer\n"
+        f"GKDTrainer('some/student', 'some/teacher', GKDConfig(output_dir='{tmp_path / 'run'}'))\n"
+    )
+    command = [LAUNCHER, "--hostfile", tmp_path / "nohosts", "--num_accelerators", "1", tmp_path / "script.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
+    assert done.returncode == 1, done.stderr
+    assert f"InputError: --hostfile {tmp_path / 'nohosts'} does not exist; correct its path" in done.stderr

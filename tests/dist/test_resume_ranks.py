@@ -44,6 +44,15 @@ def assert_same_weights(run_dir: Path, reference: Path) -> None:
         torch.testing.assert_close(ours[name], weight, rtol=REORDERING, atol=REORDERING)
 
 
+def test_the_command_that_evaluates_may_stand_in_a_run_s_directory(server: Server, settings, whole: Path) -> None:
+    """Even with the student that is there; training there would be refused. It writes nothing."""
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    mine = {**settings, "output_dir": str(whole), "model_name_or_path": str(whole)}
+    said = server.run(2, mine, module="gkd_ds.evaluate").said(0)
+    assert "eval_loss" in said and "eval_on_policy_loss" in said
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
 @pytest.mark.parametrize("world, batch, accumulation", [(1, 2, 2), (1, 1, 4), (1, 4, 1), (4, 1, 1)])
 def test_from_two_ranks(server: Server, settings, whole: Path, tmp_path: Path, world, batch, accumulation) -> None:
     run_dir = copy_of(whole, tmp_path / "run", CUT)

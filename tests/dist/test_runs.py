@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
+from gkd_ds import GKDConfig
+from gkd_ds.evaluate import metric_names
 from tests.dist import plain
 from tests.dist.events import EVENT_KNOBS, Events
 from tests.dist.scenarios import Results
@@ -123,6 +125,12 @@ def test_a_resumed_run_is_the_uninterrupted_run(two_ranks: Results) -> None:
     assert any(row["source"]["student"] for row in whole[2:]) and len({row["lr"] for row in whole}) == 4
 
 
+def test_a_used_directory_is_refused_by_train_on_all_ranks_and_not_by_the_trainer(two_ranks: Results) -> None:
+    first, second = two_ranks["resume"]
+    assert "already holds a run (checkpoint-2)" in first["refused"] and first["refused"] == second["refused"]
+    assert first["untouched"] and second["untouched"]
+
+
 def test_a_resumed_run_ends_with_the_same_weights(two_ranks: Results) -> None:
     assert two_ranks["resume"]
     whole, half = (load_file(two_ranks.directory / f"resume-{run}" / "model.safetensors") for run in ("whole", "half"))
@@ -201,3 +209,14 @@ def test_early_stopping_stops_all_ranks(two_ranks: Results) -> None:
     for rank in two_ranks["callbacks"]:
         step, planned, best = rank["early"]
         assert (step, best) == (2, 1) and planned > 2
+
+
+def test_several_evaluation_sets_are_measured_by_name(two_ranks: Results) -> None:
+    result = two_ranks["callbacks"][0]
+    first, second = (row for row in result["early rows"] if "eval/few_loss" in row)
+    values = {f"eval/{name}_{key}" for name in ("few", "more") for key in metric_names(GKDConfig(eval_on_policy=False))}
+    assert set(first) == {"step", *values} and (first["step"], second["step"]) == (1, 2)
+    single = next(row for row in result["event rows"] if "eval/loss" in row)
+    assert set(single) == {"step", *(f"eval/{key}" for key in metric_names(GKDConfig()))}
+    assert (first["eval/few_samples"], first["eval/more_samples"]) == (2, 5)
+    assert first["eval/few_loss"] != first["eval/more_loss"] == result["best"]

@@ -57,7 +57,9 @@ KNOBS = {
 }
 
 
-def build(name: str, student="student", teacher="teacher", rows: int = 24, callbacks=None, **knobs) -> GKDTrainer:
+def build(
+    name: str, student="student", teacher="teacher", rows: int = 24, callbacks=None, eval_dataset=None, **knobs
+) -> GKDTrainer:
     """A trainer on the first `rows` chat rows; `student` and `teacher` are directories in MATERIALS, or models."""
     place = lambda model: str(MATERIALS / model) if isinstance(model, str) else model  # noqa: E731
     config = GKDConfig(output_dir=str(RESULTS / name), **{**KNOBS, **knobs})
@@ -67,9 +69,13 @@ def build(name: str, student="student", teacher="teacher", rows: int = 24, callb
         teacher_model=place(teacher),
         args=config,
         train_dataset=dataset,
-        eval_dataset=Dataset.from_list(make_chat_rows(3, seed=9)),
+        eval_dataset=eval_dataset or eval_rows(3),
         callbacks=callbacks,
     )
+
+
+def eval_rows(count: int) -> Dataset:
+    return Dataset.from_list(make_chat_rows(count, seed=9))
 
 
 def rows_of(name: str) -> list[dict]:
@@ -279,8 +285,12 @@ def sources() -> dict:
 
 
 def resume() -> dict:
-    """Four windows at one go, and two of them again from the checkpoint in the middle; with dropout, and W&B."""
+    """Four windows at one go, and two of them again from the checkpoint in the middle; with dropout, and W&B.
+
+    As with TRL: only train() is told to resume. Without that it is refused, and nothing is written.
+    """
     knobs = {
+        "overwrite_output_dir": False,
         "student": "dropout",
         "teacher": "gpt_neox-t",
         "disable_dropout": False,
@@ -301,8 +311,18 @@ def resume() -> dict:
             (shutil.copytree if source.is_dir() else shutil.copy)(source, RESULTS / "resume-half" / entry)
     ranks.barrier()
     half = build("resume-half", **knobs)
+    entries = lambda: sorted(path.name for path in (RESULTS / "resume-half").iterdir())  # noqa: E731
+    before, refused = entries(), ""
+    try:
+        half.train()
+    except InputError as error:
+        refused = str(error)
+    untouched = entries() == before
+    ranks.barrier()
     half.train(resume_from_checkpoint=True)
     return {
+        "refused": refused,
+        "untouched": untouched,
         "whole": rows_of("resume-whole"),
         "half": rows_of("resume-half"),
         "run_ids": [whole_id, half.tracker.run_id],
@@ -352,7 +372,9 @@ def precision() -> dict:
 
 
 def callbacks() -> dict:
-    """Two epochs of three windows; then a run that does not improve, which EarlyStoppingCallback ends."""
+    """Two epochs of three windows; then a run that does not improve on the second of two sets, which
+    EarlyStoppingCallback ends.
+    """
     events = Events()
     build("events", rows=12, callbacks=[events], lmbda=0.0, **EVENT_KNOBS).train()
     stopped = build(
@@ -361,13 +383,20 @@ def callbacks() -> dict:
         **{**EVENT_KNOBS, "eval_steps": 1, "save_steps": 1},
         learning_rate=0.0,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
+        eval_dataset={"few": eval_rows(2), "more": eval_rows(5)},
+        metric_for_best_model="more_loss",
         lmbda=0.0,
         eval_on_policy=False,
     )
     stopped.train()
     state = stopped.state
-    return {"events": events.seen, "early": [state.global_step, state.max_steps, state.best_global_step]}
+    return {
+        "events": events.seen,
+        "early": [state.global_step, state.max_steps, state.best_global_step],
+        "best": state.best_metric,
+        "early rows": rows_of("early"),
+        "event rows": rows_of("events"),
+    }
 
 
 class WeightsAfterEachUpdate(TrainerCallback):

@@ -273,6 +273,13 @@ def refusal(**settings) -> str:
     return str(caught.value)
 
 
+def occupied(resume, **settings) -> str:
+    with pytest.raises(InputError) as caught:
+        GKDConfig(**settings).check_output_dir_is_free(resume)
+    assert_one_sentence(str(caught.value))
+    return str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["model_name_or_path", "teacher_model_name_or_path"])
 @pytest.mark.parametrize("path", ["./nowhere", "/no/such/model", "a/b/c", "has space/model", "-x"])
 def test_missing_model_directory(name, path, tmp_path):
@@ -327,19 +334,23 @@ def test_output_dir_that_cannot_be_written(tmp_path):
 def test_output_dir_with_another_run(trace, tmp_path):
     (tmp_path / trace).parent.mkdir(exist_ok=True)
     (tmp_path / trace).write_text("")
-    assert "already holds a run" in refusal(output_dir=str(tmp_path))
-    GKDConfig(output_dir=str(tmp_path), overwrite_output_dir=True).validate_files()
-    GKDConfig(output_dir=str(tmp_path), resume_from_checkpoint="auto").validate_files()
+    assert "already holds a run" in occupied(None, output_dir=str(tmp_path))
+    assert "already holds a run" in occupied(False, output_dir=str(tmp_path), resume_from_checkpoint="auto")
+    GKDConfig(output_dir=str(tmp_path), overwrite_output_dir=True).check_output_dir_is_free(None)
+    GKDConfig(output_dir=str(tmp_path)).check_output_dir_is_free("auto")
+    GKDConfig(output_dir=str(tmp_path)).validate_files()  # whoever only evaluates may stand there
 
 
 def test_output_dir_is_not_created_by_checking_it(tmp_path):
-    GKDConfig(output_dir=str(tmp_path / "a" / "b")).validate_files()
+    config = GKDConfig(output_dir=str(tmp_path / "a" / "b"))
+    config.validate_files()
+    config.check_output_dir_is_free(None)
     assert not (tmp_path / "a").exists()
 
 
 def test_output_dir_may_not_be_a_model(model_dir):
-    assert "model_name_or_path" in refusal(
-        output_dir=str(model_dir), model_name_or_path=str(model_dir), overwrite_output_dir=True
+    assert "model_name_or_path" in occupied(
+        None, output_dir=str(model_dir), model_name_or_path=str(model_dir), overwrite_output_dir=True
     )
 
 

@@ -298,7 +298,7 @@ def test_an_upstream_gradient_reaches_every_gradient() -> None:
 
 
 def test_large_vocabulary_runs_in_several_tiles() -> None:
-    """Above 2^18 entries a chunk is cut into cache-sized tiles; the last one is ragged."""
+    """Above 2^20 entries a chunk is cut into cache-sized tiles; the last one is ragged."""
     Case(N=75, V=30_000, D=8, E=8).check(chunk_bytes=1 << 30)
 
 

@@ -14,8 +14,11 @@ import yaml
 from huggingface_hub import constants
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.trainer_callback import TrainerState
 
+from gkd_ds import GKDTrainer
 from gkd_ds.config import GKDConfig
+from gkd_ds.errors import InputError
 from gkd_ds.export import UNFINISHED, _move_into_place, export_model, hub_uploads, push_to_hub
 from gkd_ds.model_card import Card, model_card
 from tests.tiny import FAMILIES, make_model, make_tokenizer
@@ -391,3 +394,31 @@ def test_push_arguments(run_dir):
     )
     assert repository == {"repo_id": "my-run", "private": True, "exist_ok": True}
     assert upload["revision"] is None and "checkpoint-*/*" in upload["ignore_patterns"]
+
+
+def test_push_to_hub_takes_what_trl_takes_for_the_model_card(hub, run_dir):
+    trainer = GKDTrainer.__new__(GKDTrainer)  # no engine takes part in a push
+    trainer.args = GKDConfig(output_dir=str(run_dir), hub_model_id="org/made", hub_token="hf_mine")
+    trainer._names, trainer._train_examples, trainer.state = {"student": "org/base"}, None, TrainerState()
+    card = {"model_name": "My student", "dataset_name": "org/chats", "language": "en", "license": "mit", "tags": ["x"]}
+    assert trainer.push_to_hub("a commit", **card).endswith("/org/made")
+    text = uploaded(hub)["README.md"].decode()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert (front["language"], front["license"], front["datasets"]) == ("en", "mit", ["org/chats"])
+    assert "x" in front["tags"] and "gkd" in front["tags"] and "\n# My student\n" in text
+    assert front["base_model"] == "org/base" and "org/base" in text
+    trainer.push_to_hub(finetuned_from="org/other", dataset_name=None)
+    assert yaml.safe_load((run_dir / "README.md").read_text().split("---\n")[1])["base_model"] == "org/other"
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    ({"tasks": "text-generation"}, "push_to_hub does not support tasks; leave it out"),
+    ({"dataset_args": "all"}, "push_to_hub does not support dataset_args; leave it out"),
+    ({"commit_mesage": "x"}, "push_to_hub does not support commit_mesage; leave it out"),
+    ({"license": 7}, "push_to_hub needs text for license, not 7"),
+    ({"dataset": ["a", "b"]}, "push_to_hub needs text for dataset, not ['a', 'b']"),
+])  # fmt: skip
+def test_other_arguments_of_push_to_hub_are_refused_by_name(hub, run_dir, arguments, sentence):
+    with pytest.raises(InputError) as caught:
+        GKDTrainer.__new__(GKDTrainer).push_to_hub(**arguments)
+    assert str(caught.value).startswith(sentence) and not hub.requests

@@ -81,7 +81,7 @@ def test_of_equal_prompts_the_first_stays():
 def test_recipes_are_valid_and_name_files_that_exist(recipe, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = GKDConfig(**read_recipe(str(recipe)))
-    assert Path(config.deepspeed).is_file() and Path(config.teacher_deepspeed).is_file()
+    assert None not in config.read_deepspeed_files()
 
 
 @pytest.mark.parametrize("path", DS_FILES, ids=lambda path: path.stem)
@@ -90,7 +90,8 @@ def test_deepspeed_files_agree_with_any_recipe(path, monkeypatch, tmp_path):
     field = "teacher_deepspeed" if path.stem.startswith("teacher") else "deepspeed"
     for precision in ({"bf16": False}, {"bf16": True}, {"fp16": True}):
         knobs = {"gradient_accumulation_steps": 3, "learning_rate": 1e-3, "max_grad_norm": 0.5, **precision}
-        GKDConfig(**{field: str(path)}, **knobs)
+        files = GKDConfig(**{field: str(path)}, **knobs).read_deepspeed_files()
+        assert json.loads(path.read_text()) in files
 
 
 @pytest.mark.parametrize("path", DS_FILES, ids=lambda path: path.stem)
