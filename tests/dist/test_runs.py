@@ -127,7 +127,7 @@ def test_a_resumed_run_remembers_what_the_uninterrupted_run_remembers(two_ranks:
     result = two_ranks["resume"][0]
     whole, half = ([{**entry, "train_runtime": 0} for entry in history] for history in result["histories"])
     assert half == whole
-    assert [entry["step"] for entry in half] == [3, 4, 4], "the run's summary comes last"
+    assert [entry["step"] for entry in half] == [3, 4], "the run's summary comes last"
     assert half[0]["loss"] == pytest.approx(sum(row["loss"] for row in result["whole"][:3]) / 3)
     whole, half = result["progress"]
     assert half == whole
