@@ -111,7 +111,8 @@ def _commit(run_dir: Path, directory: Path, body: dict[str, Any]) -> Path:
     newest = max((known.sequence for known in _readable_checkpoints(run_dir)), default=0)
     faults.point("save.manifest")
     written = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    text = manifest.render(body | {"sequence": newest + 1, "versions": _versions(), "written": written})
+    versions = {"python": platform.python_version()} | library_versions()
+    text = manifest.render(body | {"sequence": newest + 1, "versions": versions, "written": written})
     _write_durably(directory / manifest.MANIFEST, text)
     for folder, _, _ in os.walk(directory):
         _flush_directory(Path(folder))
@@ -145,9 +146,9 @@ def _move_aside(final: Path) -> Path | None:
     return aside
 
 
-def _versions() -> dict[str, str]:
-    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"python": platform.python_version()} | libraries
+def library_versions() -> dict[str, str]:
+    """Of those libraries that decide what a run computes."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def _together(step: int, work: Callable[[], Any]) -> list[Any]:

@@ -350,7 +350,9 @@ class GKDConfig:
     )
     save_steps: float = knob(500, "Write a checkpoint every so many updates; below 1: a share of all updates.", low=0)
     save_total_limit: int | None = knob(None, "Checkpoints to keep; older ones are deleted; null keeps all.", low=1)
-    save_only_model: bool = knob(False, "Checkpoints without optimizer and position; they cannot be resumed.")
+    save_only_model: bool = knob(
+        False, "Checkpoints without optimizer and position; they cannot be resumed. A stop writes a whole one."
+    )
     resume_from_checkpoint: bool | str | None = knob(
         None,
         "A checkpoint's directory; true: the newest valid one in output_dir; auto: the same, or start if "

@@ -137,6 +137,11 @@ def findings(history: Sequence[WindowStats]) -> dict[str, str]:
     return found | _entropy_finding(recent, reference)
 
 
+def trimmed(history: Sequence[WindowStats]) -> list[WindowStats]:
+    """What `findings` needs of `history`, now and after any further windows."""
+    return [*history[:REFERENCE_WINDOWS], *history[REFERENCE_WINDOWS:][-RECENT_WINDOWS:]]
+
+
 def _entropy_finding(recent: Sequence[WindowStats], reference: Sequence[WindowStats]) -> dict[str, str]:
     now = [s.entropy for s in recent if s.entropy is not None]
     before = [s.entropy for s in reference if s.entropy is not None]
@@ -151,13 +156,13 @@ class RateLimit:
     """Lets each sign through when it appears, and then once in `every` steps while it stays."""
 
     every: int = 50
-    _last: dict[str, int] = field(default_factory=dict)
+    last: dict[str, int] = field(default_factory=dict)  # sign: the step at which it was reported last
 
     def allow(self, sign: str, step: int) -> bool:
         """Whether the sign may be reported at `step`; if so, it counts as reported."""
-        if sign in self._last and step - self._last[sign] < self.every:
+        if sign in self.last and step - self.last[sign] < self.every:
             return False
-        self._last[sign] = step
+        self.last[sign] = step
         return True
 
 

@@ -39,14 +39,19 @@ class JsonLines:
         except OSError as problem:
             print(f"{self.path}: {problem.strerror}; rows wait in memory for room.", file=sys.stderr)
 
-    def truncate(self, step: int) -> int:
-        """Keep the rows up to `step`, atomically; returns how many unreadable lines were dropped as well."""
+    def truncate(self, step: int, at_step: int | None = None) -> int:
+        """Keep the rows up to `step`, atomically; returns how many unreadable lines were dropped as well.
+
+        Of the rows of `step` itself, the first `at_step` are kept (None: all).
+        """
         self.close()
-        kept, unreadable = [], 0
+        kept, unreadable, left = [], 0, math.inf if at_step is None else at_step
         for line in self.path.read_bytes().splitlines():
             row = _parsed(line)
             unreadable += row is None
-            if row is not None and row["step"] <= step:
+            if row is not None and row["step"] == step:
+                left -= 1
+            if row is not None and row["step"] <= step and left >= 0:
                 kept.append(line + b"\n")
         temporary = self.path.with_name(self.path.name + ".tmp")
         with open(temporary, "wb") as file:

@@ -51,6 +51,7 @@ class Pipeline:
     def __init__(self, student: Student, teacher: Teacher, config: GKDConfig, sampling: Sampling, watchdog: Watchdog):
         self.student, self.teacher, self.config, self.sampling = student, teacher, config, sampling
         self.watchdog = watchdog
+        self.safe_point: Callable[[], None] = lambda: None
         self.seconds: dict[str, float] = {}
         self.decoded_rows = 0
 
@@ -66,11 +67,21 @@ class Pipeline:
             faults.point(f"mid-{name}")
 
         self.watchdog.beat(name)
+        self.safe_point()
         faults.point(name)
         started = time.perf_counter()
         yield alive
         get_accelerator().synchronize()
         self.seconds[name] = time.perf_counter() - started
+
+    @contextmanager
+    def interruptible(self, safe_point: Callable[[], None]) -> Iterator[None]:
+        """Inside, `safe_point` is called before every phase, on all ranks; it may raise, on all of them."""
+        self.safe_point = safe_point
+        try:
+            yield
+        finally:
+            self.safe_point = lambda: None
 
     # -- rollout ------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Source(str, Enum):
-    """Who wrote a completion."""
+    """Who wrote a completion. What is sampled stands first, the student's own before all."""
 
     STUDENT = "student"
     TEACHER = "teacher"

@@ -110,12 +110,15 @@ def rollout_rows(
     count: int,
     places: list[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """The first `count` rollouts of this rank (of those at `places`) as text, beside what both models think of them.
+    """Up to `count` rollouts of this rank as text, beside what both models think of them.
 
-    Log-probabilities and divergence are means per token, in nats.
+    Those at `places`, or else what the student sampled first, then the teacher's, then the data's. Log-probabilities
+    and divergence are means per token, in nats.
     """
+    if places is None:
+        places = sorted(range(len(rollouts)), key=lambda row: list(Source).index(rollouts[row].source))
     rows = []
-    for row in (range(len(rollouts)) if places is None else places)[:count]:
+    for row in places[:count]:
         rollout = rollouts[row]
         tokens = max(len(rollout.completion_ids), 1)
         rows.append(

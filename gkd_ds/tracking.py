@@ -117,11 +117,16 @@ class Tracker:
         if self._wandb_run is not None:
             self._to_wandb({"step": step, "rollouts": _table(step, rows)})
 
-    def truncate(self, step: int) -> None:
-        """Forget every row after update `step` (call it once on resume; -1 forgets everything)."""
+    def truncate(self, step: int, evaluations: int | None = None) -> None:
+        """Forget every row after update `step` (call it once on resume; -1 forgets everything).
+
+        `evaluations` is how many of the evaluations after that very update count (None: all): one that came after
+        the checkpoint was written is made again.
+        """
         if self._writes:
-            for lines in (self._metrics, self._rollouts):
-                lost = lines.truncate(step)
+            rows_of_step = None if evaluations is None else evaluations + (step > 0)
+            for lines, at_step in ((self._metrics, rows_of_step), (self._rollouts, None)):
+                lost = lines.truncate(step, at_step)
                 if lost:
                     self.say(f"{lines.path.name}: {lost} unreadable lines were dropped.")
 
@@ -180,6 +185,8 @@ class Tracker:
                 file=sys.stderr,
                 **size,
             )
+            # The bar appears after the first update: for the time that is left, it began before it.
+            self._bar.start_t = self._bar.last_print_t = time.time() - (row.get("perf/step_s") or 0.0)
         self._bar.set_postfix_str(
             f"loss {_short(row.get('loss'))}, {_short(_tokens_per_s(row))} tokens/s", refresh=False
         )

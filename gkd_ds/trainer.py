@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import math
 import os
@@ -28,10 +29,11 @@ from gkd_ds.data import Examples, SampleOrder, stop_token_ids, tokenize
 from gkd_ds.decoding import Sampling
 from gkd_ds.errors import InputError
 from gkd_ds.evaluate import evaluate, metric_names
-from gkd_ds.guards import BadUpdates, RateLimit, warnings
-from gkd_ds.interrupts import FAILED, FINISHED, NOT_SAVED, STOPPED, Interrupts
+from gkd_ds.guards import BadUpdates, trimmed, warnings
+from gkd_ds.interrupts import FAILED, FINISHED, NOT_SAVED, STOPPED, Interrupts, StopAgreed
 from gkd_ds.launcher import check_hostfile
 from gkd_ds.pipeline import Pipeline, count_tokens
+from gkd_ds.progress import TRAINER_STATE, Mean, Progress, check_state, differences
 from gkd_ds.records import Sample
 from gkd_ds.report_row import rollout_rows, suspects, update_row, window_stats
 from gkd_ds.scheduler import StepScheduler
@@ -158,6 +160,10 @@ class GKDTrainer:
     def _refuse_different_ranks(self) -> None:
         fields = {name: repr(value) for name, value in self.args.to_dict().items() if name != "local_rank"}
         ranks.refuse_differences(fields, "configuration")
+        files = zip(("deepspeed", "teacher_deepspeed"), self.args.read_deepspeed_files())
+        digests = {f"what {name} holds": hashlib.sha256(repr(file).encode()).hexdigest() for name, file in files}
+        ranks.refuse_differences(digests, "DeepSpeed files")
+        ranks.refuse_differences(checkpoint.library_versions(), "library versions")
         data = {"training data": self._train_examples, **self._eval_examples}
         ranks.refuse_differences({name: rows.fingerprint for name, rows in data.items() if rows is not None}, "data")
 
@@ -231,71 +237,92 @@ class GKDTrainer:
         _refuse_occupied(config, resume)
         self.watchdog = self.pipeline.watchdog = Watchdog(config.watchdog_timeout, config.output_dir)
         with self.interrupts, self.watchdog:
-            self._begin(resume)
-            exit_code = FAILED
+            exit_code, self.stop_reason = FAILED, None
             try:
+                self._begin(resume)
                 self.control = handler.on_train_begin(config, self.state, self.control)
-                if config.eval_on_start and self.state.global_step == 0:
-                    self._evaluate_and_log()
-                while self.state.global_step < self.state.max_steps and not self._asked_to_stop():
-                    self._window_with_events()
-                    self.stop_reason = self.interrupts.agreed_reason()
-                    if self.stop_reason:
-                        break
+                try:
+                    self._run()
+                except StopAgreed as stop:
+                    self.stop_reason = str(stop)
                 metrics = self._log_summary()
                 self.control = handler.on_train_end(config, self.state, self.control)
                 saved = self._end()
                 exit_code = self.exit_code = NOT_SAVED if not saved else STOPPED if self.stop_reason else FINISHED
             finally:
-                self.tracker.close(exit_code)
+                if self.tracker is not None:
+                    self.tracker.close(exit_code)
             ranks.barrier()
             zero.leave_at_exit()
-        return TrainOutput(self.state.global_step, self._mean_loss, metrics)
+        return TrainOutput(self.state.global_step, self.progress.train_loss.value, metrics)
 
     def _begin(self, resume: bool | str | None) -> None:
         config, run_dir = self.args, Path(self.args.output_dir)
         found, passed_over = checkpoint.find(run_dir, resume)
         if found is None and config.overwrite_output_dir:
-            _clear(run_dir)
-        self._started, self._losses = time.monotonic(), (0.0, 0)
-        self.bad_updates, self._history, self._told = BadUpdates(config.max_bad_updates), [], RateLimit()
-        run_id = found.state["tracker_run_id"] if found else None
-        self.tracker = Tracker(config, ranks.rank(), run_dir, self.state.max_steps, run_id)
+            _agreed(lambda: _clear(run_dir))
+        if found is not None:
+            self._check(found)
+        self._started, self._rollouts, self._learned = time.monotonic(), [], None
+        self.progress = Progress(BadUpdates(config.max_bad_updates), evaluation_due=config.eval_on_start)
+        _agreed(lambda: self._open_tracker(found.state["tracker_run_id"] if found else None))
         for _, reason in passed_over:
             self.tracker.say(f"resume: passed over {reason}")
         if found is not None:
             self._resume(found)
-        self.tracker.truncate(self.state.global_step if found is not None else -1)
-        if ranks.rank() == 0:
-            (run_dir / FINISHED_FILE).unlink(missing_ok=True)
-            (run_dir / "config.resolved.json").write_text(config.to_json_string())
+        _agreed(lambda: self._prepare_run_dir(is_new=found is None))
 
-    def _window_with_events(self) -> None:
-        """One window, with the events of transformers' TrainerCallback around it."""
-        config, handler, step = self.args, self.callback_handler, self.state.global_step
-        windows = self.scheduler.windows_per_epoch
-        if step % windows == 0:
-            self.control = handler.on_epoch_begin(config, self.state, self.control)
-        self.control = handler.on_step_begin(config, self.state, self.control)
-        self._window(step)
-        self.state.global_step += 1
-        self.state.epoch = self.state.global_step / windows
-        self.control = handler.on_step_end(config, self.state, self.control)
-        self._act()
-        if self.state.global_step % windows == 0:
-            self.control = handler.on_epoch_end(config, self.state, self.control)
+    def _open_tracker(self, run_id: str | None) -> None:
+        self.tracker = Tracker(self.args, ranks.rank(), self.args.output_dir, self.state.max_steps, run_id)
+
+    def _prepare_run_dir(self, is_new: bool) -> None:
+        """What the directory says is what the run has done."""
+        if ranks.rank() == 0:
+            Path(self.args.output_dir, FINISHED_FILE).unlink(missing_ok=True)
+            Path(self.args.output_dir, "config.resolved.json").write_text(self.args.to_json_string())
+        self.tracker.truncate(*((-1, None) if is_new else (self.state.global_step, self.progress.evaluations)))
+
+    def _run(self) -> None:
+        """Windows, epoch by epoch. Raises StopAgreed, on all ranks, when something asks the run to stop."""
+        self._act()  # an evaluation may be due from the start, or since the run was interrupted
+        while self.state.global_step > self.progress.epoch_ended_at or self._goes_on():
+            self._epoch()
+
+    def _epoch(self) -> None:
+        """What is left of an epoch, with the events of transformers' TrainerCallback in transformers' order."""
+        config, handler, state = self.args, self.callback_handler, self.state
+        windows, is_open = self.scheduler.windows_per_epoch, state.global_step > self.progress.epoch_ended_at
+        end = ((state.global_step - is_open) // windows + 1) * windows
+        self.control = handler.on_epoch_begin(config, state, self.control)
+        while state.global_step < end and self._goes_on():
+            self.control = handler.on_step_begin(config, state, self.control)
+            self._window(state.global_step)
+            state.global_step += 1
+            state.epoch = state.global_step / windows
+            self.control = handler.on_step_end(config, state, self.control)
             self._act()
+            self.interrupts.obey()
+            if self.control.should_epoch_stop and self.progress.told.allow("should_epoch_stop", state.global_step):
+                self.tracker.say("should_epoch_stop is ignored: the step alone says where in the data a run is")
+        self.control = handler.on_epoch_end(config, state, self.control)
+        self.progress.epoch_ended_at = state.global_step
+        self._act()
+        self.interrupts.obey()
 
     def _window(self, step: int) -> None:
-        """rollout -> score -> learn -> update, and one row of metrics."""
+        """rollout -> score -> learn -> update, and one row of metrics.
+
+        A stop abandons the window before its gradients are computed. After that, the update is all that is left.
+        """
         config, handler = self.args, self.callback_handler
         started, counted = time.perf_counter(), dataclasses.replace(self.counters)
         samples, sources = self._samples(step)
-        rollouts = self.pipeline.rollout(samples, sources)
-        total_tokens = count_tokens(rollouts)
-        targets = self.pipeline.score(rollouts)
-        torch.manual_seed(config.seed + step)  # dropout, where it is on, does not depend on what ran before
-        learned = self.pipeline.learn(rollouts, targets, total_tokens)
+        with self.pipeline.interruptible(lambda: self.interrupts.obey(between_windows=False)):
+            rollouts = self.pipeline.rollout(samples, sources)
+            total_tokens = count_tokens(rollouts)
+            targets = self.pipeline.score(rollouts)
+            torch.manual_seed(config.seed + step)  # dropout, where it is on, does not depend on what ran before
+            learned = self.pipeline.learn(rollouts, targets, total_tokens)
         rate = self.student.learning_rate
         self.control = handler.on_pre_optimizer_step(config, self.state, self.control)
         with self.pipeline.phase("update"):
@@ -307,15 +334,26 @@ class GKDTrainer:
         row |= {"step": step + 1, "epoch": (step + 1) / self.scheduler.windows_per_epoch, "lr": rate}
         row |= {"grad_norm": self.student.grad_norm, "skipped": int(not applied)}
         row["perf/step_s"] = time.perf_counter() - started
-        self._row, self._rollouts, self._learned = row, rollouts, learned
-        self._losses = (self._losses[0] + row["loss"], self._losses[1] + 1) if applied else self._losses
+        self._rollouts, self._learned = rollouts, learned
         self.tracker.log_update(row)
         if bad:
             self.tracker.log_rollouts(step + 1, suspects(rollouts, learned, self.processing_class, 2))
-        if sentence := self.bad_updates.record(step + 1, bad):
+        self._remember(row, bad)
+
+    def _remember(self, row: dict[str, Any], bad: str | None) -> None:
+        """Keep of a window what later ones and the log need; warn of what goes wrong."""
+        progress = self.progress
+        progress.evaluations = 0
+        progress.last_update = {"grad_norm": row["grad_norm"], "learning_rate": row["lr"], "epoch": row["epoch"]}
+        if bad is None:
+            progress.train_loss.add(row["loss"])
+        if math.isfinite(row["loss"]) or not self.args.logging_nan_inf_filter:
+            progress.unlogged_loss.add(row["loss"])
+        if sentence := progress.bad_updates.record(row["step"], bad):
             self.tracker.say(sentence)
-        self._history += [window_stats(row)] if row["source"]["student"] else []
-        for sentence in warnings(self._history, self._told):
+        if row["source"]["student"]:
+            progress.history = trimmed([*progress.history, window_stats(row)])
+        for sentence in warnings(progress.history, progress.told):
             self.tracker.say(sentence)
 
     def _samples(self, step: int) -> tuple[list[Sample], set]:
@@ -335,28 +373,34 @@ class GKDTrainer:
 
     # -- what callbacks may ask for -----------------------------------------------------------------------------
 
-    def _asked_to_stop(self) -> bool:
-        """Whether a callback wants the run to end, on any rank. A collective."""
+    def _goes_on(self) -> bool:
+        """Whether there are windows left, and no callback wants the run to end on any rank. A collective."""
         self.control.should_training_stop = ranks.any_rank(self.control.should_training_stop)
-        return self.control.should_training_stop
+        return self.state.global_step < self.state.max_steps and not self.control.should_training_stop
 
     def _act(self) -> None:
         """Log, evaluate and save as `control` says, on all ranks when it says so on any.
 
         Each is agreed just before it is done, since what comes before may ask for it: the best model so far is
-        known, and saved, after the evaluation.
+        known, and saved, after the evaluation. A stop may come before the evaluation is through: it is due then.
         """
         if ranks.any_rank(self.control.should_log):
             self._log()
         if ranks.any_rank(self.control.should_evaluate) and self._eval_examples:
+            self.progress.evaluation_due = True
+        if self.progress.evaluation_due:
             self._evaluate_and_log()
         if ranks.any_rank(self.control.should_save):
-            self._save_checkpoint()
+            self._save_checkpoint(self.args.save_only_model)
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
 
     def _log(self) -> None:
-        row, config = self._row, self.args
-        logs = {"loss": row["loss"], "grad_norm": row["grad_norm"], "learning_rate": row["lr"], "epoch": row["epoch"]}
+        """Tell the mean loss since this was done last; nothing if that was after the same update."""
+        config, progress = self.args, self.progress
+        if not progress.last_update:
+            return
+        logs = {"loss": progress.unlogged_loss.value, **progress.last_update}
+        progress.unlogged_loss, progress.last_update = Mean(), {}
         self.state.log_history.append({**logs, "step": self.state.global_step})
         rows = rollout_rows(self._rollouts, self._learned, self.processing_class, config.log_rollouts)
         self.tracker.log_rollouts(self.state.global_step, rows)
@@ -365,13 +409,17 @@ class GKDTrainer:
     def _log_summary(self) -> dict[str, float]:
         """What transformers tells callbacks about a run when it ends."""
         seconds = time.monotonic() - self._started
-        metrics = {"train_runtime": seconds, "train_loss": self._mean_loss, "epoch": self.state.epoch or 0.0}
-        self.state.log_history.append({**metrics, "step": self.state.global_step})
+        loss, epoch = self.progress.train_loss.value, self.state.epoch or 0.0
+        metrics = {"train_runtime": seconds, "train_loss": loss, "epoch": epoch}
+        if not self.stop_reason:  # the history goes on after the checkpoint that is saved next
+            self.state.log_history.append({**metrics, "step": self.state.global_step})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, metrics)
         return metrics
 
     def _evaluate_and_log(self) -> None:
-        metrics = self.evaluate()
+        with self.pipeline.interruptible(lambda: self.interrupts.obey(between_windows=False)):
+            metrics = self.evaluate()
+        self.progress.evaluation_due = False
         if self.args.metric_for_best_model is None:
             return
         value = self._find_metric(metrics)
@@ -400,6 +448,7 @@ class GKDTrainer:
             for key, value in metrics.items():
                 row[key.replace(f"{metric_key_prefix}_", f"{metric_key_prefix}/", 1)] = value
             self.tracker.log_eval({"step": step, **row})
+            self.progress.evaluations += 1
         self.state.log_history.append({**metrics, "step": self.state.global_step, "epoch": self.state.epoch})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -407,20 +456,20 @@ class GKDTrainer:
 
     # -- saving -------------------------------------------------------------------------------------------------
 
-    def _save_checkpoint(self) -> Path | None:
+    def _save_checkpoint(self, only_model: bool) -> Path | None:
         """A checkpoint of this step; None (and a sentence) when it could not be written. Training goes on then."""
         config, run_dir, step = self.args, self.args.output_dir, self.state.global_step
         self.watchdog.beat("save")
         self.tracker.sync()
         state = {
             "trainer_state": {**dataclasses.asdict(self.state), "log_history": self.state.log_history},
-            "bad_updates": dataclasses.asdict(self.bad_updates),
+            "progress": dataclasses.asdict(self.progress),
             "tracker_run_id": self.tracker.run_id,
             "config": config.to_dict(),
             "schedule": {**self._schedule(), "draw_samples": self.scheduler.draw_samples},
         }
         try:
-            if config.save_only_model:
+            if only_model:
                 path = checkpoint.save(run_dir, step, self._export, state)
             else:
                 write = lambda directory: engine_files.save_engine(self.student.engine, directory)  # noqa: E731
@@ -431,14 +480,19 @@ class GKDTrainer:
         best = self.state.best_global_step
         checkpoint.prune(run_dir, config.save_total_limit, f"checkpoint-{best}" if best else None)
         ranks.barrier()
-        self._saved_step = step
+        self._note_best_checkpoint()
+        self._saved_step = None if only_model else step
         if config.push_to_hub and config.hub_strategy != "end":
             self.save_model()
             self._push(f"Training in progress, step {step}", blocking=False, checkpoint=path.name)
         self.control = self.callback_handler.on_save(config, self.state, self.control)
         return path
 
-    _saved_step = -1
+    _saved_step: int | None = None  # of the last checkpoint from which a run can go on
+
+    def _note_best_checkpoint(self) -> None:
+        best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
 
     def _schedule(self) -> dict[str, Any]:
         """What decides which samples a window holds; a resume must agree on it."""
@@ -446,7 +500,9 @@ class GKDTrainer:
         schedule = {name: getattr(self.scheduler, name) for name in names}
         return schedule | {"data_seed": self.order.seed, "training data": self._train_examples.fingerprint}
 
-    def _resume(self, found: checkpoint.Manifest) -> None:
+    def _check(self, found: checkpoint.Manifest) -> None:
+        """Raise InputError unless this run can go on from a checkpoint, as far as its manifest tells."""
+        check_state(found)
         for name, value in self._schedule().items():
             before = found.state["schedule"][name]
             if value != before:
@@ -454,15 +510,20 @@ class GKDTrainer:
                     f"cannot resume from {found.path}: its {name} was {before} and is now {value}; start with the same "
                     "data, seeds and global batch (batch size x accumulation x ranks)."
                 )
+
+    def _resume(self, found: checkpoint.Manifest) -> None:
         # With another layout of the same window, the draws stay those of the layout in which the run began.
         draw_samples = found.state["schedule"]["draw_samples"]
         self.scheduler = dataclasses.replace(self.scheduler, draw_samples=draw_samples)
         self._load_engine(found)
         saved = found.state["trainer_state"]
-        for name in ("global_step", "epoch", "log_history", "best_metric", "best_global_step"):
+        for name in TRAINER_STATE:
             setattr(self.state, name, saved[name])
-        self.bad_updates = BadUpdates(**{**found.state["bad_updates"], "limit": self.args.max_bad_updates})
+        self._note_best_checkpoint()
+        self.progress = Progress.of(found.state["progress"], self.args)
         self.tracker.say(f"resumed from {found.path} at step {self.state.global_step}")
+        for sentence in differences(found, self.args):
+            self.tracker.say(sentence)
 
     def _load_engine(self, found: checkpoint.Manifest) -> None:
         engine, world = self.student.engine, ranks.world_size()
@@ -477,8 +538,10 @@ class GKDTrainer:
         that could not be written.
         """
         if self.stop_reason:
-            saved = self.state.global_step == self._saved_step
-            path = Path(self.args.output_dir, f"checkpoint-{self._saved_step}") if saved else self._save_checkpoint()
+            # save_only_model does not count: the run is to go on from here.
+            path = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            if self.state.global_step != self._saved_step:
+                path = self._save_checkpoint(only_model=False)
             saved = f"its state is in {path}; resume_from_checkpoint=auto continues" if path else "it was not saved"
             self.tracker.say(f"stopped after update {self.state.global_step}: {self.stop_reason}; {saved}")
             return path is not None
@@ -550,6 +613,7 @@ class GKDTrainer:
 
     def _push(self, message: str, **options: Any) -> None:
         """A push that fails loses nothing: the model is in output_dir, and rank 0 says what went wrong."""
+        self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if ranks.rank() != 0:
             return
         try:
@@ -570,11 +634,6 @@ class GKDTrainer:
     def is_world_process_zero(self) -> bool:
         """Whether this is rank 0."""
         return ranks.rank() == 0
-
-    @property
-    def _mean_loss(self) -> float:
-        total, count = self._losses
-        return total / max(count, 1)
 
     generalized_jsd_loss = staticmethod(trl.generalized_jsd_loss)
     generate_on_policy_outputs = staticmethod(trl.generate_on_policy_outputs)
@@ -606,14 +665,18 @@ def _what_was_bad(row: dict[str, Any]) -> str:
 
 
 def _clear(run_dir: Path) -> None:
-    """Remove the checkpoints of the run that overwrite_output_dir gives up. A collective; rank 0 works."""
+    """Remove the checkpoints of the run that overwrite_output_dir gives up. Rank 0 works."""
+    for path in run_dir.glob("checkpoint-*") if ranks.rank() == 0 else ():
+        if checkpoint.COMPLETE_NAME.fullmatch(path.name) or checkpoint.LEFTOVER_NAME.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
+def _agreed(work: Callable[[], None]) -> None:
+    """Do `work` in output_dir, or raise the same InputError on all ranks when the system refuses it to one."""
     problem = None
-    if ranks.rank() == 0:
-        try:
-            for path in run_dir.glob("checkpoint-*"):
-                if checkpoint.COMPLETE_NAME.fullmatch(path.name) or checkpoint.LEFTOVER_NAME.fullmatch(path.name):
-                    shutil.rmtree(path)
-        except OSError as error:
-            problem = f"{error.filename} cannot be removed ({error.strerror})"
-    if problem := ranks.broadcast(problem):
-        raise InputError(f"overwrite_output_dir is set but {problem}; remove it or choose another output_dir.")
+    try:
+        work()
+    except OSError as error:
+        problem = f"{error.filename or 'output_dir'} cannot be written ({error.strerror})"
+    if problem := next(filter(None, ranks.gather(problem)), None):
+        raise InputError(f"{problem}; make room for it or choose another output_dir.")

@@ -1,4 +1,4 @@
-"""Runs that are killed, wherever they are, and go on: every loss, rate and weight as if nothing had happened."""
+"""Runs that are killed or stopped, wherever they are, and go on: all losses and weights as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.dist.rank_server import Job, Server
 from tests.dist.runs import assert_same, rows
 
-KILLED = -9
+KILLED, STOPPED = -9, 75
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,7 @@ def finish_and_compare(server: Server, settings: dict[str, Any], whole: Path) ->
     run_dir = settings["output_dir"]
     assert_same(run_dir, whole)
     ours, theirs = rows(run_dir, "eval/loss"), rows(whole, "eval/loss")
+    assert list(ours) == list(theirs)
     for step, row in theirs.items():
         for name in ("eval/loss", "eval/on_policy_loss", "eval/on_policy_entropy"):
             assert ours[step][name] == row[name], (step, name)
@@ -74,6 +75,40 @@ def test_killed_in_every_phase(server: Server, settings, whole: Path, tmp_path: 
     for point, occurrence, rank in chain:
         cut(server, mine, point, occurrence, rank)
     finish_and_compare(server, mine, whole)
+
+
+# Asked to stop in one phase; the next one would last for ever. What is abandoned is done again by the next process, an
+# evaluation too: a window's update and the evaluation after it; that evaluation's first measurement and second rollout.
+STOPS = [
+    ("term:rollout:1:1,sleep:score:1", 0),
+    ("term:score:2:0,sleep:learn:2", 1),
+    ("term:update:1:1,sleep:rollout:2", 2),
+    ("term:evaluation:1:0,sleep:rollout:2", 2),
+]
+
+
+def test_a_stop_is_obeyed_before_the_next_phase(server: Server, settings, whole: Path, tmp_path: Path) -> None:
+    mine = {**settings, "output_dir": str(tmp_path / "run")}
+    for fault, step in STOPS:
+        job = server.start(2, mine, fault=fault)
+        assert job.wait() == [STOPPED, STOPPED], f"{fault}\n{job.said()}"
+        assert f"stopped after update {step}: SIGTERM" in job.said() and "sleep at" not in job.said()
+    finish_and_compare(server, mine, whole)
+
+
+def test_an_evaluation_at_the_end_of_an_epoch_is_never_lost(server: Server, settings, whole: Path, tmp_path: Path):
+    """Killed in it, when the checkpoint of its step is written already; then after it, before the next checkpoint."""
+    mine = {**settings, "output_dir": str(tmp_path / "run"), "eval_strategy": "epoch", "num_train_epochs": 4}
+    cut(server, mine, "evaluation", 1, 0)
+    assert Path(tmp_path / "run" / "checkpoint-3").is_dir() and not rows(tmp_path / "run", "eval/loss")
+    cut(server, mine, "rollout", 3, 1)
+    assert list(rows(tmp_path / "run", "eval/loss")) == [3]
+    server.run(2, mine)
+    assert_same(tmp_path / "run", whole)
+    ours, theirs = rows(tmp_path / "run", "eval/loss"), rows(whole, "eval/loss")
+    assert list(ours) == [3, 6, 9, 12]
+    for step in (6, 12):
+        assert ours[step]["eval/on_policy_loss"] == theirs[step]["eval/on_policy_loss"]
 
 
 @pytest.mark.parametrize("rank, first", [(0, "save.begin"), (1, "save.write")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -67,7 +68,13 @@ def test_a_rank_that_dies_ends_the_launched_job(settings: dict[str, Any], tmp_pa
 
 @pytest.mark.parametrize(
     "field, there, here",
-    [("learning_rate", 1e-2, 2e-2), ("seed", 42, 43), ("training data", None, None)],
+    [
+        ("learning_rate", 1e-2, 2e-2),
+        ("seed", 42, 43),
+        ("training data", None, None),
+        ("what deepspeed holds", None, None),
+        ("torch", None, None),
+    ],
 )
 def test_ranks_that_were_started_differently(server: Server, recipe, tmp_path: Path, field, there, here) -> None:
     """Refused on both, by name, before any window and any model."""
@@ -83,10 +90,22 @@ def test_ranks_that_were_started_differently(server: Server, recipe, tmp_path: P
         other = {**one}
         del other["dataset_name"]
         other["dataset_name"] = str(data)
+    elif field == "what deepspeed holds":
+        for rank, bucket in enumerate((1000, 2000)):
+            (tmp_path / f"host-{rank}").mkdir()
+            content = {"zero_optimization": {"stage": 3, "reduce_bucket_size": bucket}}
+            (tmp_path / f"host-{rank}" / "zero3.json").write_text(json.dumps(content))
+        other = one = {**one, "deepspeed": "zero3.json"}
+    elif field == "torch":
+        for rank in range(2):
+            (tmp_path / f"host-{rank}" / "torch-0.1.dist-info").mkdir(parents=True)
+        (tmp_path / "host-1" / "torch-0.1.dist-info" / "METADATA").write_text("Name: torch\nVersion: 0.1\n")
+        (tmp_path / "host-0" / "torch-0.1.dist-info").rmdir()
+        other = one
     else:
         one[field] = there
         other = {**one, field: here}
-    job = server.start(2, [one, other])
+    job = server.start(2, [one, other], env={"HOSTS": str(tmp_path)}, module="tests.dist.own_hosts")
     assert job.wait() == [2, 2], job.said()
     sentence = "dataset_name" if field == "training data" else field
     assert "different" in job.said(0) and f"'{sentence}'" in job.said(0)

@@ -77,6 +77,18 @@ def test_signals_during_the_save_do_not_tear_it(server: Server, settings, tmp_pa
     assert the_checkpoint(run_dir).step == 2
 
 
+def test_a_stop_saves_more_than_the_model(server: Server, settings, tmp_path: Path) -> None:
+    """With save_only_model, too: also where a checkpoint of the model alone has just been written for this step."""
+    run_dir = tmp_path / "run"
+    mine = {**settings, "output_dir": str(run_dir), "save_only_model": True, "resume_from_checkpoint": "auto"}
+    job = server.start(2, {**mine, "save_strategy": "steps", "save_steps": 2}, fault="term:update:2:1")
+    assert job.wait() == [STOPPED, STOPPED], job.said()
+    assert the_checkpoint(run_dir).step == 2
+    assert "resumed from" in server.run(2, {**mine, "max_steps": 3}).said()
+    server.run(2, {**mine, "max_steps": 3, "output_dir": str(tmp_path / "whole")})
+    assert_same(run_dir, tmp_path / "whole")
+
+
 def test_stop_file(server: Server, settings, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()

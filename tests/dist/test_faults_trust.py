@@ -138,6 +138,15 @@ def small_disk(tmp_path: Path):
     subprocess.run(["umount", "-l", place], check=True)
 
 
+@pytest.mark.parametrize("name", ["rollouts.jsonl", "config.resolved.json"])
+def test_a_file_of_the_run_that_cannot_be_written(server: Server, settings, tmp_path: Path, name: str) -> None:
+    """Only rank 0 writes it; both ranks say so, before the first window."""
+    (tmp_path / "run" / name).mkdir(parents=True)
+    job = server.start(2, {**settings, "output_dir": str(tmp_path / "run")})
+    assert job.wait() == [2, 2], job.said()
+    assert f"{name} cannot be written (Is a directory)" in job.said() and "Traceback" not in job.said()
+
+
 def test_disk_full_during_a_real_save(server: Server, settings, tmp_path: Path, small_disk: Path) -> None:
     """There is room for one checkpoint and a half: the second is given up, training ends, the first one is whole."""
     whole = {**settings, "output_dir": str(tmp_path / "whole")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gkd_ds import manifest
 from tests.dist.rank_server import Server
 from tests.dist.runs import assert_same, copy_of, rows
 
@@ -58,6 +60,8 @@ def test_from_two_ranks(server: Server, settings, whole: Path, tmp_path: Path, w
     run_dir = copy_of(whole, tmp_path / "run", CUT)
     said = go_on(server, settings, run_dir, world, batch, accumulation)
     assert f"cutting it anew for {world}" in said and f"at step {CUT}" in said
+    changed = f"differs from the checkpoint: per_device_train_batch_size was 1 and is now {batch}" in said
+    assert changed == (batch != 1) and "beta was" not in said
     assert_same(run_dir, whole, REORDERING)
     assert_same_weights(run_dir, whole)
 
@@ -96,6 +100,20 @@ def test_another_global_batch_is_refused(server: Server, settings, whole: Path, 
     job = server.start(1, {**settings, "output_dir": str(run_dir), "resume_from_checkpoint": True})
     assert job.wait() == [2]
     assert "window_samples was 4 and is now 2" in job.said() and "Traceback" not in job.said()
+
+
+def test_a_checkpoint_with_the_state_of_something_else_is_refused(
+    server: Server, settings, whole: Path, tmp_path: Path
+):
+    """Its digest is right, and tells no more than that nothing has changed since somebody wrote it."""
+    run_dir = copy_of(whole, tmp_path / "run", CUT)
+    path = run_dir / f"checkpoint-{CUT}" / manifest.MANIFEST
+    body = json.loads(path.read_text())
+    del body["digest"], body["state"]["schedule"]["draw_samples"]
+    path.write_text(manifest.render(body))
+    job = server.start(2, {**settings, "output_dir": str(run_dir), "resume_from_checkpoint": True})
+    assert job.wait() == [2, 2]
+    assert "manifest.json lacks 'state.schedule.draw_samples'" in job.said() and "Traceback" not in job.said()
 
 
 def test_another_student_is_refused(server: Server, settings, recipe, whole: Path, tmp_path: Path) -> None:

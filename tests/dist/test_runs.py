@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from gkd_ds import GKDConfig
 from gkd_ds.evaluate import metric_names
 from tests.dist import plain
-from tests.dist.events import EVENT_KNOBS, Events
+from tests.dist.events import EVENT_KNOBS, SHORT_KNOBS, Events
 from tests.dist.scenarios import Results
 from tests.dist.test_parity import everybody_s_rollouts, losses
 from tests.tiny import MIXTURES
@@ -121,7 +121,6 @@ def test_a_resumed_run_is_the_uninterrupted_run(two_ranks: Results) -> None:
     whole, half = ([{key: row[key] for key in compared} for row in result[run]] for run in ("whole", "half"))
     assert [row["step"] for row in whole] == [1, 2, 3, 4]
     assert half == whole
-    assert result["steps"] == [1, 2, 3, 4, 4], "the history of logs goes on; the run's summary comes last"
     assert any(row["source"]["student"] for row in whole[2:]) and len({row["lr"] for row in whole}) == 4
 
 
@@ -129,6 +128,24 @@ def test_a_used_directory_is_refused_by_train_on_all_ranks_and_not_by_the_traine
     first, second = two_ranks["resume"]
     assert "already holds a run (checkpoint-2)" in first["refused"] and first["refused"] == second["refused"]
     assert first["untouched"] and second["untouched"]
+
+
+def test_a_resumed_run_remembers_what_the_uninterrupted_run_remembers(two_ranks: Results) -> None:
+    """The log, whose third loss is a mean over the cut, the mean of all losses, and what the guards compare with."""
+    result = two_ranks["resume"][0]
+    whole, half = ([{**entry, "train_runtime": 0} for entry in history] for history in result["histories"])
+    assert half == whole
+    assert [entry["step"] for entry in half] == [3, 4], "the run's summary comes last"
+    assert half[0]["loss"] == pytest.approx(sum(row["loss"] for row in result["whole"][:3]) / 3)
+    whole, half = result["progress"]
+    assert half == whole
+    assert len(half["history"]) == sum(row["source"]["student"] > 0 for row in result["whole"]) > 0
+
+
+def test_a_run_that_goes_on_within_an_epoch_begins_it(two_ranks: Results) -> None:
+    events = two_ranks["resume"][0]["events"]
+    assert events[:4] == ["on_init_end", "on_train_begin", "on_epoch_begin", "on_step_begin"]
+    assert events.count("on_epoch_begin") == events.count("on_epoch_end") == 1
 
 
 def test_a_resumed_run_ends_with_the_same_weights(two_ranks: Results) -> None:
@@ -182,11 +199,14 @@ def test_bf16_stays_close_to_fp32(two_ranks: Results) -> None:
 # ---------------------------------------------------------------------------------------- callbacks
 
 
-def test_events_come_in_transformers_order(two_ranks: Results, materials: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("run, knobs, steps, evaluations", [("long", EVENT_KNOBS, 6, 3), ("short", SHORT_KNOBS, 4, 2)])
+def test_events_come_in_transformers_order(
+    two_ranks: Results, materials: Path, tmp_path: Path, run: str, knobs: dict, steps: int, evaluations: int
+) -> None:
     """The same run by transformers' own Trainer, as far as its events go."""
     pytest.importorskip("accelerate")
     student, events = plain.load(materials / "student"), Events()
-    data = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 6
+    data = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 6 * knobs.get("gradient_accumulation_steps", 1)
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         per_device_train_batch_size=2,
@@ -194,21 +214,30 @@ def test_events_come_in_transformers_order(two_ranks: Results, materials: Path, 
         report_to="none",
         disable_tqdm=True,
         save_only_model=True,
-        **EVENT_KNOBS,
+        **knobs,
     )
     Trainer(student, arguments, train_dataset=data, eval_dataset=data[:2], callbacks=[events]).train()
-    ours = two_ranks["callbacks"][0]["events"]
+    ours = two_ranks["callbacks"][0]["events"][run]
     # A window is one step whatever its micro-batches; predictions are not made batch by batch.
     theirs = [event for event in events.seen if event not in ("on_prediction_step", "on_substep_end")]
-    assert theirs.count("on_step_end") == 6 and theirs.count("on_evaluate") == 3 and "on_save" in theirs
+    assert theirs.count("on_step_end") == steps and theirs.count("on_evaluate") == evaluations and "on_save" in theirs
     assert ours == theirs
-    assert two_ranks["callbacks"][1]["events"] == ours
+    assert two_ranks["callbacks"][1]["events"][run] == ours
+
+
+def test_the_logged_loss_is_the_mean_since_the_last_log(two_ranks: Results) -> None:
+    result = two_ranks["callbacks"][0]
+    losses = result["losses"]
+    assert len(set(losses)) == 4
+    assert result["logged"] == pytest.approx([(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2])
 
 
 def test_early_stopping_stops_all_ranks(two_ranks: Results) -> None:
     for rank in two_ranks["callbacks"]:
-        step, planned, best = rank["early"]
+        step, planned, best, path = rank["early"]
         assert (step, best) == (2, 1) and planned > 2
+        assert Path(path) == two_ranks.directory / "early" / "checkpoint-1"
+    assert two_ranks.log.count("should_epoch_stop is ignored") == 1
 
 
 def test_several_evaluation_sets_are_measured_by_name(two_ranks: Results) -> None:

@@ -34,7 +34,7 @@ from gkd_ds.errors import InputError
 from gkd_ds.guards import TrainingStopped
 from gkd_ds.pipeline import count_tokens
 from gkd_ds.records import Rollout, Sample, Source
-from tests.dist.events import EVENT_KNOBS, Events
+from tests.dist.events import EVENT_KNOBS, SHORT_KNOBS, Events, StopsEpochs
 from tests.dist.materials import FAMILY_PAIRS
 from tests.tiny import MIXTURES, make_chat_rows
 
@@ -300,6 +300,7 @@ def resume() -> dict:
         "lmbda": 0.5,
         "report_to": "wandb",
         "warmup_steps": 1,
+        "logging_steps": 3,
     }
     whole = build("resume-whole", **knobs)
     whole.train()
@@ -310,7 +311,8 @@ def resume() -> dict:
             source = RESULTS / "resume-whole" / entry
             (shutil.copytree if source.is_dir() else shutil.copy)(source, RESULTS / "resume-half" / entry)
     ranks.barrier()
-    half = build("resume-half", **knobs)
+    events = Events()
+    half = build("resume-half", callbacks=[events], **knobs)
     entries = lambda: sorted(path.name for path in (RESULTS / "resume-half").iterdir())  # noqa: E731
     before, refused = entries(), ""
     try:
@@ -327,7 +329,9 @@ def resume() -> dict:
         "half": rows_of("resume-half"),
         "run_ids": [whole_id, half.tracker.run_id],
         "wandb": sorted(path.name for path in (RESULTS / "resume-half").rglob("*.wandb")),
-        "steps": [entry["step"] for entry in half.state.log_history],
+        "histories": [trainer.state.log_history for trainer in (whole, half)],
+        "progress": [dataclasses.asdict(trainer.progress) for trainer in (whole, half)],
+        "events": events.seen,
     }
 
 
@@ -375,11 +379,14 @@ def callbacks() -> dict:
     """Two epochs of three windows; then a run that does not improve on the second of two sets, which
     EarlyStoppingCallback ends.
     """
-    events = Events()
+    events, short_events = Events(), Events()
     build("events", rows=12, callbacks=[events], lmbda=0.0, **EVENT_KNOBS).train()
+    knobs = {**SHORT_KNOBS, "per_device_train_batch_size": 1}
+    short = build("events-short", rows=12, callbacks=[short_events], lmbda=0.0, **knobs)
+    short.train()
     stopped = build(
         "early",
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=1)],
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=1), StopsEpochs()],
         **{**EVENT_KNOBS, "eval_steps": 1, "save_steps": 1},
         learning_rate=0.0,
         load_best_model_at_end=True,
@@ -391,8 +398,10 @@ def callbacks() -> dict:
     stopped.train()
     state = stopped.state
     return {
-        "events": events.seen,
-        "early": [state.global_step, state.max_steps, state.best_global_step],
+        "events": {"long": events.seen, "short": short_events.seen},
+        "logged": [entry["loss"] for entry in short.state.log_history if "loss" in entry],
+        "losses": [row["loss"] for row in rows_of("events-short") if "loss" in row],
+        "early": [state.global_step, state.max_steps, state.best_global_step, state.best_model_checkpoint],
         "best": state.best_metric,
         "early rows": rows_of("early"),
         "event rows": rows_of("events"),

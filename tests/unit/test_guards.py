@@ -14,6 +14,7 @@ from gkd_ds.guards import (
     findings,
     looping_share,
     loops,
+    trimmed,
     warnings,
 )
 
@@ -51,6 +52,16 @@ def test_counters_survive_a_resume() -> None:
     bad = BadUpdates(limit=2, total=7, in_a_row=1)
     with pytest.raises(TrainingStopped, match="8 skipped"):
         bad.record(9, "loss")
+
+
+@given(st.lists(st.floats(1, 200), max_size=60))
+def test_a_trimmed_history_has_the_same_findings(lengths: list[float]) -> None:
+    whole = history(0, [{"mean_length": length} for length in lengths])
+    kept: list[WindowStats] = []
+    for number, stats in enumerate(whole, start=1):
+        kept = trimmed([*kept, stats])
+        assert findings(kept) == findings(whole[:number])
+    assert len(kept) <= 25
 
 
 def test_unknown_kind_is_our_mistake() -> None:

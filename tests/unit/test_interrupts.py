@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gkd_ds import manifest
-from gkd_ds.interrupts import SIGNALS, STOPPED, Interrupts
+from gkd_ds.interrupts import SIGNALS, STOPPED, Interrupts, StopAgreed
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -24,6 +24,8 @@ def test_signal_is_noted_and_handlers_come_back(number: signal.Signals) -> None:
         assert interrupts.agreed_reason() == f"{number.name} was received by rank 0"
         assert interrupts.agreed_reason() == f"{number.name} was received by rank 0"
     assert [signal.getsignal(each) for each in SIGNALS] == before
+    with interrupts:
+        assert interrupts.agreed_reason() is None, "the run goes on in the same process"
 
 
 def test_handlers_come_back_after_an_error() -> None:
@@ -67,6 +69,14 @@ def test_first_window_is_always_allowed() -> None:
     interrupts = Interrupts(max_runtime=60.0)
     interrupts._started -= 50.0
     assert interrupts.agreed_reason() is None
+
+
+def test_a_spent_budget_does_not_abandon_a_window() -> None:
+    interrupts = Interrupts(max_runtime=0.01)
+    time.sleep(0.02)
+    interrupts.obey(between_windows=False)
+    with pytest.raises(StopAgreed, match="time budget of 0.01 s"):
+        interrupts.obey()
 
 
 def test_works_outside_the_main_thread(tmp_path: Path) -> None:

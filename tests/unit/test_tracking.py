@@ -127,6 +127,24 @@ def test_resume_neither_misses_nor_repeats_a_step(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_evaluations_after_the_checkpoint_are_made_again(tmp_path):
+    """Of those that came after the very update of the checkpoint, it says how many were made before it."""
+    for known in (0, 1):
+        tracker = Tracker(make_config(tmp_path), 0, tmp_path, 4)
+        tracker.truncate(-1)
+        tracker.log_eval({"step": 0, "eval/x": 0})
+        for step in (1, 2):
+            tracker.log_update(update(step))
+            for number in (1, 2):
+                tracker.log_eval({"step": step, "eval/x": number})
+        tracker.truncate(2, known)
+        tracker.close()
+        assert steps(tmp_path) == [0, 1, 1, 1, 2] + [2] * known
+        tracker.truncate(0, known)
+        tracker.close()
+        assert steps(tmp_path) == [0] * known
+
+
 def test_an_evaluation_after_the_end_is_recorded(tmp_path):
     tracker = Tracker(make_config(tmp_path), 0, tmp_path, 1)
     tracker.log_update(update(1))
@@ -214,6 +232,22 @@ def test_the_shown_loss_is_the_mean_since_the_last_line(tmp_path, capsys):
         tracker.log_update(update(step, loss=loss))
     tracker.close()
     assert "loss 2 " in capsys.readouterr().out
+
+
+def test_the_first_update_counts_for_the_time_that_is_left(tmp_path, capsys):
+    """In plain lines and in the bar: two updates of a minute each, so eight more take eight minutes."""
+    tracker = Tracker(make_config(tmp_path, logging_steps=1), 0, tmp_path, 10)
+    tracker.log_update(update(1, **{"perf/step_s": 60.0}))
+    assert "09:00 left" in capsys.readouterr().out
+    tracker.close()
+    text = run_on_terminal(f"""
+        from gkd_ds.config import GKDConfig
+        from gkd_ds.tracking import Tracker
+        tracker = Tracker(GKDConfig(output_dir={str(tmp_path)!r}, logging_steps=1), 0, {str(tmp_path)!r}, 10)
+        tracker.log_update({{"step": 1, "loss": 0.25, "completion_tokens": 300, "perf/step_s": 60.0}})
+        tracker.close()
+    """)
+    assert "1/10" in text and "01:00<09:00" in text
 
 
 def test_a_bar_on_a_terminal(tmp_path):
