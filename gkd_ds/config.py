@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from gkd_ds.deepspeed_files import check_student_file, check_teacher_file, read_deepspeed
 from gkd_ds.errors import InputError
-from gkd_ds.paths import check_dataset, check_model, check_path_or_hub_name, obstacle_to_writing
+from gkd_ds.paths import check_dataset, check_model, check_path_or_hub_name, check_stop_file, obstacle_to_writing
 from gkd_ds.secrets import redact
 from gkd_ds.values import convert, is_text, show, wrong
 
@@ -569,6 +569,7 @@ class GKDConfig:
                     f"names {show(self.resume_from_checkpoint)}, which is not a directory; give a "
                     "checkpoint-<step> directory, true or auto",
                 )
+        check_stop_file(self.stop_path)
         self._check_output_dir()
 
     def read_deepspeed_files(self) -> tuple[dict | None, dict | None]:
