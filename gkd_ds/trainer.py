@@ -30,6 +30,7 @@ from gkd_ds.errors import InputError
 from gkd_ds.evaluate import evaluate
 from gkd_ds.guards import BadUpdates, RateLimit, warnings
 from gkd_ds.interrupts import FAILED, FINISHED, NOT_SAVED, STOPPED, Interrupts
+from gkd_ds.paths import open_anew
 from gkd_ds.pipeline import Pipeline, count_tokens
 from gkd_ds.records import Sample
 from gkd_ds.report_row import rollout_rows, suspects, update_row, window_stats
@@ -203,7 +204,7 @@ class GKDTrainer:
             raise InputError("no train_dataset is given; pass one to GKDTrainer.")
         config, handler = self.args, self.callback_handler
         self.watchdog = self.pipeline.watchdog = Watchdog(config.watchdog_timeout, config.output_dir)
-        with self.interrupts, self.watchdog:
+        with self.interrupts, checkpoint.only_run(config.output_dir), self.watchdog:
             self._begin(resume_from_checkpoint)
             exit_code = FAILED
             try:
@@ -227,7 +228,8 @@ class GKDTrainer:
 
     def _begin(self, resume: bool | str | None) -> None:
         config, run_dir = self.args, Path(self.args.output_dir)
-        found, passed_over = checkpoint.find(run_dir, resume if resume is not None else config.resume_from_checkpoint)
+        resume = resume if resume is not None else config.resume_from_checkpoint
+        found, passed_over = checkpoint.find(run_dir, resume, lambda: self.watchdog.beat("resume"))
         if found is None and config.overwrite_output_dir:
             _clear(run_dir)
         self._started, self._losses = time.monotonic(), (0.0, 0)
@@ -241,7 +243,8 @@ class GKDTrainer:
         self.tracker.truncate(self.state.global_step if found is not None else -1)
         if ranks.rank() == 0:
             (run_dir / FINISHED_FILE).unlink(missing_ok=True)
-            (run_dir / "config.resolved.json").write_text(config.to_json_string())
+            with open_anew(run_dir / "config.resolved.json") as file:
+                file.write(config.to_json_string())
 
     def _window_with_events(self) -> None:
         """One window, with the events of transformers' TrainerCallback around it."""
@@ -386,7 +389,8 @@ class GKDTrainer:
     def _save_checkpoint(self) -> Path | None:
         """A checkpoint of this step; None (and a sentence) when it could not be written. Training goes on then."""
         config, run_dir, step = self.args, self.args.output_dir, self.state.global_step
-        self.watchdog.beat("save")
+        alive = lambda: self.watchdog.beat("save")  # noqa: E731
+        alive()
         self.tracker.sync()
         state = {
             "trainer_state": {**dataclasses.asdict(self.state), "log_history": self.state.log_history},
@@ -397,10 +401,10 @@ class GKDTrainer:
         }
         try:
             if config.save_only_model:
-                path = checkpoint.save(run_dir, step, self._export, state)
+                path = checkpoint.save(run_dir, step, self._export, state, alive)
             else:
-                write = lambda directory: engine_files.save_engine(self.student.engine, directory)  # noqa: E731
-                path = checkpoint.save(run_dir, step, write, state)
+                write = lambda directory: engine_files.save_engine(self.student.engine, directory, alive=alive)  # noqa: E731
+                path = checkpoint.save(run_dir, step, write, state, alive)
         except checkpoint.CheckpointError as error:
             self.tracker.say(str(error))
             return None
@@ -443,7 +447,7 @@ class GKDTrainer:
     def _load_engine(self, found: checkpoint.Manifest) -> None:
         engine, world = self.student.engine, ranks.world_size()
         if found.world_size == world:
-            engine_files.load_engine(engine, found.path)
+            engine_files.load_engine(engine, found.path, lambda: self.watchdog.beat("resume"))
         else:
             self.tracker.say(f"{found.path} was written by {found.world_size} ranks; cutting it anew for {world}")
             resharding.load_engine(engine, found.path, found.world_size, ranks.rank(), world)
@@ -481,8 +485,14 @@ class GKDTrainer:
         checkpoint.together(f"the student was not written to {directory}", lambda: self._export(directory))
 
     def _mark_finished(self) -> None:
-        file, text = Path(self.args.output_dir, FINISHED_FILE), f"{self.state.global_step}\n"
-        checkpoint.together(f"{file} was not written", lambda: ranks.rank() == 0 and file.write_text(text))
+        path = Path(self.args.output_dir, FINISHED_FILE)
+
+        def mark() -> None:
+            if ranks.rank() == 0:
+                with open_anew(path) as file:
+                    file.write(f"{self.state.global_step}\n")
+
+        checkpoint.together(f"{path} was not written", mark)
 
     def _export(self, directory: Path) -> None:
         state_dict = zero.full_state_dict(self.student.engine, self.model)
