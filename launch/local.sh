@@ -37,16 +37,16 @@ export TOKENIZERS_PARALLELISM=false
 port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
 # A signal to this script, Ctrl-C too, goes to the ranks and not to the launcher: they checkpoint after the window and
-# exit with 75, and the launcher passes that on. It would itself kill them after 30 seconds and exit with 1. A launcher
-# that does not catch SIGTERM yet has not started them all: then everything is ended.
+# exit with 75, and the launcher passes that on. It would itself kill them after 30 seconds and exit with 1. Ranks
+# that are not there yet are waited for, and die of the signal.
 launcher='' signals=0
 # shellcheck disable=SC2317  # the trap calls it
 stop() {
     signals=$((signals + 1))
     [[ -n $launcher ]] || return 0
-    pkill -TERM --session "$launcher" --full -- --local_rank && return
-    grep -Eqs '^SigCgt:.*[4-7c-f].{3}$' "/proc/$launcher/status" && return
-    kill -TERM -- "-$launcher" || kill -TERM "$launcher" || true
+    until pkill -TERM --session "$launcher" --full -- --local_rank || ! kill -0 "$launcher" 2> /dev/null; do
+        sleep 0.2
+    done
 }
 trap stop INT TERM
 

@@ -178,7 +178,7 @@ def test_a_signal_to_local_sh_stops_with_the_code_of_a_stop(settings, tmp_path: 
 
 
 def test_a_signal_to_local_sh_before_there_are_ranks(settings, tmp_path: Path) -> None:
-    """A second signal is not needed, and nothing of the run is left."""
+    """One signal is enough, and there is no run."""
     script = local_sh(tmp_path, settings)
     launcher = []
 
@@ -188,7 +188,7 @@ def test_a_signal_to_local_sh_before_there_are_ranks(settings, tmp_path: Path) -
 
     poll(started, "the launcher never came", LAUNCHED)
     script.send_signal(signal.SIGTERM)
-    assert script.wait(30) not in (0, STOPPED), (tmp_path / "log").read_text()
+    assert script.wait(LAUNCHED) not in (0, STOPPED), (tmp_path / "log").read_text()
     assert not psutil.wait_procs(launcher, 5)[1] and not (tmp_path / "run").exists()
 
 
