@@ -162,8 +162,11 @@ def local_sh(tmp_path: Path, settings: dict[str, Any], *flags: object) -> subpro
         return subprocess.Popen(command, env=environment() | {"RANKS": "2"}, stdout=log, stderr=log)
 
 
-def processes_of(script: subprocess.Popen) -> list[psutil.Process]:
-    return psutil.Process(script.pid).children(recursive=True)
+def launcher_of(script: subprocess.Popen) -> list[psutil.Process]:
+    """DeepSpeed's launcher, once local.sh has started it."""
+    command = ["pgrep", "--full", "--parent", str(script.pid), "deepspeed.launcher.launch"]
+    found = subprocess.run(command, capture_output=True, text=True).stdout
+    return [psutil.Process(int(line)) for line in found.split()]
 
 
 def test_a_signal_to_local_sh_stops_with_the_code_of_a_stop(settings, tmp_path: Path) -> None:
@@ -180,13 +183,8 @@ def test_a_signal_to_local_sh_stops_with_the_code_of_a_stop(settings, tmp_path: 
 def test_a_signal_to_local_sh_before_there_are_ranks(settings, tmp_path: Path) -> None:
     """One signal is enough, and there is no run."""
     script = local_sh(tmp_path, settings)
-    launcher = []
-
-    def started() -> bool:
-        launcher[:] = [p for p in processes_of(script) if "deepspeed.launcher.launch" in p.cmdline()]
-        return bool(launcher)
-
-    poll(started, "the launcher never came", LAUNCHED)
+    poll(lambda: launcher_of(script), "the launcher never came", LAUNCHED)
+    launcher = launcher_of(script)
     script.send_signal(signal.SIGTERM)
     assert script.wait(LAUNCHED) not in (0, STOPPED), (tmp_path / "log").read_text()
     assert not psutil.wait_procs(launcher, 5)[1] and not (tmp_path / "run").exists()
@@ -196,8 +194,8 @@ def test_local_sh_does_not_call_a_killed_launcher_a_success(settings, tmp_path: 
     """The ranks notice, save and stop; a dry run still ends with 0."""
     script = local_sh(tmp_path, settings)
     wait_for_update(tmp_path / "run", 1, script)
-    everybody = processes_of(script)
-    (launcher,) = [p for p in everybody if p.ppid() == script.pid]
+    (launcher,) = launcher_of(script)
+    everybody = [launcher, *launcher.children()]
     launcher.kill()
     assert script.wait(30) == 128 + signal.SIGKILL
     assert not psutil.wait_procs(everybody, LIMIT)[1], "ranks go on without a launcher"
