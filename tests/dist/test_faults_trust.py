@@ -118,7 +118,7 @@ def test_secrets_are_written_nowhere(server: Server, settings, tmp_path: Path) -
         "output_dir": str(tmp_path / "run"),
     }
     said = server.run(2, mine, env=secrets).said()  # before the next job writes to the same logs
-    assert "update   2/2" in said and CANARY not in said
+    assert "update 2/2" in said and CANARY not in said
     failing = {**mine, "resume_from_checkpoint": True, "max_steps": 4}
     job = server.start(2, failing, env=secrets, fault="raise:score:2")
     assert job.wait() == [1, 1] and "Traceback" in job.said()
