@@ -569,8 +569,8 @@ class GKDConfig:
                     f"names {show(self.resume_from_checkpoint)}, which is not a directory; give a "
                     "checkpoint-<step> directory, true or auto",
                 )
-        check_stop_file(self.stop_path)
         self._check_output_dir()
+        check_stop_file(self.stop_path)
 
     def read_deepspeed_files(self) -> tuple[dict | None, dict | None]:
         """The student's and the teacher's DeepSpeed configuration, read and checked; None if not given."""

@@ -59,6 +59,9 @@ def check_stop_file(path: str | Path) -> None:
         status = os.lstat(path)
     except FileNotFoundError:
         return
+    except OSError as error:
+        what = f"is {show(str(path))}, which cannot be looked at ({error.strerror}); choose another file"
+        raise wrong("stop_file", what) from None
     if not stat.S_ISREG(status.st_mode) or status.st_size:
         raise wrong(
             "stop_file",

@@ -68,6 +68,9 @@ def test_a_stop_file_that_is_something_else_is_refused_and_stays(tmp_path: Path,
         with pytest.raises(InputError, match="stop_file.* is no empty file"):
             refuse()
     assert stop_file.is_symlink() or stop_file.exists()
+    if what == "data":
+        with pytest.raises(InputError, match="stop_file.*cannot be looked at"):
+            Interrupts(stop_file / "STOP")
 
 
 def test_time_budget_leaves_room_for_the_next_window() -> None:
