@@ -15,6 +15,7 @@ gets the same result or the same error. The names a directory can have:
     checkpoint-15.trash-<nonce>  being deleted; the next save removes it
 """
 
+import fcntl
 import importlib.metadata
 import os
 import platform
@@ -23,15 +24,19 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gkd_ds import faults, manifest, ranks
 from gkd_ds.errors import InputError
 from gkd_ds.manifest import Entry, Manifest
+from gkd_ds.paths import open_anew
 
 LATEST = "latest"
+LOCK = ".lock"
+PATIENCE = 10.0  # seconds that a run waits for one that is ending
 LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets")
 COMPLETE_NAME = re.compile(r"checkpoint-(\d{1,18})(\.aside-[0-9a-f]{8})?")
 LEFTOVER_NAME = re.compile(r"checkpoint-\d{1,18}\.(tmp|trash)-[0-9a-f]{8}")
@@ -50,26 +55,39 @@ class CheckpointError(RuntimeError):
 # ---------------------------------------------------------------------------------------------- saving
 
 
-def save(run_dir: str | Path, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
+def save(
+    run_dir: str | Path,
+    step: int,
+    write: Callable[[Path], None],
+    state: dict[str, Any],
+    alive: Callable[[], None] = lambda: None,
+) -> Path:
     """Write `checkpoint-<step>` and return its path. A collective.
 
     `write(directory)` runs on every rank and puts that rank's files there; an error in it must not keep this
     rank from collectives that others wait in (engine_files.py does that for DeepSpeed's engine). `state` is
-    what JSON can hold; rank 0's is kept, with secrets hidden, and comes back as `Manifest.state`.
+    what JSON can hold; rank 0's is kept, with secrets hidden, and comes back as `Manifest.state`. `alive` is called
+    at every stage and while files are hashed.
 
     Raises CheckpointError, on all ranks, when any rank failed; the temporary directory is gone by then.
     """
     run_dir, rank, world = Path(run_dir), ranks.rank(), ranks.world_size()
-    directory = _together(step, lambda: _begin(run_dir, step) if rank == 0 else None)[0]
+
+    def stage(work: Callable[[], Any]) -> list[Any]:
+        alive()
+        return together(f"the checkpoint of step {step} was not written", work)
+
+    directory = stage(lambda: _begin(run_dir, step) if rank == 0 else None)[0]
     try:
-        _together(step, lambda: _check_visible(directory))
-        _together(step, lambda: write(directory))
-        names = _together(step, lambda: sorted(manifest.list_files(directory)) if rank == 0 else None)[0]
+        stage(lambda: _check_visible(directory))
+        stage(lambda: write(directory))
+        # On a shared file system one host may not see yet what another has written: all of them are asked.
+        names = sorted(set().union(*stage(lambda: set(manifest.list_files(directory)))))
         mine = [name for name in names if _owner(name, world) == rank]
-        sealed = _together(step, lambda: _seal(directory, mine))
+        sealed = stage(lambda: _seal(directory, mine, alive))
         files = {name: entry for part in sealed for name, entry in part.items()}
         body = {"step": step, "world_size": world, "files": files, "state": state}
-        return _together(step, lambda: _commit(run_dir, directory, body) if rank == 0 else None)[0]
+        return stage(lambda: _commit(run_dir, directory, body) if rank == 0 else None)[0]
     except CheckpointError:
         if rank == 0:
             shutil.rmtree(directory, ignore_errors=True)
@@ -80,7 +98,7 @@ def save(run_dir: str | Path, step: int, write: Callable[[Path], None], state: d
 
 def _begin(run_dir: Path, step: int) -> Path:
     faults.point("save.begin")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    _make_durably(run_dir)
     _remove_leftovers(run_dir)  # before the save that may need their space
     directory = run_dir / f"checkpoint-{step}.tmp-{secrets.token_hex(4)}"
     directory.mkdir()
@@ -95,14 +113,18 @@ def _check_visible(directory: Path) -> None:
         )
 
 
-def _seal(directory: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Flush files to the disk and hash them. The rank that wrote a file does it: its host has the pages."""
+def _seal(directory: Path, names: list[str], alive: Callable[[], None]) -> dict[str, dict[str, Any]]:
+    """Flush files to the disk and hash them. The rank that wrote a file does it: its host has the pages.
+
+    What a resume would refuse to read fails the save: later there may be nothing else left to go on from.
+    """
     entries = {}
     for name in names:
         faults.point("save.hash")
         with open(directory / name, "rb") as file:
             os.fsync(file.fileno())
-            entries[name] = Entry(os.fstat(file.fileno()).st_size, manifest.sha256(file))._asdict()
+            entries[name] = Entry(os.fstat(file.fileno()).st_size, manifest.sha256(file, alive))._asdict()
+        manifest.check_harmless(directory / name)
     return entries
 
 
@@ -113,6 +135,8 @@ def _commit(run_dir: Path, directory: Path, body: dict[str, Any]) -> Path:
     written = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     versions = {"python": platform.python_version()} | library_versions()
     text = manifest.render(body | {"sequence": newest + 1, "versions": versions, "written": written})
+    if len(text.encode()) > manifest.LARGEST_MANIFEST:
+        raise ValueError(f"its manifest would be larger than the {manifest.LARGEST_MANIFEST} bytes that a resume reads")
     _write_durably(directory / manifest.MANIFEST, text)
     for folder, _, _ in os.walk(directory):
         _flush_directory(Path(folder))
@@ -151,10 +175,6 @@ def library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
-def _together(step: int, work: Callable[[], Any]) -> list[Any]:
-    return together(f"the checkpoint of step {step} was not written", work)
-
-
 def together(failure: str, work: Callable[[], Any]) -> list[Any]:
     """Do `work` on this rank; return every rank's result, or raise the same CheckpointError on every rank.
 
@@ -172,15 +192,62 @@ def together(failure: str, work: Callable[[], Any]) -> list[Any]:
     return [result for result, _ in outcomes]
 
 
+# ------------------------------------------------------------------------------------------ one run only
+
+
+@contextmanager
+def only_run(run_dir: str | Path) -> Iterator[None]:
+    """Let no other run train in `run_dir` meanwhile; two would delete and overwrite each other's files. A collective.
+
+    The ranks of a launcher that has died may still be at their last save, so it waits a little. Raises InputError on
+    all ranks when the other run goes on. The lock belongs to rank 0's process: it is gone with it, however it ends.
+    """
+    lock, problem = None, ""
+    if ranks.rank() == 0:
+        lock, problem = _lock(Path(run_dir))
+    if problem := ranks.broadcast(problem):
+        raise InputError(problem)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(run_dir: Path) -> tuple[int | None, str]:
+    """(the descriptor of the locked file, "") or (None, why not)."""
+    try:
+        _make_durably(run_dir)
+        lock = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        return None, f"{run_dir / LOCK} cannot be opened ({error.strerror}); remove it, or choose another output_dir."
+    patient_until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock, ""
+        except BlockingIOError:
+            if time.monotonic() > patient_until:
+                os.close(lock)
+                return None, f"another run is training in {run_dir}; stop it, or choose another output_dir."
+            time.sleep(0.2)
+        except OSError as error:  # a file system without locks
+            _warn(f"{run_dir} cannot be locked ({error.strerror}); see to it that no other run uses it")
+            return lock, ""
+
+
 # --------------------------------------------------------------------------------------------- finding
 
 
-def find(run_dir: str | Path, wanted: bool | str | Path | None) -> tuple[Manifest | None, PassedOver]:
+def find(
+    run_dir: str | Path, wanted: bool | str | Path | None, alive: Callable[[], None] = lambda: None
+) -> tuple[Manifest | None, PassedOver]:
     """The checkpoint to resume from, verified, and what was passed over for it. A collective.
 
     `wanted` is True (there must be one), "auto" (None when the run has none yet, so that a first start and a
     requeued one are the same command), a path (that one or an error), or None or False (no resume). The
     newest is the one saved last, which is not the highest step once a run was sent back to an earlier one.
+    `alive` is called often while files are verified.
 
     Raises InputError on every rank: nothing to resume from, only damaged ones, or the path does not verify.
     """
@@ -188,7 +255,7 @@ def find(run_dir: str | Path, wanted: bool | str | Path | None) -> tuple[Manifes
     if wanted is None or wanted is False:
         return None, []
     if wanted is not True and wanted != "auto":
-        found, reason = _verify_together(Path(wanted))
+        found, reason = _verify_together(Path(wanted), alive)
         if found is None:
             raise InputError(f"cannot resume from {wanted}: {reason}; name another checkpoint or 'auto'.")
         return found, []
@@ -197,7 +264,7 @@ def find(run_dir: str | Path, wanted: bool | str | Path | None) -> tuple[Manifes
         raise InputError(f"cannot look for checkpoints in {run_dir}: {reason}; correct output_dir.")
     candidates, passed_over = listing
     for path in candidates:
-        found, reason = _verify_together(path)
+        found, reason = _verify_together(path, alive)
         if found is not None:
             return found, passed_over
         passed_over.append((path, reason))
@@ -235,7 +302,7 @@ def _candidates(run_dir: Path) -> tuple[list[Path], PassedOver]:
     return candidates, passed_over
 
 
-def _verify_together(path: Path) -> tuple[Manifest | None, str]:
+def _verify_together(path: Path, alive: Callable[[], None]) -> tuple[Manifest | None, str]:
     """(manifest, "") or (None, why not), the same on every rank; the work of hashing is shared."""
     found, reason = ranks.broadcast(
         _attempt(lambda: manifest.check_names(path)) if ranks.rank() == 0 else None
@@ -243,7 +310,7 @@ def _verify_together(path: Path) -> tuple[Manifest | None, str]:
     if found is None:
         return None, reason
     mine = [name for name in found.files if _owner(name, ranks.world_size()) == ranks.rank()]
-    reasons = ranks.gather(_attempt(lambda: manifest.check_contents(found, mine))[1])
+    reasons = ranks.gather(_attempt(lambda: manifest.check_contents(found, mine, alive))[1])
     reason = next(filter(None, reasons), "")
     return (None, reason) if reason else (found, "")
 
@@ -325,8 +392,14 @@ def _delete(path: Path) -> None:
 # ---------------------------------------------------------------------------------------- small helpers
 
 
+def _make_durably(directory: Path) -> None:
+    if not directory.is_dir():
+        directory.mkdir(parents=True, exist_ok=True)
+        _flush_directory(directory.parent)
+
+
 def _write_durably(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
+    with open_anew(path) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from gkd_ds.deepspeed_files import check_student_file, check_teacher_file, read_deepspeed
 from gkd_ds.errors import InputError
-from gkd_ds.paths import check_dataset, check_model, check_path_or_hub_name, obstacle_to_writing
+from gkd_ds.paths import check_dataset, check_model, check_path_or_hub_name, check_stop_file, obstacle_to_writing
 from gkd_ds.secrets import redact
 from gkd_ds.values import convert, is_text, show, wrong
 
@@ -573,6 +573,7 @@ class GKDConfig:
         if obstacle:
             where = f"is {show(self.output_dir)}, where nothing can be written ({obstacle})"
             raise wrong("output_dir", f"{where}; choose another directory")
+        check_stop_file(self.stop_path)
 
     def read_deepspeed_files(self) -> tuple[dict | None, dict | None]:
         """The student's and the teacher's DeepSpeed configuration, read and checked; None if not given."""

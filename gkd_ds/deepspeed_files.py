@@ -101,6 +101,13 @@ def check_student_file(file: dict, config: Any) -> None:
             name,
             f"has ZeRO stage {stage}, but rollout_engine: sharded keeps parameters partitioned and needs stage 3",
         )
+    optimizer = block_of(name, block_of(name, file, "zero_optimization"), "offload_optimizer")
+    if optimizer.get("device") == "nvme" and config.save_strategy != "no" and not config.save_only_model:
+        raise conflict(
+            name,
+            "keeps the optimizer on NVMe, which no checkpoint can be resumed with; set save_strategy: no or "
+            "save_only_model: true, or offload_optimizer.device to cpu",
+        )
     if "hybrid_engine" in file:
         raise conflict(name, "holds a hybrid_engine block; remove it and choose with rollout_engine")
     check_foreign_blocks(name, file)

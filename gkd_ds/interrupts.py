@@ -30,6 +30,7 @@ from types import FrameType
 
 from gkd_ds import ranks
 from gkd_ds.launcher import Launcher
+from gkd_ds.paths import check_stop_file
 
 # Exit codes of gkd_ds.train. The numbers from 65 on are those of sysexits.h.
 FINISHED = 0
@@ -51,7 +52,8 @@ class Interrupts:
     """Notes requests to stop on this rank; `agreed_reason` turns them into the decision of all ranks.
 
     Make it as early as possible: `max_runtime` (seconds) counts from here, and a stop file that is already
-    there is one that an earlier run did not get to see, so rank 0 removes it. Handlers are installed on `with`
+    there is one that an earlier run did not get to see, so rank 0 removes it; InputError, on all ranks, if it is more
+    than an empty file. Handlers are installed on `with`
     (in the main thread only; elsewhere Python allows none) and the previous ones restored at its end. Leave
     the block only after a barrier: the launcher sends SIGTERM to the other ranks as soon as one has exited.
     """
@@ -66,8 +68,10 @@ class Interrupts:
         self._received = 0  # index of the strongest signal in SIGNALS + 1
         self._reason: str | None = None
         self._handlers: dict[int, object] = {}
-        if self.stop_file is not None and ranks.rank() == 0:
-            self.stop_file.unlink(missing_ok=True)
+        if self.stop_file is not None:
+            check_stop_file(self.stop_file)
+            if ranks.rank() == 0:
+                self.stop_file.unlink(missing_ok=True)
 
     def __enter__(self) -> "Interrupts":
         self._received, self._reason = 0, None  # a run that was stopped may go on in the same process

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -27,11 +27,12 @@ MANIFEST = "manifest.json"
 FORMAT = "gkd_ds checkpoint 1"
 LARGEST_MANIFEST = 64 * 2**20  # bytes: 100,000 files and a generous state
 PICKLE_NAME = re.compile(r".*\.(pt|pth|bin|pkl|pickle|ckpt)", re.IGNORECASE)
-# The only classes in DeepSpeed's ZeRO files that torch does not know to be harmless by itself.
+# The only classes in DeepSpeed's files that torch does not know to be harmless; engine_files lets in the same.
 HARMLESS_CLASSES = {
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",  # a start and a length, below stage 3 and in bf16
 }
 
 
@@ -76,15 +77,17 @@ def check_names(path: Path) -> Manifest:
     return manifest
 
 
-def check_contents(manifest: Manifest, names: Iterable[str]) -> None:
-    """Compare files with their hashes, and look into pickles without running them. Raises InputError."""
+def check_contents(manifest: Manifest, names: Iterable[str], alive: Callable[[], None] = lambda: None) -> None:
+    """Compare files with their hashes, and look into pickles without running them. Raises InputError.
+
+    `alive` is called after every few megabytes.
+    """
     for name in names:
         path = manifest.path / name
         with _open_no_link(path) as file:
-            if sha256(file) != manifest.files[name].sha256:
+            if sha256(file, alive) != manifest.files[name].sha256:
                 raise InputError(f"{path} does not have the content that was saved (its SHA-256 differs)")
-        if PICKLE_NAME.fullmatch(name):
-            _check_pickle(path)
+        check_harmless(path)
 
 
 def read(path: Path) -> Manifest:
@@ -165,15 +168,19 @@ def list_files(directory: Path) -> dict[str, int]:
     return files
 
 
-def sha256(file: BinaryIO) -> str:
-    """The SHA-256 of the rest of an open file, in hexadecimal."""
+def sha256(file: BinaryIO, alive: Callable[[], None] = lambda: None) -> str:
+    """The SHA-256 of the rest of an open file, in hexadecimal; `alive` is called after every block."""
     digest = hashlib.sha256()
     while block := file.read(2**22):
         digest.update(block)
+        alive()
     return digest.hexdigest()
 
 
-def _check_pickle(path: Path) -> None:
+def check_harmless(path: Path) -> None:
+    """Raise InputError if the file is a pickle, by its name, and not one of nothing but data. Nothing is unpickled."""
+    if not PICKLE_NAME.fullmatch(path.name):
+        return
     try:
         unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - HARMLESS_CLASSES
     except Exception as error:  # torch raises half a dozen types for what is not a plain torch.save file

@@ -2,8 +2,10 @@
 
 import os
 import re
+import stat
 import tempfile
 from pathlib import Path
+from typing import TextIO
 
 from gkd_ds.values import is_text, show, wrong
 
@@ -45,6 +47,32 @@ def check_path_or_hub_name(name: str, value: str, what: str, existing_is_fine: b
             name,
             f"is {show(value)}, which is neither {what} that exists nor a hub name such as org/name; check the path",
         )
+
+
+def check_stop_file(path: str | Path) -> None:
+    """Refuse what is more than the mark it should be: it is removed when a run starts, and when it was obeyed.
+
+    Raises:
+        InputError: something other than an empty file has that name.
+    """
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        what = f"is {show(str(path))}, which cannot be looked at ({error.strerror}); choose another file"
+        raise wrong("stop_file", what) from None
+    if not stat.S_ISREG(status.st_mode) or status.st_size:
+        raise wrong(
+            "stop_file",
+            f"is {show(str(path))}, which exists and is no empty file; a run would remove it, so choose another name",
+        )
+
+
+def open_anew(path: Path) -> TextIO:
+    """A new, empty file to write text to. What had the name is replaced: through a link it could be anything."""
+    path.unlink(missing_ok=True)
+    return open(path, "x", encoding="utf-8")
 
 
 def obstacle_to_writing(directory: str) -> str | None:

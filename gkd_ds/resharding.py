@@ -25,7 +25,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from gkd_ds.engine_files import TAG, read
+from gkd_ds.engine_files import TAG, read, require_same_student
 from gkd_ds.errors import InputError
 
 OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
@@ -38,13 +38,12 @@ def load_engine(engine: DeepSpeedEngine, directory: Path, old_world: int, rank: 
     Weights, moments, loss scale, learning-rate schedule and counters are those of the checkpoint. A collective.
     Raises InputError, on all ranks, for what cannot be cut anew.
     """
-    if engine.zero_optimization_stage() != 3 or engine.zero_nvme_offload_optimizer():
+    require_same_student(engine, directory)
+    if engine.zero_optimization_stage() != 3:
         raise InputError(
-            f"{directory} was written by {old_world} ranks, and its state can be given to {world} only at ZeRO stage 3 "
-            f"without an optimizer on NVMe; start {old_world} ranks, or change the DeepSpeed file."
+            f"{directory} was written by {old_world} ranks, and only at ZeRO stage 3 can it be given to {world}; start "
+            f"{old_world} ranks."
         )
-    if not (directory / TAG / MODEL_FILE).is_file():
-        raise InputError(f"{directory} holds no state of training at ZeRO stage 3; resume from another.")
     model_states = read(directory / TAG / MODEL_FILE, map_location="cpu")
     optimizer = engine.optimizer
     state = _optimizer_state(optimizer, _Old(directory / TAG, old_world, model_states), rank, world)
@@ -112,7 +111,6 @@ class _Old:
 def _optimizer_state(optimizer: Any, old: _Old, rank: int, world: int) -> dict[str, Any]:
     """What `optimizer.state_dict()` would have returned on this rank, had `world` ranks written the checkpoint."""
     groups = [[(optimizer.param_names[p], torch.Size(p.ds_shape)) for p in group] for group in optimizer.fp16_groups]
-    _require_same_parameters({name: shape for group in groups for name, shape in group}, old)
     state: dict[int, dict[str, Any]] = {}
     flat_groups = []
     for number, group in enumerate(groups):
@@ -152,14 +150,3 @@ def _chain(old: _Old, group: list[tuple[str, torch.Size]], key: str, rank: int, 
         piece = math.ceil(shape.numel() / world)
         pieces.append(old.cut(name, key, rank * piece, (rank + 1) * piece))
     return torch.cat(pieces)
-
-
-def _require_same_parameters(wanted: dict[str, torch.Size], old: _Old) -> None:
-    known = {name: place.shape for name, place in old.places.items()}
-    for name in sorted({*wanted, *known}):
-        if wanted.get(name) != known.get(name):
-            shown = [tuple(shapes[name]) if name in shapes else "nothing" for shapes in (known, wanted)]
-            raise InputError(
-                f"{old.directory} holds another student: parameter {name} is {shown[0]} there and {shown[1]} here; "
-                "start with the model that the checkpoint was made of."
-            )

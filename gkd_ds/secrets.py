@@ -3,9 +3,9 @@
     from gkd_ds.secrets import redact
     redact({"url": "https://me:hunter2hunter2@host/data"})   # {'url': 'https://***@host/data'}
 
-A secret is the value of an environment variable whose name says so (HF_TOKEN, WANDB_API_KEY, DB_PASSWORD) or
-the part of a URL before the `@`. Redacting happens where text is written, not where it is read, so that what
-a library put into a message or a path is caught as well.
+A secret is the value of an environment variable whose name says so (HF_TOKEN, WANDB_API_KEY, DB_PASSWORD), the part
+of a URL before the `@`, or a parameter of a URL that is called so (?token=...). Redacting happens where text is
+written, not where it is read, so that what a library put into a message or a path is caught as well.
 """
 
 import os
@@ -13,11 +13,19 @@ import re
 from collections.abc import Sequence
 
 HIDDEN = "***"
-SECRET_NAME = re.compile(r"(_TOKEN|_API_KEY|_SECRET|PASSWORD)$", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"(?<![A-Z])(TOKEN|(API|ACCESS|SECRET|PRIVATE|ACCOUNT)_?KEY|SECRET|PASS|PASSWD|PASSPHRASE)$|PASSWORD$",
+    re.IGNORECASE,
+)
 SHORTEST_SECRET = 8  # characters; hiding every "true" or "1234" would destroy the text and protect nothing
 
 URL_CREDENTIALS = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/?#\s\"'<>]*@", re.IGNORECASE)
-SECRET_FLAG = re.compile(r"--?\w[\w-]*(token|api[_-]?key|secret|password)$", re.IGNORECASE)
+URL_PARAMETERS = re.compile(
+    r"([?&](?!(?:eos|bos|pad|unk|mask)_token)(?:[\w.-]*[_.-])?"
+    r"(?:token|api[_-]?key|access[_-]?key|key|secret|password|passwd|signature|sig)=)[^&#\s\"'<>]+",
+    re.IGNORECASE,
+)
+SECRET_FLAG = re.compile(r"--?[\w-]*(token|api[_-]?key|secret|password)$", re.IGNORECASE)
 OPEN_FLAGS = ("--eos_token", "--pad_token")  # tokens of another kind
 
 
@@ -56,7 +64,8 @@ def _redact(value: object, secrets: list[str]) -> object:
     if isinstance(value, str):
         for secret in secrets:
             value = value.replace(secret, HIDDEN)
-        return URL_CREDENTIALS.sub(rf"\1{HIDDEN}@", value) if "@" in value else value
+        value = URL_CREDENTIALS.sub(rf"\1{HIDDEN}@", value) if "@" in value else value
+        return URL_PARAMETERS.sub(rf"\1{HIDDEN}", value) if "=" in value else value
     if isinstance(value, dict):
         return {_redact(key, secrets): _redact(item, secrets) for key, item in value.items()}
     if type(value) in (list, tuple, set):

@@ -32,6 +32,7 @@ from gkd_ds.evaluate import evaluate, metric_names
 from gkd_ds.guards import BadUpdates, trimmed, warnings
 from gkd_ds.interrupts import FAILED, FINISHED, NOT_SAVED, STOPPED, Interrupts, StopAgreed
 from gkd_ds.launcher import check_hostfile
+from gkd_ds.paths import open_anew
 from gkd_ds.pipeline import Pipeline, count_tokens
 from gkd_ds.progress import TRAINER_STATE, Mean, Progress, check_state, differences
 from gkd_ds.records import Sample
@@ -236,7 +237,7 @@ class GKDTrainer:
         resume = config.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         _refuse_occupied(config, resume)
         self.watchdog = self.pipeline.watchdog = Watchdog(config.watchdog_timeout, config.output_dir)
-        with self.interrupts, self.watchdog:
+        with self.interrupts, checkpoint.only_run(config.output_dir), self.watchdog:
             exit_code, self.stop_reason = FAILED, None
             try:
                 self._begin(resume)
@@ -258,7 +259,7 @@ class GKDTrainer:
 
     def _begin(self, resume: bool | str | None) -> None:
         config, run_dir = self.args, Path(self.args.output_dir)
-        found, passed_over = checkpoint.find(run_dir, resume)
+        found, passed_over = checkpoint.find(run_dir, resume, lambda: self.watchdog.beat("resume"))
         if found is None and config.overwrite_output_dir:
             _agreed(lambda: _clear(run_dir))
         if found is not None:
@@ -279,7 +280,8 @@ class GKDTrainer:
         """What the directory says is what the run has done."""
         if ranks.rank() == 0:
             Path(self.args.output_dir, FINISHED_FILE).unlink(missing_ok=True)
-            Path(self.args.output_dir, "config.resolved.json").write_text(self.args.to_json_string())
+            with open_anew(Path(self.args.output_dir, "config.resolved.json")) as file:
+                file.write(self.args.to_json_string())
         self.tracker.truncate(*((-1, None) if is_new else (self.state.global_step, self.progress.evaluations)))
 
     def _run(self) -> None:
@@ -459,7 +461,8 @@ class GKDTrainer:
     def _save_checkpoint(self, only_model: bool) -> Path | None:
         """A checkpoint of this step; None (and a sentence) when it could not be written. Training goes on then."""
         config, run_dir, step = self.args, self.args.output_dir, self.state.global_step
-        self.watchdog.beat("save")
+        alive = lambda: self.watchdog.beat("save")  # noqa: E731
+        alive()
         self.tracker.sync()
         state = {
             "trainer_state": {**dataclasses.asdict(self.state), "log_history": self.state.log_history},
@@ -470,10 +473,10 @@ class GKDTrainer:
         }
         try:
             if only_model:
-                path = checkpoint.save(run_dir, step, self._export, state)
+                path = checkpoint.save(run_dir, step, self._export, state, alive)
             else:
-                write = lambda directory: engine_files.save_engine(self.student.engine, directory)  # noqa: E731
-                path = checkpoint.save(run_dir, step, write, state)
+                write = lambda directory: engine_files.save_engine(self.student.engine, directory, alive=alive)  # noqa: E731
+                path = checkpoint.save(run_dir, step, write, state, alive)
         except checkpoint.CheckpointError as error:
             self.tracker.say(str(error))
             return None
@@ -528,7 +531,7 @@ class GKDTrainer:
     def _load_engine(self, found: checkpoint.Manifest) -> None:
         engine, world = self.student.engine, ranks.world_size()
         if found.world_size == world:
-            engine_files.load_engine(engine, found.path)
+            engine_files.load_engine(engine, found.path, lambda: self.watchdog.beat("resume"))
         else:
             self.tracker.say(f"{found.path} was written by {found.world_size} ranks; cutting it anew for {world}")
             resharding.load_engine(engine, found.path, found.world_size, ranks.rank(), world)
@@ -568,8 +571,14 @@ class GKDTrainer:
         checkpoint.together(f"the student was not written to {directory}", lambda: self._export(directory))
 
     def _mark_finished(self) -> None:
-        file, text = Path(self.args.output_dir, FINISHED_FILE), f"{self.state.global_step}\n"
-        checkpoint.together(f"{file} was not written", lambda: ranks.rank() == 0 and file.write_text(text))
+        path = Path(self.args.output_dir, FINISHED_FILE)
+
+        def mark() -> None:
+            if ranks.rank() == 0:
+                with open_anew(path) as file:
+                    file.write(f"{self.state.global_step}\n")
+
+        checkpoint.together(f"{path} was not written", mark)
 
     def _export(self, directory: Path) -> None:
         state_dict = zero.full_state_dict(self.student.engine, self.model)

@@ -37,19 +37,30 @@ export TOKENIZERS_PARALLELISM=false
 port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
 # A signal to this script, Ctrl-C too, goes to the ranks and not to the launcher: they checkpoint after the window and
-# exit with 75, and the launcher passes that on. It would itself kill them after 30 seconds and exit with 1.
+# exit with 75, and the launcher passes that on. It would itself kill them after 30 seconds and exit with 1. Ranks
+# that are not there yet are waited for, and die of the signal.
+launcher='' signals=0
 # shellcheck disable=SC2317  # the trap calls it
-stop() { pkill -TERM --session "$launcher" --full -- --local_rank || true; }
+stop() {
+    signals=$((signals + 1))
+    [[ -n $launcher ]] || return 0
+    until pkill -TERM --session "$launcher" --full -- --local_rank || ! kill -0 "$launcher" 2> /dev/null; do
+        sleep 0.2
+    done
+}
 trap stop INT TERM
 
-# The launcher would take a hostfile of the machine's if there is one; this is about one machine.
-setsid deepspeed --quiet --hostfile "" --num_accelerators "$ranks" --master_port "$port" \
-    --module gkd_ds.train --config "$recipe" "$@" &
+# What `deepspeed` starts on a machine; it would itself end with 0 if this launcher were killed.
+world=$(python -c 'import base64, json, sys
+print(base64.urlsafe_b64encode(json.dumps({"localhost": list(range(int(sys.argv[1])))}).encode()).decode())' "$ranks")
+[[ $signals == 0 ]] || exit 143
+setsid python -u -m deepspeed.launcher.launch --quiet --world_info="$world" --master_addr=127.0.0.1 \
+    --master_port="$port" --module gkd_ds.train --config "$recipe" "$@" &
 launcher=$!
-status=0
-wait "$launcher" || status=$?
-while kill -0 "$launcher" 2> /dev/null; do # a signal ends `wait`, not the launcher
-    status=0
+[[ $signals == 0 ]] || stop # it came before the launcher had a name
+while :; do # a signal ends `wait`, not the launcher
+    heard=$signals status=0
     wait "$launcher" || status=$?
+    [[ $signals != "$heard" ]] || break
 done
 exit "$status"

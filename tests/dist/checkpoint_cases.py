@@ -234,8 +234,22 @@ def differences(base: Path) -> None:
     show("differences", codes=forked.run(WORLD, compare), outcomes=outcomes(run_dir))
 
 
+def stale(base: Path) -> None:
+    """Rank 0's host does not see yet what rank 1 has written, as on a shared file system that remembers listings."""
+    run_dir, everything = base / "run", manifest.list_files
+
+    def save_unseen() -> None:
+        if ranks.rank() == 0:
+            manifest.list_files = lambda path: {k: v for k, v in everything(path).items() if "rank_1" not in k}
+        save(run_dir, 1, value=1)
+
+    codes = forked.run(WORLD, save_unseen)
+    assert forked.run(WORLD, lambda: find_and_note(run_dir)) == [0, 0]
+    show("stale", codes=codes, found=outcomes(run_dir))
+
+
 if __name__ == "__main__":
-    for group in (kills, errors, damage, stops, differences):
+    for group in (kills, errors, damage, stops, differences, stale):
         directory = Path(sys.argv[1], group.__name__)
         directory.mkdir()
         group(directory)

@@ -84,6 +84,11 @@ def test_stops_are_agreed(seen: dict[str, list[dict]]) -> None:
     )  # 0.9 s are over, and the next window would take 0.3 s
 
 
+def test_what_rank_0_does_not_see_yet_is_listed_all_the_same(seen: dict[str, list[dict]]) -> None:
+    (case,) = seen["stale"]
+    assert case["codes"] == [0, 0] and case["found"] == [1, 1]
+
+
 def test_different_settings_are_refused_by_name(seen: dict[str, list[dict]]) -> None:
     (case,) = seen["differences"]
     assert case["codes"] == [0, 0] and case["outcomes"][0] == case["outcomes"][1]
@@ -102,11 +107,23 @@ def test_deepspeed_engine(tmp_path: Path, master_port: int) -> None:
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     for rank in range(2):
         result = json.loads((tmp_path / f"result-{rank}.json").read_text())
-        saved, failed, left, saved_again = result["said"]
+        saved, failed, left, unwritable, unreadable, saved_again = result["said"]
         assert saved == saved_again == "saved"
         assert "because of rank 1: No space left on device" in failed
         assert left == ["checkpoint-1", "latest"]
+        assert "because of rank 1: PicklingError: not this" in unwritable
+        assert "would call 'pathlib.PosixPath'" in unreadable, "what no resume would read is not saved"
         assert len(result["files"]) == 4 and all(
             name.startswith("engine/zero_pp_rank_") for name in result["files"]
         )
         assert result["step"] == 3 and result["same"], "losses after a resume are equal bit for bit"
+        assert len(result["kinds"]) == 6
+        assert all(result["kinds"].values()), result["kinds"]
+        assert {name: said.partition("checkpoint-2 ")[2] for name, said in result["refusals"].items()} == {
+            "another stage": "was written with ZeRO stage 1, and this run has 2; set deepspeed as it was then.",
+            "stage 3": "was written with ZeRO stage 1, and this run has 3; set deepspeed as it was then.",
+            "another precision": "was written with precision fp32, and this run has bf16; set bf16 and fp16 as it was "
+            "then.",
+            "another student": "holds another student: parameter 0.bias is [32] there and [24] here; start with the model "
+            "that the checkpoint was made of.",
+        }

@@ -89,12 +89,19 @@ def test_a_stop_saves_more_than_the_model(server: Server, settings, tmp_path: Pa
     assert_same(run_dir, tmp_path / "whole")
 
 
-def test_stop_file(server: Server, settings, tmp_path: Path) -> None:
+def test_a_stop_file_and_a_second_run_meanwhile(server: Server, settings, tmp_path: Path) -> None:
+    """The second one, in the same directory, is refused and harms nothing."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "STOP").touch()  # left from an earlier run: not meant for this one
-    job = server.start(2, {**settings, "output_dir": str(run_dir)})
+    job = server.start(2, {**settings, "max_steps": 10 * LONG, "output_dir": str(run_dir)})
     wait_for_update(run_dir, 2)
+    (tmp_path / "other").mkdir()
+    second = {**settings, "output_dir": str(tmp_path / "other" / "run"), "overwrite_output_dir": True}
+    (tmp_path / "other" / "run").symlink_to(run_dir)
+    intruder = server.start(2, second)
+    assert intruder.wait() == [2, 2], intruder.said()
+    assert "another run is training in" in intruder.said() and "Traceback" not in intruder.said()
     (run_dir / "STOP").touch()
     assert job.wait() == [STOPPED, STOPPED], job.said()
     assert the_checkpoint(run_dir).step >= 2 and not (run_dir / "STOP").exists()
@@ -158,13 +165,52 @@ def test_a_signal_to_the_launcher(settings, tmp_path: Path) -> None:
     assert f"stopped after update {steps[1]}: SIGTERM was received by rank" in log.read_text()
 
 
-def test_a_signal_to_local_sh_stops_with_the_code_of_a_stop(settings, tmp_path: Path) -> None:
-    run_dir, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
+def local_sh(tmp_path: Path, settings: dict[str, Any], *flags: object) -> subprocess.Popen:
+    """launch/local.sh with two ranks; their output goes to `tmp_path`/log, the run to `tmp_path`/run."""
+    recipe = tmp_path / "recipe.yaml"
     recipe.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in settings.items()))
-    command = ["bash", ROOT / "launch/local.sh", recipe, "--output_dir", run_dir]
+    command = ["bash", ROOT / "launch/local.sh", recipe, "--output_dir", tmp_path / "run", *flags]
     with open(tmp_path / "log", "w") as log:
-        script = subprocess.Popen(command, env=environment() | {"RANKS": "2"}, stdout=log, stderr=log)
+        return subprocess.Popen(command, env=environment() | {"RANKS": "2"}, stdout=log, stderr=log)
+
+
+def launcher_of(script: subprocess.Popen) -> list[psutil.Process]:
+    """DeepSpeed's launcher, once local.sh has started it."""
+    command = ["pgrep", "--full", "--parent", str(script.pid), "deepspeed.launcher.launch"]
+    found = subprocess.run(command, capture_output=True, text=True).stdout
+    return [psutil.Process(int(line)) for line in found.split()]
+
+
+def test_a_signal_to_local_sh_stops_with_the_code_of_a_stop(settings, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    script = local_sh(tmp_path, settings)
     wait_for_update(run_dir, 2, script)
-    script.send_signal(signal.SIGTERM)
+    for _ in range(3):  # also one that comes when the ranks have ended, and the launcher not yet
+        script.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
     assert script.wait(LAUNCHED) == STOPPED, (tmp_path / "log").read_text()
     assert f"stopped after update {the_checkpoint(run_dir).step}: SIGTERM was received" in (tmp_path / "log").read_text()
+
+
+def test_a_signal_to_local_sh_before_there_are_ranks(settings, tmp_path: Path) -> None:
+    """One signal is enough, and there is no run."""
+    script = local_sh(tmp_path, settings)
+    poll(lambda: launcher_of(script), "the launcher never came", LAUNCHED)
+    launcher = launcher_of(script)
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(LAUNCHED) not in (0, STOPPED), (tmp_path / "log").read_text()
+    assert not psutil.wait_procs(launcher, 5)[1] and not (tmp_path / "run").exists()
+
+
+def test_local_sh_does_not_call_a_killed_launcher_a_success(settings, tmp_path: Path) -> None:
+    """The ranks notice, save and stop; a dry run still ends with 0."""
+    script = local_sh(tmp_path, settings)
+    wait_for_update(tmp_path / "run", 1, script)
+    (launcher,) = launcher_of(script)
+    everybody = [launcher, *launcher.children()]
+    launcher.kill()
+    assert script.wait(30) == 128 + signal.SIGKILL
+    assert not psutil.wait_procs(everybody, LIMIT)[1], "ranks go on without a launcher"
+    assert the_checkpoint(tmp_path / "run").step >= 1
+    assert local_sh(tmp_path, settings, "--overwrite_output_dir", "true", "--dry_run").wait(LAUNCHED) == 0
+    assert "update" in (tmp_path / "log").read_text()

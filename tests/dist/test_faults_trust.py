@@ -105,25 +105,27 @@ def test_secrets_are_written_nowhere(server: Server, settings, tmp_path: Path) -
     """In the environment, in a URL, in a name: not in any file of the run, nor in what it says when it fails."""
     # All different: one that is hidden must not hide another.
     secrets = {"WANDB_API_KEY": f"{CANARY}-wandb", "HF_TOKEN": f"hf_{CANARY}-env", "DB_PASSWORD": f"{CANARY}-db"}
+    secrets["AWS_SECRET_ACCESS_KEY"] = f"{CANARY}-aws"
     mine = {
         **settings,
         "report_to": "wandb",
         "project": f"{CANARY}-db",
-        "run_name": f"copy of https://somebody:{CANARY}-url@example.org/data",
+        "run_name": f"{CANARY}-aws of https://somebody:{CANARY}-url@example.org/data?access_token={CANARY}-parameter",
         "hub_token": f"hf_{CANARY}-field",
         "eval_strategy": "steps",
         "eval_steps": 2,
         "max_steps": 2,
         "output_dir": str(tmp_path / "run"),
     }
-    jobs = [server.run(2, mine, env=secrets)]
+    said = server.run(2, mine, env=secrets).said()  # before the next job writes to the same logs
+    assert "update 2/2" in said and CANARY not in said
     failing = {**mine, "resume_from_checkpoint": True, "max_steps": 4}
-    jobs.append(server.start(2, failing, env=secrets, fault="raise:score:2"))
-    assert jobs[-1].wait() == [1, 1] and "Traceback" in jobs[-1].said()
+    job = server.start(2, failing, env=secrets, fault="raise:score:2")
+    assert job.wait() == [1, 1] and "Traceback" in job.said()
     produced = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {"metrics.jsonl", "README.md", "manifest.json", "config.resolved.json"} <= {path.name for path in produced}
     assert any(path.suffix == ".wandb" for path in produced)
-    for path in produced + jobs[-1].logs:
+    for path in produced + job.logs:
         assert CANARY.encode() not in path.read_bytes(), path
 
 

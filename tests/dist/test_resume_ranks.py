@@ -1,4 +1,7 @@
-"""A run that goes on with another number of ranks: the same windows, the same draws, losses within 1e-4."""
+"""A run that goes on with another number of ranks: the same windows, the same draws, losses within 1e-4.
+
+And with the same number at other ZeRO stages: exactly.
+"""
 
 from __future__ import annotations
 
@@ -93,6 +96,18 @@ def test_many_groups_and_an_optimizer_in_host_memory(server: Server, settings, w
     go_on(server, mine, run_dir, world=1, batch=2, accumulation=2)
     assert_same(run_dir, whole, REORDERING)
     assert_same_weights(run_dir, whole)
+
+
+@pytest.mark.parametrize("stage, bf16", [(0, False), (1, False), (2, True)])
+def test_the_same_ranks_below_stage_3(server: Server, settings, tmp_path: Path, stage: int, bf16: bool) -> None:
+    """Bit for bit, as at stage 3 (test_faults_cuts.py); more kinds of engines in test_checkpoint_dist.py."""
+    mine = {**settings, "deepspeed": {"zero_optimization": {"stage": stage}}, "bf16": bf16, "max_steps": CUT + 2}
+    whole = tmp_path / "whole"
+    server.run(2, {**mine, "output_dir": str(whole)})
+    run_dir = copy_of(whole, tmp_path / "run", CUT)
+    go_on(server, mine, run_dir, world=2, batch=1, accumulation=2)
+    assert_same(run_dir, whole)
+    assert (run_dir / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_another_global_batch_is_refused(server: Server, settings, whole: Path, tmp_path: Path) -> None:

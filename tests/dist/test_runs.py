@@ -66,6 +66,13 @@ def test_an_optimizer_on_nvme_gives_the_same_losses(two_ranks: Results) -> None:
 
 
 @NVME
+def test_an_optimizer_on_nvme_is_not_saved_because_it_could_not_be_resumed(two_ranks: Results) -> None:
+    for rank in two_ranks["optimizer_on_nvme"]:
+        assert "a run whose optimizer is on NVMe cannot be resumed" in rank["saved"]
+    assert not list((two_ranks.directory / "nvme-saved").iterdir())
+
+
+@NVME
 def test_too_few_buffers_are_refused_before_anything_is_read(two_ranks: Results) -> None:
     for rank in two_ranks["teacher_on_nvme"]:
         assert "offload_param.buffer_count to 2, but this teacher needs 4" in rank["too few buffers"]

@@ -6,7 +6,9 @@ import os
 import pickle
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkd_ds import checkpoint, faults, manifest
+from gkd_ds import checkpoint, engine_files, faults, manifest
 from gkd_ds.checkpoint import CheckpointError
 from gkd_ds.errors import InputError
 
@@ -82,6 +84,81 @@ def test_secrets_do_not_reach_the_manifest(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("HF_TOKEN", "canary-7f3a9")
     path = checkpoint.save(tmp_path, 1, write, {"config": {"url": "https://me:canary-7f3a9@host/x"}})
     assert "canary" not in (path / "manifest.json").read_text()
+
+
+def test_a_file_that_no_resume_would_read_fails_the_save(tmp_path: Path) -> None:
+    """Below stage 3 DeepSpeed's files hold a class of its own; one that is not known must not be found out later."""
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    def write_object(content: object) -> Callable[[Path], None]:
+        return lambda directory: torch.save({"param_slice_mappings": [content]}, directory / "optim_states.pt")
+
+    path = checkpoint.save(tmp_path, 1, write_object(fragment_address(3, 5)), {})
+    assert engine_files.read(path / "optim_states.pt") == {"param_slice_mappings": [fragment_address(3, 5)]}
+    with pytest.raises(CheckpointError, match="step 2 .*would call 'pathlib.PosixPath' when loaded"):
+        checkpoint.save(tmp_path, 2, write_object(Path("x")), {})
+    assert names(tmp_path) == ["checkpoint-1", "latest"]
+
+
+def test_a_manifest_too_large_to_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "LARGEST_MANIFEST", 2000)
+    checkpoint.save(tmp_path, 1, write, {})
+    with pytest.raises(CheckpointError, match="its manifest would be larger than the 2000 bytes that a resume reads"):
+        checkpoint.save(tmp_path, 2, write, {"log": "x" * 2000})
+    assert find_step(tmp_path) == 1
+
+
+def test_long_saves_and_checks_say_that_they_are_alive(tmp_path: Path) -> None:
+    """At every stage and every block: 12 MiB are three."""
+
+    def write_much(directory: Path) -> None:
+        (directory / "big").write_bytes(bytes(12 * 2**20))
+
+    calls: list[float] = []
+    alive = lambda: calls.append(time.monotonic())  # noqa: E731
+    checkpoint.save(tmp_path, 1, write_much, {}, alive)
+    assert len(calls) >= 6 + 3
+    calls.clear()
+    checkpoint.find(tmp_path, True, alive)
+    assert len(calls) >= 3
+
+
+def test_links_are_not_written_through(tmp_path: Path) -> None:
+    run_dir, precious = tmp_path / "run", tmp_path / "precious"
+    run_dir.mkdir()
+    precious.write_text("mine")
+    for name in ("latest", "latest.tmp"):
+        (run_dir / name).symlink_to(precious)
+    save(run_dir, 1)
+    assert precious.read_text() == "mine" and (run_dir / "latest").read_text() == "checkpoint-1\n"
+    (run_dir / ".lock").symlink_to(precious)
+    with pytest.raises(InputError, match=r"\.lock cannot be opened"), checkpoint.only_run(run_dir):
+        pass
+
+
+def test_only_one_run_in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one waits a little, in case that the first is ending; what is left of a dead run is in nobody's way."""
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0.5)
+    run_dir = tmp_path / "new" / "run"
+    with checkpoint.only_run(run_dir):
+        with pytest.raises(InputError, match="another run is training in"), checkpoint.only_run(run_dir):
+            pass
+    program = """
+import sys, time
+from gkd_ds import checkpoint
+with checkpoint.only_run(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(3600)
+"""
+    command = [sys.executable, "-c", program, str(run_dir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="another run is training in"), checkpoint.only_run(run_dir):
+            pass
+        monkeypatch.setattr(checkpoint, "PATIENCE", 30.0)
+        other.kill()
+        with checkpoint.only_run(run_dir):
+            assert names(run_dir) == [".lock"]
 
 
 # ------------------------------------------------------------------------------------------- damage

@@ -401,6 +401,11 @@ ZERO3 = {"zero_optimization": {"stage": 3}}
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, {}, ["'disk'"]),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, {}, ["nvme_path"]),
         (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/dev/shm"}}},
+            {"save_strategy": "steps"},
+            ["optimizer on NVMe", "no checkpoint can be resumed with", "save_strategy: no"],
+        ),
+        (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/proc/swap"}}},
             {},
             ["'/proc/swap'", "nothing can be written"],

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from gkd_ds import manifest
+from gkd_ds.config import GKDConfig
+from gkd_ds.errors import InputError
 from gkd_ds.interrupts import SIGNALS, STOPPED, Interrupts, StopAgreed
 
 
@@ -50,6 +52,27 @@ def test_stop_file(tmp_path: Path) -> None:
     stop_file.touch()
     assert interrupts.agreed_reason() == f"the stop file {stop_file} was found"
     assert not stop_file.exists(), "obeyed, so it must not stop the next run as well"
+
+
+@pytest.mark.parametrize("what", ["data", "directory", "link"])
+def test_a_stop_file_that_is_something_else_is_refused_and_stays(tmp_path: Path, what: str) -> None:
+    stop_file = tmp_path / "data.jsonl"
+    if what == "data":
+        stop_file.write_text("rows\n")
+    elif what == "directory":
+        stop_file.mkdir()
+    else:
+        stop_file.symlink_to(tmp_path / "elsewhere")
+    for refuse in (
+        lambda: Interrupts(stop_file),
+        GKDConfig(output_dir=str(tmp_path / "run"), stop_file=str(stop_file)).validate_files,
+    ):
+        with pytest.raises(InputError, match="stop_file.* is no empty file"):
+            refuse()
+    assert stop_file.is_symlink() or stop_file.exists()
+    if what == "data":
+        with pytest.raises(InputError, match="stop_file.*cannot be looked at"):
+            Interrupts(stop_file / "STOP")
 
 
 def test_time_budget_leaves_room_for_the_next_window() -> None:

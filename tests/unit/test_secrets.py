@@ -17,6 +17,14 @@ CANARY = "canary-7f3a9c-secret"
         "my_secret",
         "PGPASSWORD",
         "DB_PASSWORD",
+        "AWS_SECRET_ACCESS_KEY",
+        "AZURE_STORAGE_ACCOUNT_KEY",
+        "TOKEN",
+        "API_KEY",
+        "PASSWORD",
+        "secret",
+        "SMTP_PASS",
+        "MYSQL_PASSWD",
     ],
 )
 def test_environment_values_are_replaced_everywhere(monkeypatch, name):
@@ -29,7 +37,9 @@ def test_environment_values_are_replaced_everywhere(monkeypatch, name):
 
 def test_short_values_and_other_names_are_left_alone(monkeypatch):
     monkeypatch.setenv("SHORT_TOKEN", "1234567")
-    monkeypatch.setenv("PLAIN_VALUE", "plain-value-long-enough")
+    others = ["PLAIN_VALUE", "TOKENIZERS_PARALLELISM", "TOKENIZER", "HTTP_BYPASS", "MAX_TOKENS", "SECRETARY", "MONKEY"]
+    for name in [*others, "AWS_ACCESS_KEY_ID", "HF_TOKEN_PATH"]:
+        monkeypatch.setenv(name, "plain-value-long-enough")
     assert redact("1234567 plain-value-long-enough") == "1234567 plain-value-long-enough"
 
 
@@ -51,6 +61,12 @@ def test_a_secret_that_contains_another_leaves_no_rest(monkeypatch):
         ("s3://key:secret@bucket, mysql+pymysql://root:pw@db/x", "s3://***@bucket, mysql+pymysql://***@db/x"),
         ("https://host/path?mail=a@b.c", "https://host/path?mail=a@b.c"),
         ("https://host/@user", "https://host/@user"),
+        ("https://host/x?token=abc", "https://host/x?token=***"),
+        ("GET /x?page=2&access_token=a.b-c&z=1#top", "GET /x?page=2&access_token=***&z=1#top"),
+        ("s3?X-Amz-Security-Token=a%2Fb&X-Amz-Signature=0f", "s3?X-Amz-Security-Token=***&X-Amz-Signature=***"),
+        ("https://maps?api_key=k1&key=k2", "https://maps?api_key=***&key=***"),
+        ("https://host/?eos_token=</s>&tokenizer=x&max_tokens=5", "https://host/?eos_token=</s>&tokenizer=x&max_tokens=5"),
+        ("https://host/?monkey=1&passage=2 key=3, token=4", "https://host/?monkey=1&passage=2 key=3, token=4"),
         ("mail someone@example.org", "mail someone@example.org"),
     ],
 )
@@ -59,7 +75,7 @@ def test_url_credentials(text, clean):
 
 
 def test_command_line():
-    assert redact_argv(["--hub_token", "abc", "--lr", "1", "--hub-token=abc", "--eos_token", "</s>"]) == [
+    assert redact_argv(["--hub_token", "abc", "--lr", "1", "--hub-token=abc", "--eos_token", "</s>", "--token=t"]) == [
         "--hub_token",
         "***",
         "--lr",
@@ -67,4 +83,5 @@ def test_command_line():
         "--hub-token=***",
         "--eos_token",
         "</s>",
+        "--token=***",
     ]
