@@ -15,14 +15,14 @@ import os
 import sys
 from pathlib import Path
 
-from gkd_ds.secrets import SECRET_NAME, secret_values
+from gkd_ds.secrets import SECRET_NAME, URL_CREDENTIALS, secret_values
 
 # A name that ends in "_" stands for all variables that begin with it.
 TRAVELLING = [
     "HF_", "TRANSFORMERS_", "TOKENIZERS_PARALLELISM", "DATASETS_",  # caches, offline mode, HF_TOKEN_PATH
     "WANDB_",  # project, mode, directory, server
     "DS_ACCELERATOR", "TORCH_", "OMP_NUM_THREADS", "GLOO_", "TRITON_CACHE_DIR", "CUDA_HOME", "LD_LIBRARY_PATH",
-    "GLIBC_TUNABLES", "TMPDIR",
+    "GLIBC_TUNABLES", "TMPDIR", "GKD_",
 ]  # fmt: skip
 # DeepSpeed writes `export NAME="value";` without escaping, and pdsh replaces %h and the like.
 UNSAFE = set("\"$`\\%!\n\r")
@@ -48,10 +48,16 @@ def travelling_lines(wanted: list[str]) -> list[str]:
     for name in wanted:
         if name not in os.environ:
             raise ValueError(f"{name} is not set here; set it or leave it out.")
-        if is_secret(name):
+        if SECRET_NAME.search(name):
             raise ValueError(f"{name} is a secret, and this file is not for secrets; see launch/README.md.")
     listed = [name for name in os.environ if any(matches(name, pattern) for pattern in TRAVELLING)]
-    names = sorted({*wanted, *(name for name in listed if not is_secret(name))})
+    names = sorted({*wanted, *(name for name in listed if not SECRET_NAME.search(name))})
+    for name in names:  # left out without a word, the hosts would talk to another server, or through no proxy
+        if holds_secret(os.environ[name]):
+            raise ValueError(
+                f"the value of {name} has a secret in it (a password in a URL?), and this file is not for secrets; "
+                "give it without, or unset it; see launch/README.md."
+            )
     for name in names:
         found = UNSAFE & set(os.environ[name])
         if found:
@@ -63,10 +69,9 @@ def matches(name: str, pattern: str) -> bool:
     return name.startswith(pattern) if pattern.endswith("_") else name == pattern
 
 
-def is_secret(name: str) -> bool:
-    """By its name, or because its value contains that of a secret variable (a URL with a password in it)."""
-    value = os.environ[name]
-    return bool(SECRET_NAME.search(name)) or any(secret in value for secret in secret_values())
+def holds_secret(value: str) -> bool:
+    """Whether the value has the password of a URL in it, or the value of a secret variable."""
+    return bool(URL_CREDENTIALS.search(value)) or any(secret in value for secret in secret_values())
 
 
 def write_private(path: Path, lines: list[str]) -> None:

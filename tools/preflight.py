@@ -42,15 +42,15 @@ MEASURE_SECONDS = 1.0  # the most that each of the two may take
 
 def main() -> int:
     started = time.monotonic()
-    args, fields = parse_arguments()
+    args, flags = parse_arguments()
     if args.probe:
         print(MARK + json.dumps(probe(json.loads(base64.b64decode(args.probe)))))
         return 0
     try:
-        recipe = read_recipe(args.config, fields)
+        recipe = read_fields(args.config, flags)
         hosts = read_hosts(args)
         spec = what_to_check(args, recipe, hosts)
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError) as problem:  # InputError is a ValueError
         print(f"preflight: {problem}", file=sys.stderr)
         return 2
     with shared_file(spec):
@@ -70,8 +70,8 @@ def main() -> int:
 # ---- What to ask -------------------------------------------------------------------------------------------
 
 
-def parse_arguments() -> tuple[argparse.Namespace, dict[str, str]]:
-    """The options below, and the rest of the command line as recipe fields (`--name X` or `--name=X`)."""
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """The options below, and the rest of the command line, which is the trainer's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", help="the recipe that will be trained")
     where = parser.add_mutually_exclusive_group()
@@ -85,29 +85,17 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--min_shm_gb", type=float, default=0.5, help="free space wanted in /dev/shm")
     parser.add_argument("--min_nvme_gbps", type=float, default=0.0, help="GB/s wanted from every NVMe path")
     parser.add_argument("--probe", help=argparse.SUPPRESS)
-    args, rest = parser.parse_known_args()
-    fields, words = {}, iter(rest)
-    for word in words:
-        if not word.startswith("--"):
-            parser.error(f"unexpected argument {word!r}")
-        name, equals, value = word[2:].partition("=")
-        fields[name] = value if equals else next(words, "")
-    return args, fields
+    return parser.parse_known_args()
 
 
-def read_recipe(path: str | None, fields: dict[str, str]) -> dict:
-    """The recipe's fields, those of the command line on top, and `files`: the recipe and what it includes."""
-    recipe = {}
-    if path:
-        import yaml  # not in the standard library, so not at the top: the probes do without
+def read_fields(config: str | None, flags: list[str]) -> dict:
+    """The recipe's fields, those of the command line on top, as the trainer reads both, and `files`: what it opens."""
+    from gkd_ds.recipe import read_flags, read_recipe  # not at the top: a probe does without
 
-        with open(path) as file:
-            recipe = yaml.safe_load(file) or {}
-        if not isinstance(recipe, dict):
-            raise ValueError(f"{path} is not a flat YAML file of field names and values")
-    recipe |= fields
+    recipe = read_recipe(config) if config else {}
+    recipe |= read_flags(flags)
     included = [recipe.get("deepspeed"), recipe.get("teacher_deepspeed"), recipe.get("chat_template_path")]
-    recipe["files"] = [path] * bool(path) + [f for f in included if isinstance(f, str) and f and f[0] != "{"]
+    recipe["files"] = [config] * bool(config) + [f for f in included if isinstance(f, str) and f and f[0] != "{"]
     return recipe
 
 
@@ -145,7 +133,7 @@ def what_to_check(args: argparse.Namespace, recipe: dict, hosts: dict[str, int |
         "directory": os.getcwd(),
         "files": recipe["files"],
         "paths": paths,
-        "output_dir": recipe.get("output_dir") or ".",
+        "output_dir": recipe.get("output_dir") or "trainer_output",
         "nvme": sorted(nvme_paths(recipe)),
         "master_addr": args.master_addr or ("127.0.0.1" if len(hosts) == 1 else first),
         "master_port": args.master_port,

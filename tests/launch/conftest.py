@@ -12,7 +12,6 @@ from tests.launch.hosts import missing, two_hosts
 from tests.launch.slurm_cluster import slurm_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
-SKIPPED: set[str] = set()
 
 
 def environment() -> dict[str, str]:
@@ -54,15 +53,7 @@ def in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def skip_unless_possible(*commands: str) -> None:
     problems = missing(*commands)
     if problems:
-        SKIPPED.update(problems)
-        pytest.skip("; ".join(problems))
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    if SKIPPED:
-        terminalreporter.section("REAL HOSTS AND SLURM WERE NOT TESTED", sep="!", red=True, bold=True)
-        for problem in sorted(SKIPPED):
-            terminalreporter.line(f"!!! {problem}")
+        pytest.skip("real hosts and Slurm: " + "; ".join(problems))
 
 
 def log_tails(directory: Path, lines: int = 30) -> str:

@@ -169,6 +169,17 @@ def two_hosts(directory: Path) -> Iterator[tuple[Host, Host]]:
             host.power_off()
 
 
+@contextmanager
+def mounted(host: Host, target: Path | str, *how: str) -> Iterator[None]:
+    """`mount HOW TARGET` on one host for a while."""
+    result = host.run(["mount", *how, str(target)])
+    assert result.returncode == 0, result.stdout
+    try:
+        yield
+    finally:
+        host.run(["umount", str(target)])
+
+
 def wait_until(condition, seconds: float, what: str, every: float = 0.1):
     """Poll until `condition()` is true and return what it gave; AssertionError naming `what` when time is up."""
     end = time.monotonic() + seconds

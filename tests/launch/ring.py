@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 def main() -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    for name in ("config", "run_name", "resume_from_checkpoint", "local_rank", "lmbda", "beta"):
+    for name in ("config", "run_name", "resume_from_checkpoint", "local_rank", "lmbda", "beta", "stop_file"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=5)
@@ -52,6 +52,8 @@ def main() -> int:
         dist.broadcast(stopped, 0)
     if rank == 0 and step >= args.steps:
         (args.output_dir / "FINISHED").touch()
+    elif rank == 0:
+        print(f"stopped after update {step}: the stop file was found", flush=True)
     dist.barrier()
     return 0 if step >= args.steps else 75
 

@@ -35,7 +35,8 @@ TaskPlugin=task/none
 MpiDefault=none
 SwitchType=switch/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
+SelectTypeParameters=CR_CPU_Memory
+DefMemPerNode=100
 SchedulerType=sched/builtin
 SchedulerParameters=batch_sched_delay=1,sched_interval=1
 JobAcctGatherType=jobacct_gather/none
@@ -46,7 +47,7 @@ JobRequeue=1
 KillWait=30
 MinJobAge=3600
 MailProg=/bin/true
-NodeName={nodes} CPUs=1 State=UNKNOWN
+NodeName={nodes} CPUs=1 RealMemory=1000 State=UNKNOWN
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}

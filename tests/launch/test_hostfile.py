@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-
-from tests.launch.conftest import ROOT
 
 
 @pytest.fixture
@@ -30,8 +30,10 @@ def ranks(output: Path) -> list[dict]:
 
 
 def test_hostfile_script_runs_one_rank_per_host_and_the_environment_travels(hosts, hostfile, recipe, tmp_path):
-    output = tmp_path / "run"
+    output, place = tmp_path / "run", tmp_path / "tmp"
+    place.mkdir()
     settings = {
+        "TMPDIR": str(place),
         "GKD_MODULE": "tests.launch.ring",
         "WANDB_PROJECT": "distil & compare",
         "WANDB_API_KEY": "a-secret-of-some-length",
@@ -52,20 +54,43 @@ def test_hostfile_script_runs_one_rank_per_host_and_the_environment_travels(host
         assert fact["environ"]["HF_HUB_OFFLINE"] == "1"
         assert "WANDB_API_KEY" not in fact["environ"]
     assert "a-secret-of-some-length" not in result.stdout
-    written = ROOT / "runs" / ".deepspeed_env"
+    assert not list(place.glob("deepspeed_env.*")), "the file of what travels was left behind"
+
+
+def test_what_travels_is_private_and_holds_our_own_variables(tmp_path, monkeypatch):
+    written = tmp_path / "env"
+    written.write_text("readable by all")
+    monkeypatch.setenv("DS_ENV_FILE", str(written))
+    monkeypatch.setenv("GKD_SETTING", "ours")
+    monkeypatch.setenv("WANDB_API_KEY", "a-secret-of-some-length")
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/hf?a=b@c")
+    done = subprocess.run([sys.executable, "tools/deepspeed_env.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert stat.S_IMODE(written.stat().st_mode) == 0o600
+    assert {"GKD_SETTING=ours", "HF_ENDPOINT=https://mirror.example/hf?a=b@c"} <= set(written.read_text().splitlines())
     assert "a-secret-of-some-length" not in written.read_text()
 
 
-def test_a_secret_is_refused_by_name_and_by_value(hosts, hostfile, recipe):
-    tool = ["python", "tools/deepspeed_env.py"]
-    secret = {"DS_ENV_FILE": "/run/env", "MY_API_KEY": "a-secret-of-some-length"}
-    refused = hosts[0].run([*tool, "MY_API_KEY"], env=secret)
-    assert refused.returncode == 2 and "MY_API_KEY is a secret" in refused.stdout
-    refused = hosts[0].run([*tool, "PROXY"], env={**secret, "PROXY": "http://me:a-secret-of-some-length@proxy"})
-    assert refused.returncode == 2 and "PROXY is a secret" in refused.stdout
-    refused = hosts[0].run([*tool, "ODD"], env={**secret, "ODD": 'say "$HOME"'})
-    assert refused.returncode == 2 and "cannot carry" in refused.stdout
+@pytest.mark.parametrize(
+    "name, value, named, sentence",
+    [
+        ("MY_API_KEY", "a-secret-of-some-length", True, "MY_API_KEY is a secret"),
+        ("AWS_SECRET_ACCESS_KEY", "a-secret-of-some-length", True, "AWS_SECRET_ACCESS_KEY is a secret"),
+        ("DB_PASSWD", "a-secret-of-some-length", True, "DB_PASSWD is a secret"),
+        ("PROXY", "http://me:another-secret@proxy", True, "the value of PROXY has a secret"),
+        ("HF_ENDPOINT", "https://me:pw@host", False, "the value of HF_ENDPOINT has a secret"),
+        ("WANDB_BASE_URL", "https://host/a-key-that-is-secret", False, "the value of WANDB_BASE_URL has a secret"),
+        ("ODD", 'say "$HOME"', True, "cannot carry"),
+    ],
+)
+def test_a_secret_is_refused_by_name_and_by_value(tmp_path, monkeypatch, name, value, named, sentence):
+    monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "env"))
+    monkeypatch.setenv("OTHER_API_KEY", "a-key-that-is-secret")
+    monkeypatch.setenv(name, value)
+    names = [name] if named else []
+    done = subprocess.run([sys.executable, "tools/deepspeed_env.py", *names], capture_output=True, text=True)
+    assert done.returncode == 2 and sentence in done.stderr, done.stderr
+    assert value not in done.stderr and not (tmp_path / "env").exists()
 
 
 def test_the_example_without_ssh_one_launcher_started_by_hand_on_each_host(hosts, tmp_path):

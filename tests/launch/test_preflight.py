@@ -5,18 +5,25 @@ A plant is a mount in one host's namespace: the file is different there and nowh
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import re
+import sys
+import sysconfig
 import time
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from gkd_ds.errors import InputError
+from gkd_ds.recipe import read_flags
 from tests import tiny
 from tests.launch.conftest import ROOT
+from tests.launch.hosts import mounted
 
 LIMIT = 10.0  # seconds
 
@@ -51,6 +58,15 @@ def teacher_on_nvme(project) -> list[str]:
     return ["--teacher_deepspeed", str(project / "teacher.json")]
 
 
+@pytest.fixture(scope="module")
+def preflight():
+    """The tool as a module."""
+    spec = importlib.util.spec_from_file_location("preflight", ROOT / "tools/preflight.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def check(host, project: Path, *more: str):
     """Run the preflight over ssh from `host`; (exit code, output). It must answer within LIMIT."""
     command = ["python", "tools/preflight.py", "--hostfile", str(project / "hostfile")]
@@ -60,17 +76,6 @@ def check(host, project: Path, *more: str):
     seconds = time.monotonic() - started
     assert seconds < LIMIT, f"took {seconds:.1f} s:\n{result.stdout}"
     return result.returncode, result.stdout
-
-
-@contextmanager
-def mounted(host, target: Path | str, *how: str):
-    """`mount HOW TARGET` on one host for a while."""
-    result = host.run(["mount", *how, str(target)])
-    assert result.returncode == 0, result.stdout
-    try:
-        yield
-    finally:
-        host.run(["umount", str(target)])
 
 
 def test_two_equal_hosts_are_ready(hosts, project, teacher_on_nvme):
@@ -185,22 +190,90 @@ def test_a_host_without_sshd_or_with_an_unknown_name(hosts, project, tmp_path):
     assert code == 1 and "worker-9: cannot be asked" in output and "Could not resolve hostname" in output
 
 
-def test_a_clock_that_is_off():
-    """No namespace has its own wall clock, so only the judgement is tested, with a real probe's kind of answer."""
-    spec = importlib.util.spec_from_file_location("preflight", ROOT / "tools/preflight.py")
-    preflight = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(preflight)
-    limits = argparse.Namespace(min_disk_gb=0, min_shm_gb=0, min_nvme_gbps=0)
-    answer = {"versions": preflight.versions(), "code": "c", "clock_s": -3.0}
-    assert preflight.too_little("worker-2", answer, limits) == [
-        "worker-2: its clock differs from the first node's by -3.0 s"
-    ]
-    assert preflight.too_little("worker-2", {**answer, "clock_s": 0.5}, limits) == []
+@contextmanager
+def without_answers_from(host, ports: str):
+    """As behind a firewall that drops what `host` sends from these ports; ssh stays possible."""
+    rules = [["pref", "10", "ipproto", "tcp", "dport", "22", "lookup", "main"]]
+    rules += [["pref", "20", "ipproto", "tcp", "sport", ports, "blackhole"]]
+    for rule in rules:
+        added = host.run(["ip", "rule", "add", *rule])
+        assert added.returncode == 0, added.stdout
+    try:
+        yield
+    finally:
+        for rule in rules:
+            host.run(["ip", "rule", "del", *rule])
+
+
+def test_a_master_port_that_is_closed(hosts, project):
+    with without_answers_from(hosts[0], "29500"):
+        code, output = check(hosts[0], project)
+    assert code == 1 and "worker-2: cannot reach worker-1 port 29500: timed out" in output, output
+
+
+def test_other_ports_that_are_closed(hosts, project):
+    """The ranks meet at the master port, and then connect to each other at ports that the system chooses."""
+    low, high = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    with without_answers_from(hosts[0], f"{low}-{high}"):
+        code, output = check(hosts[0], project)
+    assert code == 1 and re.search(
+        r"worker-2: cannot reach worker-1 port 29500: it answers, but its port \d+ does not \(timed out\)", output
+    ), output
+
+
+def test_a_clock_that_is_off(hosts, project, tmp_path):
+    """No namespace has its own wall clock, so Python's is put forward: on worker-2 only, before any program starts."""
+    (tmp_path / "sitecustomize.py").write_text("import time\nnow = time.time\ntime.time = lambda: now() + 3\n")
+    packages = sysconfig.get_path("purelib")
+    layers = f"lowerdir={tmp_path}:{packages}"
+    with mounted(hosts[1], packages, "-t", "overlay", "-o", layers, "overlay"):
+        code, output = check(hosts[0], project)
+    assert code == 1, output
+    assert re.search(r"worker-2: its clock differs from the first node's by \+3\.\d s", output), output
+    assert output.splitlines()[2].endswith(" ms") and "VERDICT: 1 problem" in output, output
+
+
+NAMES = ["output_dir", "output-dir", "overwrite_output_dir", "deepspeed", "bf16", "max-steps", "dry_run", "nothing"]
+VALUES = [None, "null", "true", "runs/x", "-1", "--resume-from-checkpoint"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(VALUES)), max_size=4), st.booleans())
+def test_the_preflight_reads_flags_as_the_trainer_does(preflight, given_flags, glued):
+    """Also with the preflight's own options among them."""
+    flags = []
+    for name, value in given_flags:
+        word = f"--{name}"
+        flags += [word] if value is None else [f"{word}={value}"] if glued else [word, value]
+    with mock.patch.object(sys, "argv", ["preflight", "--slurm", *flags[:2], "--timeout", "30", *flags[2:]]):
+        args, rest = preflight.parse_arguments()
+    assert args.slurm and args.timeout == 30 and rest == flags
+    try:
+        expected = read_flags(flags)
+    except InputError as wrong:
+        with pytest.raises(InputError) as found:
+            preflight.read_fields(None, rest)
+        assert str(found.value) == str(wrong)
+    else:
+        assert preflight.read_fields(None, rest) == expected | {
+            "files": [expected["deepspeed"]] if expected.get("deepspeed") else []
+        }
+
+
+def test_flags_that_the_preflight_once_misread(hosts, project):
+    """A switch without a value, dashes in a name, and a field of the recipe that is taken back."""
+    recipe = (project / "recipe.yaml").read_text().replace("/runs/first", "/none") + "deepspeed: none.json\n"
+    (project / "other.yaml").write_text(recipe)
+    flags = ["--config", str(project / "other.yaml"), "--overwrite_output_dir", "--output-dir", str(project / "runs")]
+    with mounted(hosts[1], project / "runs", "-t", "tmpfs", "tmpfs"):
+        code, output = check(hosts[0], project, *flags, "--deepspeed", "null")
+    assert code == 1 and f"worker-2: output_dir {project / 'runs'} is not the directory" in output, output
+    assert "VERDICT: 1 problem" in output, output
 
 
 def test_wrong_use_has_its_own_exit_code(hosts, project, tmp_path):
     (tmp_path / "hostfile").write_text("worker-1 slots=two\n")
-    for more in (["--hostfile", str(tmp_path / "hostfile")], ["--hostfile", "none"], ["--slurm"], ["--config", "none"]):
+    hostfiles = [["--hostfile", str(tmp_path / "hostfile")], ["--hostfile", "none"]]
+    for more in (*hostfiles, ["--slurm"], ["--config", "none"], ["--otput_dir", "x"], ["--output_dir"]):
         result = hosts[0].run(["python", "tools/preflight.py", *more])
         assert result.returncode == 2 and result.stdout.startswith("preflight: "), (more, result.stdout)
 

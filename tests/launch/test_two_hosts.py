@@ -12,7 +12,7 @@ from tests.launch import tiny_run
 from tests.launch.hosts import Host, wait_until
 
 FAILURE_SECONDS = 20  # the timeouts given to the runs whose hosts fail
-SLOWNESS = 120  # seconds allowed on top for starting and ending processes on a busy machine
+SLOWNESS = 40  # seconds allowed on top for noticing it and ending processes on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +48,30 @@ def wait_for_updates(project: Path, count: int) -> None:
     wait_until(lambda: len(tiny_run.steps(project / "run")) >= count, 600, lambda: log.read_text()[-6000:])
 
 
-def assert_finished_as_on_one_host(hosts, project: Path, one_host: list[float], **fields) -> None:
-    """Start the run again, let it end, and compare all its losses with those of one host."""
-    code = start(hosts[0], project, "again", **fields).wait(timeout=900)
-    assert code == 0, (project / "again.log").read_text()[-6000:]
+def assert_goes_on_as_on_one_host(hosts, project: Path, one_host: list[float], **fields) -> None:
+    """Start the run again: it goes on from its last checkpoint, and every loss is that of one host, to the last bit."""
     output = project / "run"
+    saved = tiny_run.valid_checkpoints(output)[-1]
+    code = start(hosts[0], project, "again", **fields).wait(timeout=900)
+    log = (project / "again.log").read_text()
+    assert code == 0, log[-6000:]
+    assert saved > 0 and tiny_run.resumes(log) == [saved], log[-6000:]
     assert tiny_run.steps(output) == list(range(1, tiny_run.UPDATES + 1))
-    assert tiny_run.losses(output) == pytest.approx(one_host, rel=1e-5)
+    assert tiny_run.losses(output) == one_host
     assert tiny_run.valid_checkpoints(output)[-1] == tiny_run.UPDATES
 
 
-def test_two_hosts_stop_resume_and_equal_one_host(hosts, project, one_host):
+def test_two_hosts_stop_at_a_signal_resume_and_equal_one_host(hosts, project, one_host):
     launcher = start(hosts[0], project, "first")
     wait_for_updates(project, 4)
-    (project / "run" / "STOP").touch()
+    (script,) = hosts[0].processes("bash launch/hostfile.sh")
+    hosts[0].run(["kill", "-TERM", str(script)])
     assert launcher.wait(timeout=300) == 75, (project / "first.log").read_text()[-6000:]
+    assert "the stop file" in (project / "first.log").read_text() and not (project / "run" / "STOP").exists()
     saved = tiny_run.valid_checkpoints(project / "run")
     made = tiny_run.steps(project / "run")
     assert saved[-1] == made[-1] < tiny_run.UPDATES
-    assert_finished_as_on_one_host(hosts, project, one_host)
+    assert_goes_on_as_on_one_host(hosts, project, one_host)
 
 
 def test_a_dead_host_ends_the_other_with_the_reason_and_the_run_can_go_on(hosts, project, one_host):
@@ -80,11 +85,12 @@ def test_a_dead_host_ends_the_other_with_the_reason_and_the_run_can_go_on(hosts,
         wait_until(lambda h=host: not h.processes("gkd_ds.train"), 45, f"{host.name}'s processes to end")
     log = (project / "first.log").read_text()
     assert re.search(r"\[10\.77\.0\.2\].*reset by peer|closed by peer \[10\.77\.0\.2\]", log), log[-6000:]
-    assert_finished_as_on_one_host(hosts, project, one_host)
+    assert_goes_on_as_on_one_host(hosts, project, one_host)
 
 
 def test_a_cut_link_ends_both_hosts_within_the_timeout_and_the_run_can_go_on(hosts, project, one_host):
-    fields = {"watchdog_timeout": FAILURE_SECONDS, "ddp_timeout": FAILURE_SECONDS}
+    # The watchdog first: what rank 1 prints is lost with the link, and its report is a file.
+    fields = {"watchdog_timeout": FAILURE_SECONDS, "ddp_timeout": 3 * FAILURE_SECONDS}
     launcher = start(hosts[0], project, "first", **fields)
     wait_for_updates(project, 4)
     hosts[1].link("down")
@@ -93,13 +99,15 @@ def test_a_cut_link_ends_both_hosts_within_the_timeout_and_the_run_can_go_on(hos
         for host in hosts:
             wait_until(
                 lambda h=host: not h.processes("gkd_ds.train"),
-                FAILURE_SECONDS + SLOWNESS,
+                started + FAILURE_SECONDS + SLOWNESS - time.monotonic(),
                 lambda h=host: f"{h.name}'s processes to end: {(project / 'first.log').read_text()[-6000:]}",
             )
         assert launcher.wait(timeout=SLOWNESS) not in (0, 75)
         print(f"both hosts had ended {time.monotonic() - started:.1f} s after the cut")
     finally:
         hosts[1].link("up")
-    reason = (project / "first.log").read_text()
-    assert "Timed out" in reason or "made no progress" in reason or "Connection" in reason, reason[-6000:]
-    assert_finished_as_on_one_host(hosts, project, one_host, **fields)
+    stuck = r"rank {} on worker-{} \(process \d+\) made no progress for \d+ s in phase"
+    log, report = (project / "first.log").read_text(), (project / "run" / "watchdog-rank1.txt").read_text()
+    assert re.search(stuck.format(0, 1), log), log[-6000:]
+    assert re.search(stuck.format(1, 2), report), report
+    assert_goes_on_as_on_one_host(hosts, project, one_host, **fields)

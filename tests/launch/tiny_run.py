@@ -1,37 +1,42 @@
-"""A tiny run of gkd_ds.train for tests on hosts: its files, its recipe, and what it left behind."""
+"""The quickstart with tiny models, for tests on hosts: its files, its recipe, and what it left behind."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from gkd_ds import manifest
+from gkd_ds.recipe import read_recipe
 from tests import tiny
 
+QUICKSTART = Path(__file__).resolve().parents[2] / "launch" / "recipes" / "quickstart.yaml"
 UPDATES = 30
+# What must differ from the quickstart's recipe so that it is tiny, and so that it saves, logs and fails often.
 FIELDS = {
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 2,
     "max_steps": UPDATES,
     "max_new_tokens": 8,
     "max_length": 128,
-    "learning_rate": 1e-3,
+    "save_strategy": "steps",
     "save_steps": 3,
     "save_total_limit": 2,
     "logging_steps": 1,
-    "eval_strategy": "no",
     "report_to": "none",
 }
 
 
 def write_recipe(directory: Path, **fields) -> Path:
-    """Models, data and `recipe.yaml` in `directory`; `fields` on top of FIELDS. The recipe's path."""
+    """Models and data, and the quickstart's recipe with these, with FIELDS and with `fields`. The recipe's path."""
     if not (directory / "student").exists():
         tiny.make_everything(directory, rows=32)
+        (directory / "data").mkdir()
+        for split in ("train.jsonl", "test.jsonl"):
+            (directory / split).rename(directory / "data" / split)
     recipe = {
+        **read_recipe(str(QUICKSTART)),
         "model_name_or_path": str(directory / "student"),
         "teacher_model_name_or_path": str(directory / "teacher"),
-        "dataset_name": str(directory / "train.jsonl"),
+        "dataset_name": str(directory / "data"),
         "output_dir": str(directory / "run"),
         **FIELDS,
         **fields,
@@ -68,3 +73,10 @@ def valid_checkpoints(output: Path) -> list[int]:
     for path in paths:
         manifest.verify(path)
     return [int(path.name.split("-")[1]) for path in paths]
+
+
+def resumes(log: str) -> list[int]:
+    """The steps at which a run says that it goes on, in the order in which it says so."""
+    found = re.findall(r"resumed from \S*checkpoint-(\d+) at step (\d+)", log)
+    assert all(directory == step for directory, step in found), found
+    return [int(step) for _, step in found]
