@@ -221,6 +221,7 @@ class GKDTrainer:
                 exit_code = self.exit_code = NOT_SAVED if not saved else STOPPED if self.stop_reason else FINISHED
             finally:
                 self.tracker.close(exit_code)
+            zero.print_communication()
             ranks.barrier()
             zero.leave_at_exit()
         return TrainOutput(self.state.global_step, self._mean_loss, metrics)
