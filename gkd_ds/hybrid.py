@@ -51,7 +51,10 @@ def _has_policy(model: PreTrainedModel) -> bool:
 
 
 def generate(engine, model: PreTrainedModel, prompts: list[list[int]], sample_ids: list[int], sampling: Sampling):
-    """Complete prompts through the engine's `generate`; the parameters are whole. Returns `Completions`."""
+    """Complete prompts through the engine's `generate`; the parameters are whole. Returns `Completions`.
+
+    No collective, since everything is whole: a rank without prompts has nothing to do, and ranks may end at any time.
+    """
     if not prompts:
         return Completions([], [], 0, 0)
     width = max(len(prompt) for prompt in prompts)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +89,29 @@ def _swapped(parameters: Iterable[nn.Parameter], element_size: int) -> Iterable[
 
 
 class SwapFiles:
-    """The swap files of a teacher and their sizes, noted once all of them are written."""
+    """The swap files of a teacher, and what they were once all of them were written; then they are only read."""
 
     def __init__(self, model: PreTrainedModel):
         swapped = [p for p in model.parameters() if zero.is_on_nvme(p)]
-        self.sizes = {path: path.stat().st_size for path in (Path(p.nvme_swapper.get_path(p)) for p in swapped)}
-        self.anywhere = ranks.any_rank(bool(self.sizes))
+        self.written = {path: _state(path) for path in (Path(p.nvme_swapper.get_path(p)) for p in swapped)}
+        self.anywhere = ranks.any_rank(bool(self.written))
 
-    def check(self) -> None:
-        """Raise SwapFileError on all ranks when one misses a file, or finds it shorter or longer. A collective."""
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Around what reads them: whatever happens to them before or meanwhile, nothing that was read gets further.
+
+        Raises SwapFileError on all ranks when one of them misses a file, or finds another one. A collective.
+        """
+        self._check()
+        try:
+            yield
+        except (RuntimeError, AssertionError) as error:  # DeepSpeed's, when it reads less than it wants
+            if problem := self._problem():
+                raise SwapFileError(problem) from error
+            raise
+        self._check()
+
+    def _check(self) -> None:
         if not self.anywhere:
             return
         problem = next(filter(None, ranks.gather(self._problem())), None)
@@ -104,12 +119,27 @@ class SwapFiles:
             raise SwapFileError(problem)
 
     def _problem(self) -> str | None:
-        for path, size in self.sizes.items():
-            found = path.stat().st_size if path.exists() else None
-            if found != size:
-                what = "is gone" if found is None else f"has {found} bytes instead of {size}"
+        for path, written in self.written.items():
+            found = _state(path)
+            if found != written:
+                what = _difference(found, written)
                 return (
                     f"the swap file {path} of the teacher on rank {ranks.rank()} {what}; something else writes to "
                     "offload_param.nvme_path: give this run a directory of its own and resume."
                 )
         return None
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """(bytes, time of the last change, inode) of a file, None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _difference(found: tuple[int, int, int] | None, written: tuple[int, int, int]) -> str:
+    if found is None:
+        return "is gone"
+    return f"has {found[0]} bytes instead of {written[0]}" if found[0] != written[0] else "was written anew"

@@ -1,5 +1,8 @@
 """Paths that a user gives: what must exist, and what can be written. No torch, so that a wrong one answers at once."""
 
+import fcntl
+import functools
+import itertools
 import os
 import re
 import stat
@@ -87,3 +90,22 @@ def obstacle_to_writing(directory: str) -> str | None:
             return None
     except OSError as error:
         return error.strerror
+
+
+@functools.cache
+def place_of_our_own(directory: str, rank: int) -> str:
+    """A folder of `directory` for this rank's swap files, which no other process takes until this one ends.
+
+    DeepSpeed gives the files of every run the same names: two runs at a time would read each other's weights. Folders
+    are numbered and taken again, so that runs that were killed fill no drive.
+    """
+    for number in itertools.count():
+        place = Path(directory, f"run-{number}")
+        place.mkdir(parents=True, exist_ok=True)
+        lock = os.open(place / f"rank{rank}.lock", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends
+            return str(place)
+        except BlockingIOError:
+            os.close(lock)
+    raise AssertionError("the numbers have no end")

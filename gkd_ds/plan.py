@@ -9,6 +9,7 @@ be), work and traffic are the expected ones. What DeepSpeed allocates was read i
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gkd_ds import kernels, zero
+from gkd_ds import kernels, kv_cache, zero
 from gkd_ds.causal_lm import decoder_layers
 from gkd_ds.config import NOT_SUPPORTED, GKDConfig
 from gkd_ds.deepspeed_files import is_number
@@ -50,6 +51,11 @@ class ModelCounts:
     attention_width: int  # heads x head size
     layer_matrices: tuple[int, ...]  # each matrix of one layer
     largest_matrix: int
+
+    @property
+    def matrices(self) -> tuple[int, ...]:
+        """All but the head's."""
+        return self.layer_matrices * self.layers + (self.embedding,)
 
 
 def count_model(source: str, init_kwargs: dict[str, Any] | None = None, trust_remote_code: bool = False) -> ModelCounts:
@@ -154,6 +160,8 @@ class Engine:
     buffer_count: int  # pinned buffers for parameters on NVMe; 0: not given
     buffer_size: int  # elements of each; 0: not given
     nvme_optimizer_buffers: int
+    max_reuse: int
+    hpz: int  # ranks over which ZeRO++ keeps a second copy of the parameters; 1: it does not
 
     @classmethod
     def of(cls, file: dict | None, hidden: int) -> "Engine":
@@ -184,6 +192,8 @@ class Engine:
             buffer_count=number(params, "buffer_count", 0),
             buffer_size=number(params, "buffer_size", 0),
             nvme_optimizer_buffers=number(optimizer, "buffer_count", 4),
+            max_reuse=number(zero, "stage3_max_reuse_distance", 1_000_000_000),
+            hpz=number(zero, "zero_hpz_partition_size", 1),
         )
 
 
@@ -229,6 +239,10 @@ class Plan:
     def student_share(self) -> float:
         """Probability that a window has any on-policy micro-batch, and so a rollout of the student."""
         return 1 - (1 - self.config.lmbda) ** self.config.gradient_accumulation_steps
+
+    def is_whole(self, engine: Engine) -> bool:
+        """Whether the engine's weights can be used where they are, without a copy."""
+        return engine.stage < 3 or (self.ranks == 1 and (engine.params_on == "none" or self.on_cpu))
 
     @property
     def rollout_rows(self) -> int:
@@ -325,36 +339,48 @@ def student_states(plan: Plan) -> list[Memory]:
         # A GPU allocates the bucket; on the CPU only the pages that are written become memory.
         bucket = min(engine.bucket, n) if plan.on_cpu else engine.bucket
         lines.append(Memory("always", "gradient bucket", device=bucket * b, remedy="a smaller reduce_bucket_size"))
+    if engine.hpz > 1:
+        second = math.ceil(n / engine.hpz) * b
+        lines.append(
+            Memory("always", "student, second copy (hpZ)", device=second, remedy="a larger zero_hpz_partition_size")
+        )
     if engine.params_on == "nvme":
         buffers = (engine.buffer_count or 5) * (engine.buffer_size or 100_000_000) * b  # DeepSpeed's own numbers
         lines.append(Memory("always", "NVMe buffers, parameters", host=buffers, remedy="smaller buffer_size"))
     if engine.optimizer_on == "nvme":
         buffers = engine.nvme_optimizer_buffers * min(states, engine.sub_group) * 4
         lines.append(Memory("always", "NVMe buffers, optimizer", host=buffers, remedy="a smaller sub_group_size"))
-    if b == 2 or engine.stage > 0:
-        lines.append(
-            placed("update", "gradients in fp32", fp32_grad, engine.optimizer_on.replace("nvme", "cpu"), offload)
-        )
+    if engine.optimizer_on == "nvme":
+        on_nvme = sum(swapped((*plan.student.matrices, plan.student.head), plan.ranks, 4)) * 4 // plan.ranks
+        lines.append(Memory("always", "gradients in fp32", nvme=on_nvme))
+    elif b == 2 or engine.stage > 0:
+        # On the host they are kept from one update to the next.
+        phase = "update" if engine.optimizer_on == "none" else "always"
+        lines.append(placed(phase, "gradients in fp32", fp32_grad, engine.optimizer_on, offload))
     return lines
 
 
 def teacher_states(plan: Plan) -> list[Memory]:
     engine, b, teacher = plan.teacher_engine, plan.weight_bytes, plan.teacher
     shard = math.ceil((teacher.total - teacher.glue) / plan.ranks) * b
-    lines = [
-        placed(
-            "always", "teacher parameters", shard, engine.params_on, '"offload_param" in the teacher\'s DeepSpeed file'
-        ),
-        Memory("always", "teacher norms, whole", device=teacher.glue * b),
-    ]
+    remedy = '"offload_param" in the teacher\'s DeepSpeed file'
     if engine.params_on == "nvme":
-        # nvme.py's "auto": shards below 1 MiB are not swapped.
-        swapped = [size for size in teacher.layer_matrices if math.ceil(size / plan.ranks) * b >= MIB]
-        count = engine.buffer_count or len(swapped) + 1
+        on_nvme = sum(swapped((*teacher.matrices, teacher.head), plan.ranks, b)) * b // plan.ranks
+        parameters = Memory("always", "teacher parameters", host=shard - on_nvme, nvme=on_nvme)
+    else:
+        parameters = placed("always", "teacher parameters", shard, engine.params_on, remedy)
+    lines = [parameters, Memory("always", "teacher norms, whole", device=teacher.glue * b)]
+    if engine.params_on == "nvme":
+        count = engine.buffer_count or len(swapped(teacher.layer_matrices, plan.ranks, b)) + 1  # nvme.py's "auto"
         size = engine.buffer_size or math.ceil(teacher.largest_matrix / plan.ranks)
         remedy = '"auto" for buffer_count and buffer_size, or more ranks'
         lines.append(Memory("always", "NVMe buffers, teacher", host=count * size * b, remedy=remedy))
     return lines
+
+
+def swapped(matrices: Iterable[int], ranks: int, element_size: int) -> list[int]:
+    """Those that go to NVMe: DeepSpeed leaves shards below 1 MiB in host memory."""
+    return [size for size in matrices if math.ceil(size / ranks) * element_size >= MIB]
 
 
 def placed(phase: str, what: str, size: int, where: str, remedy: str) -> Memory:
@@ -368,16 +394,19 @@ def rollout_memory(plan: Plan) -> list[Memory]:
         return []
     rows = plan.rollout_rows
     kv = rows * plan.longest * student.kv_per_token * b
+    # The cache grows by so many positions at a time, beginning at the prompt's end.
+    ahead = rows * (-plan.longest_completion % kv_cache.ROOM) * student.kv_per_token * b
     logits = 2 * rows * student.vocabulary * 4
     whole = student.total * b
     lines = [
         Memory("rollout", "KV cache", device=kv, remedy="rollout_memory_mb"),
+        Memory("rollout", "KV cache, room ahead", device=ahead, remedy="rollout_memory_mb"),
         Memory("rollout", "next-token logits", device=logits, remedy="rollout_memory_mb"),
     ]
     if plan.config.rollout_engine == "sharded":
         live = min(student.total, student.largest_layer + max(student.embedding, plan.student_engine.prefetch))
         lines.append(Memory("rollout", "student layers, gathered", device=live * b))
-    elif plan.student_engine.stage == 3:
+    elif not plan.is_whole(plan.student_engine):
         lines.append(Memory("rollout", "student, gathered", device=whole, remedy="rollout_engine: sharded"))
     if plan.on_cpu and b == 4 and plan.config.rollout_engine != "sharded":
         packed = (student.layers_total + student.embedding) * b
@@ -388,12 +417,13 @@ def rollout_memory(plan: Plan) -> list[Memory]:
 def score_memory(plan: Plan) -> list[Memory]:
     teacher, b, config = plan.teacher, plan.weight_bytes, plan.config
     tokens = min(plan.rows * plan.longest, plan.pass_tokens)
-    if plan.teacher_engine.params_on == "none" and plan.ranks == 1:
-        layers = 0  # the shard is the whole
+    if plan.is_whole(plan.teacher_engine):
+        layers = 0
     else:
-        layers = (
-            max(teacher.embedding, teacher.largest_layer + min(plan.teacher_engine.prefetch, teacher.layers_total)) * b
-        )
+        # What is prefetched is gathered into one buffer, from which each parameter is copied. Nothing is from NVMe.
+        ahead = 0 if plan.teacher_engine.params_on == "nvme" else 2 * plan.teacher_engine.prefetch
+        live = min(teacher.largest_layer + ahead, 2 * teacher.layers_total)
+        layers = max(teacher.embedding, live) * b
     return [
         Memory("score", "teacher layers, fetched", device=layers, remedy="a smaller stage3_prefetch_bucket_size"),
         Memory("score", "window between layers", device=3 * tokens * teacher.hidden * b, remedy="targets_memory_mb"),
@@ -421,15 +451,16 @@ def learn_memory(plan: Plan) -> list[Memory]:
     kept = tokens * student.hidden * b * student.layers if config.gradient_checkpointing else one * student.layers
     smaller = "learn_tokens_per_micro_batch, or gradient_checkpointing: true"
     chunk = min(config.loss_memory_mb * MIB, 2 * tokens * student.vocabulary * b)
+    head = 0 if plan.is_whole(plan.teacher_engine) else teacher.vocabulary * teacher.hidden * b
     head_gradient = student.vocabulary * student.hidden * 4
     lines = [
         Memory("learn", "activations", device=kept + one, remedy=smaller),
         Memory("learn", "logits chunk", device=2 * chunk, remedy="loss_memory_mb"),
         Memory("learn", "gradient of the head in fp32", device=head_gradient),
-        Memory("learn", "teacher's head, whole", device=teacher.vocabulary * teacher.hidden * b),
+        Memory("learn", "teacher's head, whole", device=head),
         targets(plan, "learn"),
     ]
-    if plan.student_engine.stage == 3:
+    if not plan.is_whole(plan.student_engine):
         live = min(student.total, max(plan.student_engine.max_live, student.largest_layer + student.embedding))
         lines.append(
             Memory("learn", "student layers, gathered", device=live * b, remedy="a smaller stage3_max_live_parameters")
@@ -459,11 +490,13 @@ class Work:
 
     Attributes:
         flops: multiplications and additions.
+        prefill: those before them, in a rollout: of reading the prompts, which is over when decoding begins.
         memory: bytes read from the device's own memory, where that and not `flops` may decide (decoding).
         links: bytes over "ranks" (all-gather, reduce-scatter: what this rank receives), "pcie" and "nvme".
     """
 
     flops: float = 0.0
+    prefill: float = 0.0
     memory: float = 0.0
     links: dict[str, float] = field(default_factory=dict)
 
@@ -488,38 +521,50 @@ def from_others(elements: float, plan: Plan) -> float:
     return elements * plan.weight_bytes * (plan.ranks - 1) / plan.ranks
 
 
-def fetch(engine: Engine, elements: float, plan: Plan) -> dict[str, float]:
-    """Traffic of one pass over `elements` partitioned weights: each rank fetches its share, then all gather."""
+def fetch(engine: Engine, elements: float, matrices: Iterable[int], plan: Plan) -> dict[str, float]:
+    """Traffic of one pass over `elements` partitioned weights, `matrices` among them: each rank fetches its share, then
+    all gather."""
     links = {"ranks": from_others(elements, plan)}
     share = elements * plan.weight_bytes / plan.ranks
     if engine.params_on != "none" and not plan.on_cpu:
         links["pcie"] = share
     if engine.params_on == "nvme":
-        links["nvme"] = share
+        on_nvme = sum(swapped(matrices, plan.ranks, plan.weight_bytes))
+        links["nvme"] = on_nvme * plan.weight_bytes / plan.ranks
     return links
 
 
 def rollout_work(plan: Plan) -> Work:
     student, config = plan.student, plan.config
     rows = config.lmbda * plan.rows
-    head = 2 * student.vocabulary * student.hidden
-    work = Work(
-        flops=forward_flops(student, rows * plan.length, plan.length / 2) + rows * plan.completion * head,
-        memory=decode_bytes(student, rows, plan) if rows else 0.0,
-    )
+    work = generation(student, rows, plan)
     if plan.student_engine.stage == 3:
         steps = plan.completion * math.ceil(rows / plan.rollout_rows) if config.rollout_engine == "sharded" else 1
-        add_links(work, fetch(plan.student_engine, student.total, plan), steps * plan.student_share)
+        whole = fetch(plan.student_engine, student.total, (*student.matrices, student.head), plan)
+        add_links(work, whole, steps * plan.student_share)
     if config.seq_kd and config.lmbda < 1:
-        others = plan.rows - rows
-        teacher = plan.teacher
+        by_teacher = generation(plan.teacher, plan.rows - rows, plan)
         work = Work(
-            flops=work.flops + forward_flops(teacher, others * plan.length, plan.length / 2),
-            memory=work.memory + decode_bytes(teacher, others, plan),
+            flops=work.flops + by_teacher.flops,
+            prefill=work.prefill + by_teacher.prefill,
+            memory=work.memory + by_teacher.memory,
             links=work.links,
         )
-        add_links(work, fetch(plan.teacher_engine, teacher.total, plan), plan.completion)
+        teacher = plan.teacher
+        whole = fetch(plan.teacher_engine, teacher.total - teacher.glue, (*teacher.matrices, teacher.head), plan)
+        add_links(work, whole, plan.completion)
     return work
+
+
+def generation(model: ModelCounts, rows: float, plan: Plan) -> Work:
+    """Completing the prompts of `rows` rows with whole weights."""
+    prompt = plan.length - plan.completion
+    layers = forward_flops(model, rows * plan.completion, prompt + plan.completion / 2)
+    return Work(
+        flops=layers + 2 * rows * plan.completion * model.vocabulary * model.hidden,
+        prefill=forward_flops(model, rows * prompt, prompt / 2),
+        memory=decode_bytes(model, rows, plan),
+    )
 
 
 def decode_bytes(model: ModelCounts, rows: float, plan: Plan) -> float:
@@ -533,8 +578,14 @@ def decode_bytes(model: ModelCounts, rows: float, plan: Plan) -> float:
 def score_work(plan: Plan) -> Work:
     teacher = plan.teacher
     work = Work(flops=forward_flops(teacher, plan.rows * plan.length, plan.length / 2))
-    add_links(work, fetch(plan.teacher_engine, teacher.layers_total + teacher.embedding, plan), plan.teacher_passes)
+    add_links(work, teacher_pass(plan), plan.teacher_passes)
     return work
+
+
+def teacher_pass(plan: Plan) -> dict[str, float]:
+    """Traffic of one pass over the teacher that scores: everything but its head."""
+    teacher = plan.teacher
+    return fetch(plan.teacher_engine, teacher.layers_total + teacher.embedding, teacher.matrices, plan)
 
 
 def learn_work(plan: Plan) -> Work:
@@ -544,11 +595,15 @@ def learn_work(plan: Plan) -> Work:
     heads = completions * (6 * student.vocabulary * student.hidden + 2 * teacher.vocabulary * teacher.hidden)
     work = Work(flops=times * forward_flops(student, tokens, plan.length / 2) + heads)
     teacher_head = teacher.head or teacher.embedding
-    add_links(work, {"ranks": from_others(teacher_head, plan)}, 1)
+    add_links(work, fetch(plan.teacher_engine, teacher_head, (teacher_head,), plan), 1)
     gradient = {"ranks": from_others(student.total, plan)}
     if plan.student_engine.stage == 3:
-        # A layer stays gathered from its recomputation to its backward; small models stay gathered altogether.
-        add_links(work, fetch(plan.student_engine, student.total, plan), 2 * plan.micro_batches)
+        # A layer stays gathered from its recomputation to its backward. What the backward needs within max_reuse
+        # elements of its use in the forward (both count) stays gathered from there on: small models altogether.
+        # After a rollout the first micro-batch only records what is used when, and keeps nothing.
+        again = max(0.0, 1 - plan.student_engine.max_reuse / 2 / student.total)
+        whole = fetch(plan.student_engine, student.total, (*student.matrices, student.head), plan)
+        add_links(work, whole, plan.micro_batches * (1 + again) + plan.student_share * (1 - again))
         add_links(work, gradient, plan.micro_batches)
     else:
         add_links(work, gradient, 2)  # one all-reduce, or reduce-scatter and all-gather of the new weights

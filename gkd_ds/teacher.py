@@ -84,7 +84,10 @@ class Teacher:
         the same number on every rank. `alive` is called after every layer. Collective, also for a rank that has no
         rollouts.
         """
-        self.swap_files.check()
+        with self.swap_files.in_use():
+            return self._score(rollouts, alive)
+
+    def _score(self, rollouts: list[Rollout], alive: Callable[[], None]) -> TeacherTargets:
         passes = self._passes([len(rollout) for rollout in rollouts])
         (count,) = ranks.maximum([len(passes)])
         hidden: list[Tensor | None] = [None] * len(rollouts)
@@ -193,12 +196,16 @@ class Teacher:
 
         The teacher may be too large to gather, so its parameters stay where they are, and all ranks decode in step.
         """
-        self.swap_files.check()
         forward = causal_lm.decoding_forward(self.model, self.vocabulary)
         prompts = [sample.prompt_ids for sample in samples]
         sample_ids = [sample.sample_id for sample in samples]
-        stepwise = lambda *args: zero.run_pass(self.engine, lambda: forward(*args))  # noqa: E731
-        return decode(stepwise, prompts, sample_ids, sampling, self.device, max_rows, ranks.any_rank, alive)
+
+        def stepwise(*args) -> Tensor:
+            self.counters.teacher_decode_passes += 1
+            return zero.run_pass(self.engine, lambda: forward(*args))
+
+        with self.swap_files.in_use():
+            return decode(stepwise, prompts, sample_ids, sampling, self.device, max_rows, ranks.any_rank, alive)
 
     @torch.no_grad()
     def _check(self) -> None:

@@ -253,6 +253,7 @@ class GKDTrainer:
             finally:
                 if self.tracker is not None:
                     self.tracker.close(exit_code)
+            zero.print_communication()
             ranks.barrier()
             zero.leave_at_exit()
         return TrainOutput(self.state.global_step, self.progress.train_loss.value, metrics)

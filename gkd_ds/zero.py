@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from gkd_ds import kernels
+from gkd_ds import kernels, paths, ranks
 from gkd_ds.config import GKDConfig
 from gkd_ds.errors import InputError, first_line
 
@@ -42,7 +42,8 @@ class Counters:
     """What a run did, counted rather than timed; reset by nobody, so callers take differences."""
 
     student_gathers: int = 0  # whole-model gathers of the student
-    teacher_passes: int = 0  # passes over the teacher's layers
+    teacher_passes: int = 0  # passes over the teacher's layers that score a window
+    teacher_decode_passes: int = 0  # passes for one token more of every completion that the teacher writes
     teacher_bytes: int = 0  # bytes of the teacher's weights that were made available on this rank, head included
 
 
@@ -94,6 +95,15 @@ def leave_at_exit() -> None:
 def _leave() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def print_communication() -> None:
+    """What DeepSpeed's communication logger has seen, on rank 0's stdout, where a DeepSpeed file switches it on.
+
+    Nobody else calls its summary. Collective.
+    """
+    if deepspeed.comm.comms_logger.enabled:
+        deepspeed.comm.log_summary()
 
 
 def device() -> torch.device:
@@ -157,6 +167,10 @@ def _finish(resolved: dict[str, Any], config: GKDConfig, hidden_size: int) -> di
     for name in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
         if zero.get(name) and kernels.on_cpu():
             raise InputError(f"{name} needs kernels that DeepSpeed has for GPUs only; remove it to run on the CPU.")
+    for name in ("offload_param", "offload_optimizer"):
+        block = zero.get(name) or {}
+        if block.get("device") == "nvme":
+            block["nvme_path"] = paths.place_of_our_own(block["nvme_path"], ranks.rank())
     # transformers' formulas for these three, so that one file serves both trainers.
     by_width = {
         "reduce_bucket_size": hidden_size * hidden_size,

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gkd_ds.config import GKDConfig  # noqa: E402
 from gkd_ds.errors import InputError  # noqa: E402
 from gkd_ds.plan import (  # noqa: E402
+    MIB,
     PHASES,
     Engine,
     Memory,
@@ -31,12 +32,12 @@ from gkd_ds.plan import (  # noqa: E402
     count_memory,
     count_model,
     count_work,
-    fetch,
     forward_flops,
     make_plan,
     memory_table,
     model_line,
     peak,
+    teacher_pass,
 )
 from gkd_ds.recipe import read_flags, read_recipe  # noqa: E402
 
@@ -44,6 +45,9 @@ GB = 10**9
 MODELS = Path(__file__).with_name("plan_models")
 # Below this share a GPU's or a host's memory is safe from fragments and from what is not counted.
 USABLE = 0.9
+HPZ_IS_NOT_TIMED = (
+    "zero_hpz_partition_size: its second copy of the parameters is counted above; that it spares the network is not."
+)
 
 
 @dataclass(frozen=True)
@@ -99,17 +103,18 @@ def link_seconds(links: dict[str, float], cluster: Cluster) -> dict[str, float]:
 def phase_seconds(phase: str, work: Work, cluster: Cluster) -> tuple[float, str]:
     """Seconds of a phase, and what bounds it.
 
-    In score and learn the next layer is fetched while this one computes, so the slowest part decides. A rollout gathers
-    first and decodes then; an update moves gradients, computes and moves weights, one after the other.
+    In score and learn the next layer is fetched while this one computes, so the slowest part decides. A rollout
+    gathers, reads the prompts (bound by computing) and decodes then (bound by memory); an update moves gradients,
+    computes and moves weights: one after the other.
     """
-    parts = link_seconds(work.links, cluster)
-    parts["GPU memory"] = work.memory / (cluster.hbm_gb_per_s * GB)
-    parts["compute"] = work.flops / cluster.flops
+    links = link_seconds(work.links, cluster)
+    memory, compute = work.memory / (cluster.hbm_gb_per_s * GB), work.flops / cluster.flops
+    prefill = work.prefill / cluster.flops
+    parts = {**links, "GPU memory": memory, "compute": prefill + compute}
     bound = max(parts, key=lambda name: parts[name])
     if phase in ("score", "learn"):
         return parts[bound], bound
-    here = max(parts.pop("GPU memory"), parts.pop("compute"))
-    return here + sum(parts.values()), bound
+    return sum(links.values()) + prefill + max(memory, compute), bound
 
 
 @dataclass(frozen=True)
@@ -126,8 +131,7 @@ class Crossover:
 
 
 def crossover(plan: Plan, cluster: Cluster) -> Crossover:
-    links = fetch(plan.teacher_engine, plan.teacher.layers_total + plan.teacher.embedding, plan)
-    stream = max(link_seconds(links, cluster).values(), default=0.0)
+    stream = max(link_seconds(teacher_pass(plan), cluster).values(), default=0.0)
     per_token = forward_flops(plan.teacher, 1, plan.length / 2)
     window = plan.rows * plan.length // plan.teacher_passes
     return Crossover(stream, math.ceil(stream * cluster.flops / per_token), window)
@@ -195,6 +199,7 @@ def report(plan: Plan, cluster: Cluster) -> str:
         *time_lines(work, cluster),
         "",
         *crossover_lines(plan, cluster),
+        *([HPZ_IS_NOT_TIMED] if plan.student_engine.hpz > 1 else []),
     ]
     return "\n".join(lines)
 
@@ -217,11 +222,12 @@ def time_lines(work: dict[str, Work], cluster: Cluster) -> list[str]:
     for phase in PHASES:
         seconds, bound = phase_seconds(phase, work[phase], cluster)
         moved = " ".join(f"{work[phase].links.get(link, 0) / GB:9.1f}" for link in ("ranks", "pcie", "nvme"))
-        lines.append(f"{phase:8} {seconds:9.2f} {work[phase].flops / 1e12:10.1f} {moved}  {bound}")
+        flops = work[phase].prefill + work[phase].flops
+        lines.append(f"{phase:8} {seconds:9.2f} {flops / 1e12:10.1f} {moved}  {bound}")
         total += seconds
         if seconds > longest[1]:
             longest = (phase, seconds, bound)
-    lines.append(f"{'update':8} {total:9.2f} s altogether; bottleneck: {longest[0]}, bound by {longest[2]}")
+    lines.append(f"{'window':8} {total:9.2f} s altogether; bottleneck: {longest[0]}, bound by {longest[2]}")
     return lines
 
 
@@ -234,9 +240,17 @@ def crossover_lines(plan: Plan, cluster: Cluster) -> list[str]:
         + ("hidden." if cross.hidden else "not hidden.")
     ]
     if not cross.hidden:
-        steps = math.ceil(samples / plan.config.per_device_train_batch_size)
-        lines.append(f"gradient_accumulation_steps: {steps} would hide it.")
+        lines.append(f"It would be hidden with {' and '.join(what_hides(plan, cross))}.")
     return lines
+
+
+def what_hides(plan: Plan, cross: Crossover) -> list[str]:
+    """The knobs that put enough tokens into one pass: the window must have them, and the pass must hold them."""
+    per_step = plan.config.per_device_train_batch_size * plan.length
+    steps = max(plan.config.gradient_accumulation_steps, math.ceil(cross.tokens / per_step))
+    room = math.ceil(steps * per_step * plan.teacher.hidden * plan.weight_bytes / MIB)
+    knobs = {"gradient_accumulation_steps": steps, "targets_memory_mb": max(plan.config.targets_memory_mb, room)}
+    return [f"{name}: {value}" for name, value in knobs.items() if value > getattr(plan.config, name)]
 
 
 # ---- 70B -> 8B ----

@@ -6,16 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 BUFFER = 256  # MiB beside the shard: the largest parameter several times, and what loading itself needs
 
 
-def test_a_rank_takes_its_half_and_a_bounded_buffer():
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_rank_takes_its_half_and_a_bounded_buffer(role: str):
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [launcher, "--num_accelerators", "2", "--master_port", "29618", "--module", "tools.bench.loading"]
     settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, "--role", "student"],
+        [*command, "--role", role],
         cwd=ROOT,
         env={**os.environ, **settings},
         capture_output=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def test_an_update_on_two_ranks_is_the_update_of_plain_torch(two_ranks: Results,
     rollouts = everybody_s_rollouts(ranks, name)
     assert len(rollouts) == (4 if name in ("accumulation-1", "stage-0") else 12)
     assert len({len(rollout["completion_ids"]) for rollout in rollouts}) > 2, "the lengths are uneven"
+    assert name != "accumulation-3" or row["perf/micro_batches"] > 1, "gradients are accumulated"
     tokens = [sum(len(rollout["completion_ids"]) for rollout in rank[name]["rollouts"]) for rank in ranks]
     assert tokens[0] != tokens[1] and sum(tokens) == row["completion_tokens"]
 
@@ -89,13 +91,47 @@ def test_an_update_on_two_ranks_is_the_update_of_plain_torch(two_ranks: Results,
 def test_a_sample_s_tokens_do_not_depend_on_batch_ranks_or_engine(one_rank: Results, two_ranks: Results) -> None:
     (expected,) = [rank["gather/1"] for rank in one_rank["rollouts"]]
     lengths = [len(tokens) for tokens in expected.values()]
-    assert len(lengths) == 12 and max(lengths) == 30 and min(lengths) < 10, "they end at different times"
+    assert len(lengths) == 19 and max(lengths) == 30 and min(lengths) < 10, "they end at different times"
     for results in (one_rank, two_ranks):
         ranks = results["rollouts"]
-        assert len({len(rank["gather/1"]) for rank in ranks}) == len(ranks), "ranks have different numbers of samples"
-        for case in ("gather/1", "gather/3", "gather/8", "sharded/3", "sharded/8"):
+        counts = [len(rank["gather/1"]) for rank in ranks]
+        assert len(set(counts)) == len(ranks) and min(counts) > 8, "different numbers, and more than one batch of 8"
+        for case in itertools.starmap("{}/{}".format, itertools.product(("gather", "sharded"), (1, 3, 8))):
             together = {sample: tokens for rank in ranks for sample, tokens in rank[case].items()}
             assert together == expected, f"{case} on {len(ranks)} ranks"
+
+
+def test_the_hybrid_engine_is_used_only_when_asked_for(two_ranks: Results) -> None:
+    """DeepSpeed has kernels for Llama, but none of them runs on the CPU."""
+    for rank, result in enumerate(two_ranks["hybrid_engine"]):
+        assert result["auto"] == "gather"
+        assert len(result["said"]) == (rank == 0) and all("LlamaForCausalLM" in text for text in result["said"])
+        assert "'hybrid' is not possible here" in result["refused"] and "not implemented on the CPU" in result["refused"]
+
+
+def test_the_hybrid_engine_writes_what_the_gathered_student_writes(two_ranks: Results) -> None:
+    first, second = two_ranks["hybrid_engine"]
+    for result, counts in ((first, [4, 3]), (second, [4, 0])):
+        engine, *written = result["hybrid"]
+        assert engine == "hybrid" and result["gather"] == ["gather", *written]
+        assert [len(tokens) for tokens in written] == counts
+    assert losses(first["hybrid rows"]) == pytest.approx(losses(first["gather rows"]), rel=1e-6)
+    assert len({len(tokens) for tokens in first["hybrid"][1]}) > 1, "they end at different times"
+
+
+# ---------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("name, source", [("loss", "data"), ("on_policy_loss", "student")])
+def test_an_evaluation_has_the_loss_of_plain_torch(two_ranks: Results, materials: Path, name: str, source: str) -> None:
+    ranks = two_ranks["evaluation"]
+    rollouts = [rollout for rank in ranks for rollout in rank[name]]
+    assert len(rollouts) == 3 and {rollout["source"] for rollout in rollouts} == {source}
+    student, teacher = plain.load(materials / "student"), plain.load(materials / "teacher")
+    with torch.no_grad():
+        expected = plain.window_loss(student, teacher, rollouts)
+    for rank in ranks:
+        assert rank["metrics"][f"eval_{name}"] == pytest.approx(expected.item(), rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------- families

@@ -46,12 +46,17 @@ def test_the_teacher_s_place_does_not_matter(two_ranks: Results) -> None:
 def test_a_teacher_on_nvme_gives_the_same_losses(two_ranks: Results) -> None:
     result = two_ranks["teacher_on_nvme"][0]
     assert losses(result["nvme"]) == pytest.approx(losses(result["resident"]), rel=1e-6)
+    entries, equal = result["logits"]
+    assert equal and entries > 1000, "its logits are the resident teacher's, bit by bit"
     # Of every layer the three matrices of its feed-forward part are large enough.
     assert len(result["files"]) == 2 * 3 and min(result["files"]) >= 1 << 20, "the weights are in files"
 
 
 @NVME
-@pytest.mark.parametrize("damage, what", [("truncated", "bytes instead of"), ("deleted", "is gone")])
+@pytest.mark.parametrize(
+    "damage, what",
+    [("rewritten", "was written anew"), ("truncated", "bytes instead of"), ("deleted", "is gone")],
+)
 def test_a_damaged_swap_file_is_named_on_all_ranks_and_gives_no_target(two_ranks: Results, damage: str, what: str):
     first, second = two_ranks["teacher_on_nvme"]
     assert first[damage] == second[damage]
@@ -78,10 +83,25 @@ def test_too_few_buffers_are_refused_before_anything_is_read(two_ranks: Results)
         assert "offload_param.buffer_count to 2, but this teacher needs 4" in rank["too few buffers"]
 
 
-@pytest.mark.parametrize("feature", ["hpz", "comms_logger", "flops_profiler"])
+FEATURES = ["shipped", "offload_optimizer", "hpz", "comms_logger", "flops_profiler"]
+
+
+@pytest.mark.parametrize("feature", FEATURES)
 def test_deepspeed_s_switches_leave_the_losses_alone(two_ranks: Results, feature: str) -> None:
     results = two_ranks["scale_features"][0]
     assert losses(results[feature]["rows"]) == pytest.approx(losses(results["plain"]["rows"]), rel=1e-6)
+
+
+def test_deepspeed_s_switches_do_what_they_say(two_ranks: Results) -> None:
+    for results in two_ranks["scale_features"]:
+        for name in ("plain", *FEATURES):
+            result = results[name]
+            assert (result["second copies"] > 0) == (name == "hpz")
+            assert result["optimizer offloaded"] == (name == "offload_optimizer")
+            assert (sum(result["recorded"].values()) > 100) == (name == "comms_logger")
+        assert results["comms_logger"]["recorded"]["all_gather_into_tensor"] > 10
+    assert "flops" in (two_ranks.directory / "flops.txt").read_text()
+    assert two_ranks.log.count("Comm. Op") == 1, "rank 0 prints the communication logger's summary"
 
 
 @pytest.mark.parametrize("family", MIXTURES)

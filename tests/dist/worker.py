@@ -11,8 +11,10 @@ returned, or the traceback of what it raised. The tests beside this file compare
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -24,12 +26,14 @@ from pathlib import Path
 ABSENT = ("trl", "accelerate", "peft")
 sys.modules.update(dict.fromkeys(ABSENT))
 
+import deepspeed
 import torch
 from datasets import Dataset
+from deepspeed.comm import comms_logger
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback
 
-from gkd_ds import GKDConfig, GKDTrainer, checkpoint, nvme, ranks, zero
+from gkd_ds import GKDConfig, GKDTrainer, checkpoint, kernels, nvme, ranks, zero
 from gkd_ds.engine_files import save_engine
 from gkd_ds.errors import InputError
 from gkd_ds.guards import TrainingStopped
@@ -39,6 +43,7 @@ from tests.dist.events import EVENT_KNOBS, SHORT_KNOBS, Events, StopsEpochs
 from tests.dist.materials import FAMILY_PAIRS
 from tests.tiny import MIXTURES, make_chat_rows
 
+SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
 MATERIALS, RESULTS = (Path(argument) for argument in [a for a in sys.argv[1:] if not a.startswith("--local_rank")][:2])
 
 # By default DeepSpeed keeps parameters of fewer than 100,000 elements whole: of these models, all of them.
@@ -56,6 +61,14 @@ KNOBS = {
     "max_steps": 1,
     "ddp_timeout": 240,
 }
+
+
+def shipped(name: str, block: str = "", **changes) -> dict:
+    """A file of ds_configs as it is, but for `changes` in its zero_optimization, or in a `block` of that."""
+    file = json.loads((SHIPPED / name).read_text())
+    zero_block = file["zero_optimization"]
+    (zero_block[block] if block else zero_block).update(changes)
+    return file
 
 
 def build(
@@ -158,7 +171,7 @@ def update() -> dict:
 
 
 def rollouts() -> dict:
-    """Samples 0..11 through both rollout engines, so many at a time. Rank 1 has fewer than rank 0."""
+    """Samples 0..18 through both rollout engines, so many at a time. Rank 1 has fewer than rank 0."""
     results = {}
     for engine in ("gather", "sharded"):
         trainer = build(f"rollouts-{engine}", student="wide", rollout_engine=engine)
@@ -166,15 +179,51 @@ def rollouts() -> dict:
         assert trainer.student.rollout_engine == engine
         # A random model seldom writes one particular token: with these it stops after twenty tokens on average.
         pipeline.sampling = dataclasses.replace(pipeline.sampling, stop_ids=tuple(range(20, 40)), max_new_tokens=30)
-        mine = range(12) if ranks.world_size() == 1 else (range(7), range(7, 12))[ranks.rank()]
+        mine = range(19) if ranks.world_size() == 1 else (range(10), range(10, 19))[ranks.rank()]
         samples = [Sample(row, examples.prompt_ids[row], [], Source.STUDENT) for row in mine]
-        for size in (1, 3, 8) if engine == "gather" else (3, 8):
+        for size in (1, 3, 8):
             (calls,) = ranks.maximum([-(-len(samples) // size)])
             written = []
             for call in range(calls):
                 written += pipeline.rollout(samples[call * size : (call + 1) * size], {Source.STUDENT})
             results[f"{engine}/{size}"] = {rollout.sample_id: rollout.completion_ids for rollout in written}
     return results
+
+
+def hybrid_engine() -> dict:
+    """`auto` and `hybrid` for a family that DeepSpeed has kernels for; and one that it runs natively, beside `gather`."""
+    said = _Said()
+    logging.getLogger("gkd_ds.student").addHandler(said)
+    auto = build("hybrid-auto", rollout_engine="auto")
+    logging.getLogger("gkd_ds.student").removeHandler(said)
+    results = {"auto": auto.student.rollout_engine, "said": said.messages}
+    try:
+        build("hybrid-refused", rollout_engine="hybrid")
+    except InputError as error:
+        results["refused"] = str(error)
+    for engine in ("gather", "hybrid"):
+        trainer = build(f"hybrid-{engine}", "qwen2-student", "qwen2-teacher", rollout_engine=engine)
+        # The second window has three samples for the four places of each rank, so rank 1 has none.
+        prompts = trainer._train_examples.prompt_ids
+        sampling = dataclasses.replace(trainer.pipeline.sampling, stop_ids=tuple(range(20, 60)))
+        written = []
+        for rows in (range(8), range(3)):
+            mine = rows[:4] if ranks.rank() == 0 else rows[4:]
+            samples = [Sample(row, prompts[row], [], Source.STUDENT) for row in mine]
+            written.append(trainer.student.generate(samples, sampling, None).token_ids)
+        results[engine] = [trainer.student.rollout_engine, *written]
+        trainer.train()
+        results[f"{engine} rows"] = rows_of(f"hybrid-{engine}")
+    return results
+
+
+class _Said(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 def families() -> dict:
@@ -192,32 +241,39 @@ def counts() -> dict:
     }
 
 
-def _teacher_in(device: str, **offload) -> dict:
-    place = {"device": device, "pin_memory": False, **offload}
-    return {"zero_optimization": {**PARTITIONED["zero_optimization"], "offload_param": place}}
-
-
 PLACES = {"max_steps": 3, "lmbda": 0.5, "score_memory_mb": 1}
 
 
 def teacher_places() -> dict:
     return {
-        "resident": train("teacher-resident", **PLACES),
-        "cpu": train("teacher-cpu", **PLACES, teacher_deepspeed=_teacher_in("cpu")),
+        place: train(f"teacher-{place}", **PLACES, teacher_deepspeed=shipped(f"teacher_{place}.json"))
+        for place in ("resident", "cpu")
     }
 
 
 def scale_features() -> dict:
     """DeepSpeed's switches for large clusters, each beside the same run without it; and mixtures of experts."""
-    zero3 = PARTITIONED["zero_optimization"]
     profile = {"enabled": True, "profile_step": 1, "output_file": str(RESULTS / "flops.txt")}
     files = {
         "plain": PARTITIONED,
-        "hpz": {"zero_optimization": {**zero3, "zero_hpz_partition_size": 2}},
+        "shipped": shipped("student_zero3.json"),
+        "offload_optimizer": shipped("student_zero3_offload_optimizer.json"),
+        "hpz": shipped("student_zeropp.json", zero_hpz_partition_size=2),
         "comms_logger": {**PARTITIONED, "comms_logger": {"enabled": True, "prof_all": True}},
         "flops_profiler": {**PARTITIONED, "flops_profiler": profile},
     }
-    results = {name: train(f"scale-{name}", **PLACES, deepspeed=file) for name, file in files.items()}
+    results = {}
+    for name, file in files.items():
+        trainer = build(f"scale-{name}", **PLACES, deepspeed=file)
+        comms_logger.reset_data()
+        trainer.train()
+        results[name] = {
+            "rows": rows_of(f"scale-{name}"),
+            "second copies": sum(p.ds_secondary_tensor is not None for p in trainer.model.parameters()),
+            "optimizer offloaded": bool(trainer.student.engine.optimizer.offload_optimizer),
+            "recorded": {name: sum(calls for calls, *_ in sizes.values()) for name, sizes in comms_logger.comms_dict.items()},
+        }
+        deepspeed.comm.configure(enabled=False)  # it is one for the whole process
     for family in MIXTURES:
         for engine in ("gather", "sharded"):
             how = {"student": family, "max_steps": 2, "lmbda": 1.0, "rollout_engine": engine}
@@ -227,30 +283,50 @@ def scale_features() -> dict:
 
 def teacher_on_nvme() -> dict:
     """A teacher whose shards are large enough for DeepSpeed to swap (1 MB), resident and on NVMe."""
-    resident = train("nvme-resident", teacher="teacher-large", **PLACES)
-    offload = _teacher_in("nvme", nvme_path=str(RESULTS / "nvme"), buffer_count="auto", buffer_size="auto")
-    trainer = build("nvme-offloaded", teacher="teacher-large", **PLACES, teacher_deepspeed=offload)
-    trainer.train()
-    files = sorted((RESULTS / "nvme").rglob("rank0/**/*.swp"))
-    results = {"resident": resident["rows"], "nvme": rows_of("nvme-offloaded")}
-    results["files"] = [path.stat().st_size for path in files]
+    place = {"block": "offload_param", "nvme_path": str(RESULTS / "nvme")}
+    files = {"resident": shipped("teacher_resident.json"), "nvme": shipped("teacher_nvme.json", **place)}
+    results, trainers = {}, {}
+    for where, file in files.items():
+        trainer = build(f"nvme-{where}", teacher="teacher-large", **PLACES, teacher_deepspeed=file)
+        trainer.train()
+        results[where], trainers[where] = rows_of(f"nvme-{where}"), trainer
+    logits = []
+    for trainer in trainers.values():
+        hidden_NE = trainer.pipeline.score(trainer._rollouts).hidden_NE
+        with trainer.teacher.whole_head() as head:
+            logits.append(kernels.logits(hidden_NE, head.weight_VE, head.bias_V))
+    results["logits"] = [logits[0].numel(), torch.equal(*logits)]
+    swapped = sorted((RESULTS / "nvme").rglob("rank0/**/*.swp"))
+    results["files"] = [path.stat().st_size for path in swapped]
+    results["file"] = str(swapped[0])
+
     # What something else may do to the files: rank 0's are damaged, and no rank gets a target.
-    ranks.barrier()
-    for name, damage in (("truncated", _truncate), ("deleted", Path.unlink)):
-        if ranks.rank() == 0:
-            damage(files[0])
+    def score_with(damage, meanwhile: bool) -> str:
+        damage_once = functools.cache(lambda: damage(swapped[0]) if ranks.rank() == 0 else None)
+        ranks.barrier()
+        if not meanwhile:
+            damage_once()
         ranks.barrier()
         try:
-            trainer.pipeline.score(trainer._rollouts)
-            results[name] = "scored"
+            trainer.teacher.score(trainer._rollouts, damage_once if meanwhile else lambda: None)
         except nvme.SwapFileError as error:
-            results[name] = str(error)
-    small = _teacher_in("nvme", nvme_path=str(RESULTS / "nvme"), buffer_count=2, buffer_size="auto")
+            return str(error)
+        return "scored"
+
+    results["rewritten"] = score_with(_rewrite, meanwhile=True)
+    for name, damage in (("truncated", _truncate), ("deleted", Path.unlink)):
+        results[name] = score_with(damage, meanwhile=False)
     try:
+        small = shipped("teacher_nvme.json", **place, buffer_count=2)
         build("nvme-small", teacher="teacher-large", teacher_deepspeed=small)
     except InputError as error:
         results["too few buffers"] = str(error)
-    return results | {"file": str(files[0])}
+    return results
+
+
+def _rewrite(path: Path) -> None:
+    """The same number of bytes, as another run with the same models writes them."""
+    path.write_bytes(bytes(path.stat().st_size))
 
 
 def _truncate(path: Path) -> None:
@@ -259,21 +335,36 @@ def _truncate(path: Path) -> None:
 
 def optimizer_on_nvme() -> dict:
     """A student whose optimizer states are large enough to be swapped, beside the same in memory."""
-    offload = {"device": "nvme", "nvme_path": str(RESULTS / "nvme-optimizer"), "pin_memory": False}
-    places = {"memory": PARTITIONED["zero_optimization"]}
-    places["nvme"] = {**PARTITIONED["zero_optimization"], "offload_optimizer": offload}
+    place = {"block": "offload_optimizer", "nvme_path": str(RESULTS / "nvme-optimizer")}
+    files = {
+        "memory": shipped("student_zero3.json"),
+        "nvme": shipped("student_zero3_nvme_optimizer.json", **place),
+    }
     results = {}
-    for place, zero_block in places.items():
-        file = {"zero_optimization": zero_block}
-        trainer = build(f"optimizer-{place}", student="teacher-large", **PLACES, deepspeed=file)
+    for where, file in files.items():
+        trainer = build(f"optimizer-{where}", student="teacher-large", **PLACES, deepspeed=file)
         trainer.train()
-        results[place] = rows_of(f"optimizer-{place}")
+        results[where] = rows_of(f"optimizer-{where}")
     try:  # as an agreed stop would
         checkpoint.save(RESULTS / "nvme-saved", 1, lambda where: save_engine(trainer.student.engine, where), {})
     except checkpoint.CheckpointError as error:
         results["saved"] = str(error)
     results["bytes"] = sum(path.stat().st_size for path in (RESULTS / "nvme-optimizer").rglob("*.swp"))
     return results
+
+
+def evaluation() -> dict:
+    """An evaluation of the untrained student, and the rollouts that it measured: references, and own samples."""
+    trainer, seen = build("evaluation"), []
+    rollout = trainer.pipeline.rollout
+
+    def noted_rollout(*given) -> list[Rollout]:
+        seen.append(rollout(*given))
+        return seen[-1]
+
+    trainer.pipeline.rollout = noted_rollout
+    metrics = trainer.evaluate()
+    return {"metrics": metrics, "loss": as_json(seen[0]), "on_policy_loss": as_json(seen[1])}
 
 
 SOURCES = {
@@ -477,12 +568,14 @@ SCENARIOS = [
     seed_example,
     update,
     rollouts,
+    hybrid_engine,
     families,
     counts,
     teacher_places,
     scale_features,
     teacher_on_nvme,
     optimizer_on_nvme,
+    evaluation,
     sources,
     resume,
     generation_that_raises,

@@ -238,13 +238,13 @@ class Case:
         entropy = -(log_q.exp() * log_q).sum(-1)
         return loss_N.sum(), gradients, [loss_N, log_q.gather(1, index)[:, 0], log_p.gather(1, index)[:, 0], entropy]
 
-    def check(self, beta=0.5, temperature=1.0, chunk_bytes=1 << 14, transform=PLAIN, upstream=1.0) -> None:
+    def check(self, beta=0.5, temperature=1.0, chunk_bytes=1 << 14, transform=PLAIN, upstream=1.0, floor=0.0) -> None:
+        """`floor` (nats per token) is what the loss may be off by beside 1e-6 of itself."""
         head, hidden = DivergenceHead(self.layer, transform), self.hidden.clone().requires_grad_()
         loss, *per_token = head(hidden, loss=self.inputs(beta, temperature, chunk_bytes, transform))
         (loss * upstream).backward()
         expected, gradients, expected_per_token = self.reference(beta, temperature, transform, upstream)
-        # fp32 cannot tell a token's divergence closer than 1e-7 nats: that counts where the models nearly agree.
-        assert abs(loss.item() - expected.item()) <= 1e-6 * abs(expected.item()) + 1e-7 * len(self.tokens)
+        assert abs(loss.item() - expected.item()) <= 1e-6 * abs(expected.item()) + floor * len(self.tokens)
         ours = [hidden.grad, *(p.grad for p in self.layer.parameters())]
         for got, gradient in zip(ours, gradients, strict=True):
             assert (got - gradient).abs().max() <= 1e-5 * gradient.abs().max()
@@ -289,7 +289,8 @@ def test_padding_rows_of_either_head_are_left_out(student_rows: int, teacher_row
     ids=["scale", "softcap", "both"],
 )
 def test_scaled_and_soft_capped_logits(beta: float, transform: LogitTransform) -> None:
-    Case(bias=True, seed=3).check(beta, 1.4, transform=transform)
+    # So small logits make nearly the same model of both, and fp32 cannot tell a token's divergence closer than this.
+    Case(bias=True, seed=3).check(beta, 1.4, transform=transform, floor=1e-7)
 
 
 def test_an_upstream_gradient_reaches_every_gradient() -> None:

@@ -1,14 +1,20 @@
 """The read buffers of a teacher on NVMe: resolved from its shapes, or refused where they are too small."""
 
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from gkd_ds.errors import InputError
 from gkd_ds.nvme import fit_buffers
+from gkd_ds.paths import place_of_our_own
 from tests.tiny import make_model
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def offload(**numbers) -> dict:
@@ -56,3 +62,18 @@ def test_a_build_that_was_killed_is_not_waited_for(model, tmp_path, monkeypatch,
     os.utime(lock, (0, time.time() - 3600))
     with pytest.raises(InputError, match=f"interrupted; remove {lock}"):
         fit_buffers(offload(), model, 4)
+
+
+def test_runs_at_the_same_time_have_files_of_their_own(tmp_path):
+    """DeepSpeed names the files of all runs alike. Another call without the cache is what another process does."""
+    first = place_of_our_own(str(tmp_path), 0)
+    assert place_of_our_own(str(tmp_path), 0) == first, "both engines of a run, and all that ask for them"
+    second = place_of_our_own.__wrapped__(str(tmp_path), 0)
+    assert first != second and {Path(place).parent for place in (first, second)} == {tmp_path}
+    assert place_of_our_own(str(tmp_path), 1) == first, "the other ranks have other names there"
+
+
+def test_the_place_of_a_run_that_has_ended_is_taken_again(tmp_path):
+    command = f"from gkd_ds.paths import place_of_our_own; print(place_of_our_own({str(tmp_path)!r}, 0))"
+    places = [subprocess.check_output([sys.executable, "-c", command], cwd=ROOT, text=True) for _ in range(2)]
+    assert places[0] == places[1] != ""
