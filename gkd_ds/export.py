@@ -26,7 +26,7 @@ from gkd_ds.secrets import HIDDEN, redact
 
 UNFINISHED = ".export"  # inside the directory: same file system, so that moving is renaming
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-NOT_FOR_THE_HUB = ["wandb/*", f"{UNFINISHED}/*", "*.tmp", "rollouts.jsonl", "STOP", "latest"]
+NOT_FOR_THE_HUB = ["wandb/*", f"{UNFINISHED}/*", "*.tmp", "rollouts.jsonl", "STOP", "latest", ".lock"]
 CHECKPOINTS = "checkpoint-*/*"
 CARD_ARGUMENTS = {  # of push_to_hub, in TRL and transformers -> of Card
     "model_name": "name",

@@ -122,6 +122,7 @@ def test_lmbda_and_seq_kd_say_who_writes(two_ranks: Results, materials: Path, na
     nobody = {"student": 0, "teacher": 0, "data": 0}
     assert [row["source"] for row in rows] == [{**nobody, allowed: 8}, {**nobody, allowed: 1}]
     assert [row["perf/student_gathers"] for row in rows] == [int(allowed == "student")] * 2
+    assert [row["perf/teacher_decode_passes"] > 0 for row in rows] == [allowed == "teacher"] * 2
     assert [len(rank[name]["rollouts"]) for rank in ranks] == [1, 0]
     assert all(math.isfinite(row["loss"]) and row["skipped"] == 0 and row["grad_norm"] > 0 for row in rows)
     assert rows[1]["completion_tokens"] == sum(len(r["completion_ids"]) for r in everybody_s_rollouts(ranks, name))
