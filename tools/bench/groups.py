@@ -102,7 +102,7 @@ def _ragged(vocabulary: int, quick: bool, whole: bool) -> Group:
     work = Workload(vocabulary, rows=8, micro_batches=4, budget=32 if quick else 256, ragged=True)
     make = _Maker(work).add("gkd_ds", "ours", deepspeed=STAGE_OF_ONE).add("transformers generate", "generate")
     if whole:
-        make.add("TRL GKDTrainer", "trl_gkd").add("TRL DistillationTrainer", "trl_distillation")
+        make.add("TRL GKDTrainer", "trl_gkd")
     return Group(f"ragged/{vocabulary}", work, make.add_peak().sides, parts=("matmul", "transformers generate"))
 
 
