@@ -150,11 +150,11 @@ def test_a_chain_refuses_to_run_side_by_side(cluster, submit, some_recipe, tmp_p
 
 
 def test_the_time_limit_checkpoints_requeues_and_the_run_goes_on(cluster, hosts, submit, tmp_path):
-    """Slurm itself sends the signal, a little after the start: while the trainer begins, or in its first updates."""
+    """Slurm itself sends the signal, 40 to 100 seconds after the start; the run would take longer."""
     recipe = tiny_run.write_recipe(tmp_path, report_to="wandb")
     output = tmp_path / "run"
-    settings = {"SLOTS_PER_NODE": "1", "OUTPUT_DIR": str(output)}
-    options = ["--nodes=2", "--job-name=tiny", "--time=4", "--signal=B:USR1@200"]
+    settings = {"SLOTS_PER_NODE": "1", "OUTPUT_DIR": str(output), "GKD_MODULE": "tests.launch.unhurried"}
+    options = ["--nodes=2", "--job-name=tiny", "--time=5", "--signal=B:USR1@200"]
     job = submit("slurm.sbatch", *options, arguments=[str(recipe)], **settings, STOP_SECONDS="180")
     wait_until(lambda: cluster.show(job)["Restarts"] == "1", 400, lambda: log_tails(tmp_path))
     cluster.head.run(["scontrol", "update", f"JobId={job}", "TimeLimit=60"])
