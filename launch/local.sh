@@ -9,7 +9,7 @@
 #   MASTER_PORT       port for the ranks to meet (default: a free one)
 #   OMP_NUM_THREADS   threads per rank (default: the cores shared out evenly)
 #   DS_ACCELERATOR    set it to cpu to leave the accelerators of a machine alone
-# SIGTERM or Ctrl-C: the run stops with a checkpoint after the window, and the exit code is 75.
+# SIGTERM or Ctrl-C: the run stops with a checkpoint before its next phase, and the exit code is 75.
 set -euo pipefail
 
 fail() { echo "local.sh: $*" >&2; exit 2; }
@@ -36,7 +36,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export TOKENIZERS_PARALLELISM=false
 port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
-# A signal to this script, Ctrl-C too, goes to the ranks and not to the launcher: they checkpoint after the window and
+# A signal to this script, Ctrl-C too, goes to the ranks and not to the launcher: they checkpoint before the next phase and
 # exit with 75, and the launcher passes that on. It would itself kill them after 30 seconds and exit with 1. Ranks
 # that are not there yet are waited for, and die of the signal.
 launcher='' signals=0
