@@ -36,8 +36,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export TOKENIZERS_PARALLELISM=false
 port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
-# A signal to this script, Ctrl-C too, goes to the ranks and not to the launcher: they checkpoint before the next phase and
-# exit with 75, and the launcher passes that on. It would itself kill them after 30 seconds and exit with 1. Ranks
+# A signal to this script, Ctrl-C too, goes to the ranks and not to the launcher: they checkpoint before their next phase
+# and exit with 75, and the launcher passes that on. It would itself kill them after 30 seconds and exit with 1. Ranks
 # that are not there yet are waited for, and die of the signal.
 launcher='' signals=0
 # shellcheck disable=SC2317  # the trap calls it
