@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -91,19 +92,19 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:
         return logits_BV.argmax(-1)
     B, V = logits_BV.shape
     block = 256
-    # The padded copy is what is worked on in place: the caller's logits stay as they are.
-    weight_BKb = torch.nn.functional.pad(logits_BV.float(), (0, -V % block), value=-torch.inf).view(B, -1, block)
-    weight_BKb = weight_BKb.sub_(logits_BV.amax(-1)[:, None, None]).div_(temperature).exp_()
-    block_end_BK = weight_BKb.sum(-1, dtype=torch.float64).cumsum(-1)
-    goal_B1 = uniform_B[:, None].double() * block_end_BK[:, -1:]
+    weight_BV = logits_BV.float().sub(logits_BV.amax(-1, keepdim=True))
+    if temperature != 1:
+        weight_BV.div_(temperature)
+    weight_BKb = F.pad(weight_BV.exp_(), (0, -V % block)).view(B, -1, block)
+    block_end_BK = weight_BKb.sum(-1).cumsum(-1, dtype=torch.float64)
+    goal_B1 = uniform_B[:, None] * block_end_BK[:, -1:]
     block_B1 = torch.searchsorted(block_end_BK, goal_B1, right=True).clamp_(max=block_end_BK.shape[1] - 1)
-    before_B1 = torch.where(block_B1 > 0, block_end_BK.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
+    before_B1 = torch.where(block_B1 > 0, block_end_BK.gather(1, (block_B1 - 1).clamp_(min=0)), 0.0)
     inside_Bb = weight_BKb[torch.arange(B, device=block_B1.device), block_B1[:, 0]]
     end_Bb = before_B1 + inside_Bb.cumsum(-1, dtype=torch.float64)
-    token_B1 = torch.searchsorted(end_Bb, goal_B1, right=True)
-    # Rounding may carry the goal past the block's end: take its last token that has any probability.
-    last_B1 = (inside_Bb > 0).mul(torch.arange(1, block + 1, device=inside_Bb.device)).amax(-1, keepdim=True) - 1
-    return (block_B1 * block + torch.minimum(token_B1, last_B1.clamp(min=0)))[:, 0]
+    # Rounding may carry the goal past the block's end: then it is the last token that adds to it.
+    goal_B1 = torch.minimum(goal_B1, torch.nextafter(end_Bb[:, -1:], before_B1))
+    return (block_B1 * block + torch.searchsorted(end_Bb, goal_B1, right=True))[:, 0]
 
 
 # (ids [B, t], mask [B, L + t] or None, positions [B, t], cache) -> logits of the last position [B, V]
@@ -131,8 +132,7 @@ def decode(
     while agree(batch.live > 0 or bool(batch.waiting)):
         if agree(batch.wants_refill()):
             batch.refill()
-        for _ in range(SYNC_EVERY):
-            batch.step()
+        batch.advance(SYNC_EVERY)
         batch.drop_finished()
         alive()
     return batch.completions()
@@ -148,7 +148,8 @@ class _Batch:
         self.waiting = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
         limits = [sampling.limit(prompt) for prompt in prompts]
         self.limit_R = torch.tensor(limits, dtype=torch.long, device=device)
-        self.uniform_RP = uniforms(sampling.seed, sample_ids, max(limits, default=1), device)
+        # Positions beyond the limit take what a row is given between its end and its leaving.
+        self.uniform_RP = uniforms(sampling.seed, sample_ids, max(limits, default=1) + SYNC_EVERY, device)
         self.tokens_RP = torch.zeros_like(self.uniform_RP, dtype=torch.long)
         self.count_R = torch.zeros_like(self.limit_R)
         self.stopped_R = torch.zeros_like(self.limit_R, dtype=torch.bool)
@@ -185,20 +186,30 @@ class _Batch:
         logits_BV = self.forward(ids_BL, mask_BL if padded else None, positions_BL, cache)
         self.prefilled_tokens += ids_BL.numel()
         row_B = self._tensor(rows)
-        token_B = self._record(row_B, logits_BV)
+        token_B = draw(logits_BV, self.uniform_RP[row_B, 0], self.sampling.temperature)
+        self._note(row_B, token_B[:, None])
         self._join(cache, mask_BL, padded)
         self.row_B, self.token_B = torch.cat([self.row_B, row_B]), torch.cat([self.token_B, token_B])
 
-    def step(self) -> None:
-        """One decode step of every row in the batch: one forward."""
+    def advance(self, steps: int) -> None:
+        """Decode steps of every row in the batch: as many forwards. Waits for nothing."""
         if not self.live:
-            return self._dummy_forward()
-        self.mask_BL = torch.nn.functional.pad(self.mask_BL, (0, 1), value=1)
-        position_B = self.prompt_length_R[self.row_B] + self.count_R[self.row_B] - 1
-        mask_BL = self.mask_BL if self.padded else None
-        logits_BV = self.forward(self.token_B[:, None], mask_BL, position_B[:, None], self.cache)
-        self.decoded_rows += self.live
-        self.token_B = self._record(self.row_B, logits_BV)
+            for _ in range(steps):
+                self._dummy_forward()
+            return
+        place_Bs = self.count_R[self.row_B, None] + torch.arange(steps, device=self.device)
+        uniform_Bs = self.uniform_RP[self.row_B[:, None], place_Bs]
+        # A row goes on after its end until it is dropped: not beyond the positions that the model may have.
+        position_Bs = self.prompt_length_R[self.row_B, None] + place_Bs.minimum(self.limit_R[self.row_B, None]) - 1
+        length = self.mask_BL.shape[1]
+        self.mask_BL = F.pad(self.mask_BL, (0, steps), value=1)
+        tokens_Bs = torch.empty_like(place_Bs)
+        for step in range(steps):
+            mask_BL = self.mask_BL[:, : length + step + 1] if self.padded else None
+            logits_BV = self.forward(self.token_B[:, None], mask_BL, position_Bs[:, step : step + 1], self.cache)
+            self.token_B = tokens_Bs[:, step] = draw(logits_BV, uniform_Bs[:, step], self.sampling.temperature)
+        self.decoded_rows += steps * self.live
+        self._note(self.row_B, tokens_Bs)
 
     def drop_finished(self) -> None:
         """Take the rows that have stopped out of the batch, and the padding that no remaining row needs."""
@@ -219,16 +230,15 @@ class _Batch:
         token_ids = [row[:count] for row, count in zip(tokens, counts)]
         return Completions(token_ids, self.stopped_R.tolist(), self.decoded_rows, self.prefilled_tokens)
 
-    def _record(self, row_B: Tensor, logits_BV: Tensor) -> Tensor:
-        """Draw the next token of each row and note it, unless the row has finished. Waits for nothing."""
-        count_B = self.count_R[row_B]
-        place_B = count_B.clamp(max=self.uniform_RP.shape[1] - 1)
-        token_B = draw(logits_BV, self.uniform_RP[row_B, place_B], self.sampling.temperature)
-        active_B = ~self._finished(row_B)
-        self.tokens_RP[row_B, place_B] = torch.where(active_B, token_B, self.tokens_RP[row_B, place_B])
-        self.count_R[row_B] = count_B + active_B
-        self.stopped_R[row_B] |= active_B & torch.isin(token_B, self.stop_ids)
-        return token_B
+    def _note(self, row_B: Tensor, tokens_Bs: Tensor) -> None:
+        """Append newly drawn tokens to the completions, up to a row's first stop token and its limit."""
+        place_Bs = self.count_R[row_B, None] + torch.arange(tokens_Bs.shape[1], device=self.device)
+        stop_Bs = torch.isin(tokens_Bs, self.stop_ids)
+        before_stop_Bs = stop_Bs.cumsum(-1) - stop_Bs.long() == 0
+        counts_Bs = before_stop_Bs & (place_Bs < self.limit_R[row_B, None]) & ~self.stopped_R[row_B, None]
+        self.tokens_RP[row_B[:, None], place_Bs] = tokens_Bs  # what does not count is behind the completion's end
+        self.count_R[row_B] += counts_Bs.sum(-1)
+        self.stopped_R[row_B] |= (counts_Bs & stop_Bs).any(-1)
 
     def _finished(self, row_B: Tensor) -> Tensor:
         return self.stopped_R[row_B] | (self.count_R[row_B] >= self.limit_R[row_B])
@@ -240,7 +250,7 @@ class _Batch:
             return
         old, new = self.mask_BL.shape[1], mask_BL.shape[1]
         self.padded = self.padded or padded or old != new
-        extend = lambda tensor, by: torch.nn.functional.pad(tensor, by) if any(by) else tensor  # noqa: E731
+        extend = lambda tensor, by: F.pad(tensor, by) if any(by) else tensor  # noqa: E731
         pad_old, pad_new = max(new - old, 0), max(old - new, 0)
         self.mask_BL = torch.cat([extend(self.mask_BL, (pad_old, 0)), extend(mask_BL, (pad_new, 0))])
         for ours, theirs in zip(self.cache.layers, cache.layers):

@@ -8,8 +8,9 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ _CPU_TILE_ENTRIES = 1 << 20
 _CPU_HEAD_ROWS = 1024
 # Entries left free between rows of logits: a power of two apart, they would fall into the same places of the caches.
 CPU_ROW_GAP = 64
+
+# Matrices of this many weights or more are packed for oneDNN while decoding.
+_ONEDNN_WEIGHTS = 1 << 20
 
 # Names of mallopt(3), from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -86,8 +90,9 @@ def _freed_at_once() -> Iterator[None]:
     """Give large blocks of host memory back as soon as they are freed.
 
     On the CPU a parameter is whole in host memory before its shard is kept. glibc keeps the room of blocks of up to
-    32 MiB in its heap, in holes between the shards, until a rank has taken nearly the size of the whole model. The
-    thresholds are left where glibc would have moved them by itself; a user's own settings stay.
+    32 MiB in its heap, in holes between the shards, until a rank has taken nearly the size of the whole model.
+    Afterwards it is the other way round: every update takes what the last one has freed, and room that went back
+    would cost a page fault per 4 KiB, 5 % of an update. A user's own settings stay.
     """
     own = {"GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
     if platform.libc_ver()[0] != "glibc" or own:
@@ -98,8 +103,8 @@ def _freed_at_once() -> Iterator[None]:
     try:
         yield
     finally:
-        mallopt(_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_TRIM_THRESHOLD, 64 << 20)
+        mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
+        mallopt(_TRIM_THRESHOLD, 1 << 30)
 
 
 @contextmanager
@@ -107,18 +112,19 @@ def fast_decoding(model: nn.Module) -> Iterator[None]:
     """Make `model` quick for products of few rows while its weights stay whole and unchanged.
 
     torch's inference mode saves bookkeeping in every operation: of a decode step's many small ones, 7 % of the time on
-    the CPU. There, every linear layer's weight is packed for oneDNN, too, since MKL is slow at products of few
-    rows. Elsewhere nothing more is done yet: a CUDA graph or `torch.compile` of the decode step would start here.
+    the CPU. There, every linear layer's weight is laid out anew, too, since MKL is slow at few rows times a
+    row-major matrix. Elsewhere nothing more is done yet: a CUDA graph or `torch.compile` of the decode step would
+    start here.
     """
-    packed = [module for module in model.modules() if _packable(module)] if on_cpu() else []
+    relaid = [module for module in model.modules() if _is_plain_linear(module)] if on_cpu() else []
     try:
         with torch.inference_mode():
-            for module in packed:
+            for module in relaid:
                 # An instance attribute shadows the class's forward; deleting it restores the module.
-                module.forward = _packed_forward(module)
+                module.forward = _relaid_forward(module.weight.detach(), module.bias)
             yield
     finally:
-        for module in packed:
+        for module in relaid:
             module.__dict__.pop("forward", None)
         _make_trainable(model)
 
@@ -132,19 +138,19 @@ def _make_trainable(model: nn.Module) -> None:
                     tensors[name] = tensor.clone()
 
 
-def _packable(module: nn.Module) -> bool:
-    """Layers that are exactly x @ weight.T + bias in fp32. Small ones gain nothing from packing."""
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Layers that are exactly x @ weight.T + bias in fp32."""
     from gkd_ds.divergence import DivergenceHead
 
-    plain = type(module) in (nn.Linear, DivergenceHead)
-    return plain and module.weight.dtype == torch.float32 and module.weight.numel() >= 1 << 17
+    return type(module) in (nn.Linear, DivergenceHead) and module.weight.dtype == torch.float32
 
 
-def _packed_forward(module: nn.Module):
-    weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 32)
-    bias = None if module.bias is None else module.bias.detach()
+def _relaid_forward(weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """`F.linear` by a copy of the weight: column by column, or, where that takes long to make, packed for oneDNN.
 
-    def forward(hidden: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
-
-    return forward
+    oneDNN needs 20 us more per call than a small product takes.
+    """
+    if weight_OI.numel() < _ONEDNN_WEIGHTS:
+        return partial(F.linear, weight=weight_OI.t().contiguous().t(), bias=bias_O)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, 32)
+    return lambda hidden: torch.ops.mkldnn._linear_pointwise(hidden, packed, bias_O, "none", [], "")

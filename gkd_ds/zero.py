@@ -146,6 +146,8 @@ def teacher_config(config: GKDConfig, hidden_size: int) -> dict[str, Any]:
     resolved = _read(config.teacher_deepspeed) or {"zero_optimization": {"stage": 3}}
     resolved |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     resolved.pop("train_batch_size", None)
+    # It would put an autograd function written in Python in the place of F.linear, for the student, too.
+    resolved["zero_optimization"]["memory_efficient_linear"] = False
     return _finish(resolved, config, hidden_size)
 
 

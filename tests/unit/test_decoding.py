@@ -186,15 +186,28 @@ def test_other_families_too(family: str, tokenizer) -> None:
     assert run(model, given, sampling, max_rows=2).token_ids == one_by_one(model, given, sampling)
 
 
-def test_packed_weights_write_the_same_tokens(tokenizer) -> None:
-    model = make_model("llama", tokenizer=tokenizer, hidden=256, vocab_size=512, init_range=0.1)
-    assert model.lm_head.weight.numel() >= 1 << 17, "large enough to be packed"
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_weights_in_another_layout_write_the_same_tokens(family: str, tokenizer) -> None:
+    """Layers with and without a bias, and a head that is large enough to be packed for oneDNN."""
+    model = make_model(family, tokenizer=tokenizer, hidden=256, vocab_size=4096, init_range=0.1)
+    head = model.get_output_embeddings()
+    assert head.weight.numel() >= kernels._ONEDNN_WEIGHTS
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert any(layer.bias is not None for layer in linear) == (family == "gpt_neox")
     given = prompts(8)
     plain = run(model, given).token_ids
     with kernels.fast_decoding(model):
-        assert "forward" in model.lm_head.__dict__
+        assert all("forward" in layer.__dict__ for layer in linear)
         assert run(model, given).token_ids == plain
-    assert "forward" not in model.lm_head.__dict__
+    assert not any("forward" in layer.__dict__ for layer in linear)
+
+
+def test_a_finished_row_does_not_outgrow_the_model_s_positions(tokenizer) -> None:
+    """It is computed until it is dropped; GPT-2 has a table of 512 positions and no more."""
+    model = make_model("gpt2", tokenizer=tokenizer)
+    given = [[5] * 505, [6] * 500]
+    got = run(model, given, replace(SAMPLING, stop_ids=(), max_length=512, max_new_tokens=512))
+    assert [len(tokens) for tokens in got.token_ids] == [7, 12]
 
 
 def test_a_model_that_changed_itself_while_decoding_can_be_trained(tokenizer) -> None:
