@@ -281,6 +281,9 @@ class GKDConfig:
         "MiB of one rank's KV cache; the window is sampled in as many batches as that takes; null: in one.",
         low=1,
     )
+    offload_optimizer_states: bool = knob(
+        False, "Keep the student's optimizer states in host memory during rollouts, which then have their room."
+    )
     score_memory_mb: int = knob(1024, "MiB of activations inside a layer of the teacher.", low=1)
     targets_memory_mb: int = knob(
         4096, "MiB of the teacher's hidden states kept on the device; beyond it they go to the host.", low=0

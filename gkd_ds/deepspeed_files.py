@@ -108,6 +108,17 @@ def check_student_file(file: dict, config: Any) -> None:
             "keeps the optimizer on NVMe, which no checkpoint can be resumed with; set save_strategy: no or "
             "save_only_model: true, or offload_optimizer.device to cpu",
         )
+    if config.offload_optimizer_states and stage in (1, 2):
+        raise conflict(
+            name,
+            f"has ZeRO stage {stage}, where DeepSpeed itself holds on to the optimizer states that "
+            "offload_optimizer_states would move; use stage 3 or set it to false",
+        )
+    if config.offload_optimizer_states and optimizer.get("device", "none") != "none":
+        raise conflict(
+            name,
+            "has an offload_optimizer block, so the states are never on the device; remove offload_optimizer_states",
+        )
     if "hybrid_engine" in file:
         raise conflict(name, "holds a hybrid_engine block; remove it and choose with rollout_engine")
     check_foreign_blocks(name, file)

@@ -92,7 +92,7 @@ def _freed_at_once() -> Iterator[None]:
     On the CPU a parameter is whole in host memory before its shard is kept. glibc keeps the room of blocks of up to
     32 MiB in its heap, in holes between the shards, until a rank has taken nearly the size of the whole model.
     Afterwards it is the other way round: every update takes what the last one has freed, and room that went back
-    would cost a page fault per 4 KiB, 5 % of an update. A user's own settings stay.
+    would cost a page fault per 4 KiB, up to 5 % of an update. A user's own settings stay.
     """
     own = {"GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
     if platform.libc_ver()[0] != "glibc" or own:

@@ -403,6 +403,9 @@ def rollout_memory(plan: Plan) -> list[Memory]:
         Memory("rollout", "KV cache, room ahead", device=ahead, remedy="rollout_memory_mb"),
         Memory("rollout", "next-token logits", device=logits, remedy="rollout_memory_mb"),
     ]
+    if plan.config.offload_optimizer_states:  # at stage 0 or 3, in the place of their room among what stays
+        moved = 8 * math.ceil(student.total / (plan.ranks if plan.student_engine.stage == 3 else 1))
+        lines.append(Memory("rollout", "optimizer states, moved", device=-moved, host=moved))
     if plan.config.rollout_engine == "sharded":
         live = min(student.total, student.largest_layer + max(student.embedding, plan.student_engine.prefetch))
         lines.append(Memory("rollout", "student layers, gathered", device=live * b))

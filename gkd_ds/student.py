@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -89,13 +89,18 @@ class Student:
             if self.rollout_engine == "sharded":
                 stepwise = lambda *args: self._in_root(lambda: forward(*args))  # noqa: E731
                 return decode(stepwise, prompts, sample_ids, sampling, self.device, max_rows, ranks.any_rank, alive)
-            with zero.whole_parameters(self.engine, self.counters):
+            with self._room_for_rollout(), zero.whole_parameters(self.engine, self.counters):
                 if self.rollout_engine == "hybrid":
                     return hybrid.generate(self.engine, self.model, prompts, sample_ids, sampling)
                 with kernels.fast_decoding(self.model):
                     return decode(forward, prompts, sample_ids, sampling, self.device, max_rows, alive=alive)
         finally:
             self.model.train()
+
+    def _room_for_rollout(self):
+        if self.config.offload_optimizer_states:
+            return zero.optimizer_states_on_host(self.engine, self.counters)
+        return nullcontext()
 
     def _choose_rollout_engine(self) -> str:
         """`auto` gathers: no architecture has yet been seen to write the plain model's tokens with kernels injected."""

@@ -44,6 +44,7 @@ class Counters:
     student_gathers: int = 0  # whole-model gathers of the student
     teacher_passes: int = 0  # passes over the teacher's layers that score a window
     teacher_decode_passes: int = 0  # passes for one token more of every completion that the teacher writes
+    optimizer_bytes: int = 0  # bytes of optimizer states that went to the host for a rollout
     teacher_bytes: int = 0  # bytes of the teacher's weights that were made available on this rank, head included
 
 
@@ -272,6 +273,32 @@ def whole_parameters(engine, counters: Counters) -> Iterator[None]:
             yield
         finally:
             offload._register_deepspeed_module(offload.module)
+
+
+@contextmanager
+def optimizer_states_on_host(engine, counters: Counters) -> Iterator[None]:
+    """The optimizer's states in page-locked host memory, so that a rollout has their room. Not collective.
+
+    DeepSpeed's own `engine.offload_states` knows its FusedAdam at stage 3 alone; this moves any torch optimizer's.
+    NOT TESTED on a GPU. On the CPU it copies to and fro for nothing.
+    """
+    optimizer = engine.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = optimizer.optimizer  # inside ZeRO's
+    places = [(state, name) for state in optimizer.state.values() for name in state if _is_on(state[name], device())]
+    for state, name in places:
+        counters.optimizer_bytes += state[name].nbytes
+        host = get_accelerator().pin_memory(torch.empty_like(state[name], device="cpu"))
+        state[name] = host.copy_(state[name])
+    try:
+        yield
+    finally:
+        for state, name in places:
+            state[name] = torch.empty_like(state[name], device=device()).copy_(state[name])
+
+
+def _is_on(value: Any, place: torch.device) -> bool:
+    return isinstance(value, Tensor) and value.device.type == place.type
 
 
 @contextmanager

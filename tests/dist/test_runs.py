@@ -83,7 +83,7 @@ def test_too_few_buffers_are_refused_before_anything_is_read(two_ranks: Results)
         assert "offload_param.buffer_count to 2, but this teacher needs 4" in rank["too few buffers"]
 
 
-FEATURES = ["shipped", "offload_optimizer", "hpz", "comms_logger", "flops_profiler"]
+FEATURES = ["shipped", "offload_optimizer", "hpz", "comms_logger", "flops_profiler", "states_on_host"]
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -93,12 +93,18 @@ def test_deepspeed_s_switches_leave_the_losses_alone(two_ranks: Results, feature
 
 
 def test_deepspeed_s_switches_do_what_they_say(two_ranks: Results) -> None:
+    rows = two_ranks["scale_features"][0]["plain"]["rows"]
+    rollouts = sum(row["perf/student_gathers"] for row in rows[1:])
+    assert rollouts > 0
     for results in two_ranks["scale_features"]:
         for name in ("plain", *FEATURES):
             result = results[name]
             assert (result["second copies"] > 0) == (name == "hpz")
             assert result["optimizer offloaded"] == (name == "offload_optimizer")
             assert (sum(result["recorded"].values()) > 100) == (name == "comms_logger")
+            # Two moments in fp32 of this rank's half, for every rollout of the student after the first update.
+            expected = rollouts * 8 * result["shard"] if name == "states_on_host" else 0
+            assert result["bytes moved"] == pytest.approx(expected, rel=1e-3)
         assert results["comms_logger"]["recorded"]["all_gather_into_tensor"] > 10
     assert "flops" in (two_ranks.directory / "flops.txt").read_text()
     assert two_ranks.log.count("Comm. Op") == 1, "rank 0 prints the communication logger's summary"

@@ -261,16 +261,20 @@ def scale_features() -> dict:
         "hpz": shipped("student_zeropp.json", zero_hpz_partition_size=2),
         "comms_logger": {**PARTITIONED, "comms_logger": {"enabled": True, "prof_all": True}},
         "flops_profiler": {**PARTITIONED, "flops_profiler": profile},
+        "states_on_host": PARTITIONED,
     }
     results = {}
     for name, file in files.items():
-        trainer = build(f"scale-{name}", **PLACES, deepspeed=file)
+        on_host = name == "states_on_host"
+        trainer = build(f"scale-{name}", **PLACES, deepspeed=file, offload_optimizer_states=on_host)
         comms_logger.reset_data()
         trainer.train()
         results[name] = {
             "rows": rows_of(f"scale-{name}"),
             "second copies": sum(p.ds_secondary_tensor is not None for p in trainer.model.parameters()),
             "optimizer offloaded": bool(trainer.student.engine.optimizer.offload_optimizer),
+            "shard": sum(p.ds_tensor.numel() for p in trainer.model.parameters()),
+            "bytes moved": trainer.student.counters.optimizer_bytes,
             "recorded": {name: sum(calls for calls, *_ in sizes.values()) for name, sizes in comms_logger.comms_dict.items()},
         }
         deepspeed.comm.configure(enabled=False)  # it is one for the whole process

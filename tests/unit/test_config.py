@@ -397,6 +397,12 @@ ZERO3 = {"zero_optimization": {"stage": 3}}
         ({"zero_optimization": {"stage": True}}, {}, ["stage True"]),
         ({"zero_optimization": 3}, {}, ["must be an object"]),
         ({"zero_optimization": {"stage": 2}}, {"rollout_engine": "sharded"}, ["stage 2", "sharded"]),
+        ({"zero_optimization": {"stage": 2}}, {"offload_optimizer_states": True}, ["stage 2", "use stage 3"]),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+            {"offload_optimizer_states": True},
+            ["never on the device", "offload_optimizer_states"],
+        ),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, {}, ["offload_param", "stage 2"]),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, {}, ["'disk'"]),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, {}, ["nvme_path"]),

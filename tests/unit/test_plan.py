@@ -212,6 +212,8 @@ def test_rollout_memory_follows_its_budget(counts):
     budget = sizes(plan_of(counts, gradient_accumulation_steps=8, max_length=4096, rollout_memory_mb=32))
     assert 0 < budget["rollout", "KV cache"][0] <= 32 * MIB
     assert not any(phase == "rollout" for phase, _ in sizes(plan_of(counts, lmbda=0)))
+    moved = sizes(plan_of(counts, offload_optimizer_states=True))["rollout", "optimizer states, moved"]
+    assert moved == (-8 * counts.total / 2, 8 * counts.total / 2, 0)
 
 
 def test_targets_move_to_the_host_beyond_their_budget(counts):
