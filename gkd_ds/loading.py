@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -73,12 +74,26 @@ def require_safetensors(model: Model, init_kwargs: dict | None) -> None:
             f"the directory {model!r} has no weights in safetensors; pickles (pytorch_model.bin) can run code and are "
             "not loaded: convert them with save_pretrained, where you trust them."
         )
+    for shard in _shards(directory / "model.safetensors.index.json"):
+        if directory / shard not in files:
+            raise InputError(f"the weights {str(directory / shard)!r} are missing; copy them, too.")
     for file in files:
         try:
             with safe_open(file, framework="pt"):  # reads the header, and compares it with the file's size
                 pass
         except (OSError, SafetensorError) as error:
             raise InputError(f"the weights {str(file)!r} are damaged ({_reason(error)}); copy them again.") from error
+
+
+def _shards(index: Path) -> set[str]:
+    """The files that hold a sharded model, by its index; none where there is no index."""
+    if not index.exists():
+        return set()
+    try:
+        return set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = _reason(error)
+        raise InputError(f"the weights' index {str(index)!r} cannot be read ({reason}); copy it again.") from error
 
 
 def load_tokenizer(model: Model, given: Any, config: GKDConfig) -> PreTrainedTokenizerBase:
@@ -100,14 +115,22 @@ def load_tokenizer(model: Model, given: Any, config: GKDConfig) -> PreTrainedTok
     return tokenizer
 
 
-def generation_config(model: Model, config: GKDConfig) -> GenerationConfig | None:
-    """What the model says about its own generating: it may know more stop tokens than the tokenizer."""
+def generation_config(model: Model, init_kwargs: dict | None) -> GenerationConfig | None:
+    """What the model says about its own generating: it may know more stop tokens than the tokenizer.
+
+    None where it says nothing. Raises InputError for a file that says nothing intelligible.
+    """
     if isinstance(model, PreTrainedModel):
         return model.generation_config
     try:
-        return GenerationConfig.from_pretrained(model, **_where(config.model_init_kwargs))
-    except OSError:
-        return None
+        return GenerationConfig.from_pretrained(model, **_where(init_kwargs))
+    except (OSError, TypeError) as error:
+        is_missing = isinstance(error, OSError) and not isinstance(error.__context__, ValueError)
+        if is_missing:
+            return None
+        raise InputError(
+            f"the generation config of model {model!r} cannot be read ({_reason(error)}); get it again, or delete it."
+        ) from error
 
 
 def shared_vocabulary(student: Model, teacher: Model, tokenizer: PreTrainedTokenizerBase, config: GKDConfig) -> int:

@@ -93,7 +93,9 @@ class GKDTrainer:
         loading.require_safetensors(student, config.model_init_kwargs)
         loading.require_safetensors(teacher, config.teacher_model_init_kwargs)
         self.processing_class = loading.load_tokenizer(student, processing_class, config)
-        self._stop_ids = stop_token_ids(self.processing_class, loading.generation_config(student, config))
+        loading.generation_config(teacher, config.teacher_model_init_kwargs)  # only whether it can be read
+        own = loading.generation_config(student, config.model_init_kwargs)
+        self._stop_ids = stop_token_ids(self.processing_class, own)
         self._train_examples = self._tokenize(train_dataset, config.dataset_name or "the training data")
         self._eval_examples = self._tokenize_eval(eval_dataset)
         self._refuse_impossible_evaluation()

@@ -71,6 +71,7 @@ def test_what_is_right_is_accepted(build):
 @pytest.mark.parametrize("file, what", [
     ("tokenizer.json", "the tokenizer of model"),
     ("config.json", "the configuration of model"),
+    ("generation_config.json", "the generation config of model"),
     ("model.safetensors", "the weights"),
 ])  # fmt: skip
 def test_a_damaged_file_is_refused_by_name(build, models, tmp_path, role, file, what, damage):
@@ -83,6 +84,20 @@ def test_weights_that_end_too_early_are_refused(build, models, tmp_path):
         path.write_bytes(path.read_bytes()[:-4])
 
     assert "are damaged" in build(**damaged(models, tmp_path, "teacher", "model.safetensors", shorten))
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_sharded_model_without_one_of_its_files(build, models, tmp_path, role):
+    model = AutoModelForCausalLM.from_pretrained(models / role)
+    shutil.copytree(models / role, tmp_path / role)
+    (tmp_path / role / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path / role, max_shard_size="20KB")
+    assert build(**{role: tmp_path / role}) == "all input was accepted"
+    shard = sorted((tmp_path / role).glob("*.safetensors"))[1]
+    shard.unlink()
+    assert build(**{role: tmp_path / role}) == f"the weights '{shard}' are missing; copy them, too."
+    garble(tmp_path / role / "model.safetensors.index.json")
+    assert "index" in (message := build(**{role: tmp_path / role})) and "cannot be read" in message
 
 
 def test_a_hub_that_cannot_be_asked_is_no_missing_tokenizer(build, models):
