@@ -42,13 +42,25 @@ fi
 
 ruff check . || lint_failed=yes
 
-if [ $# -eq 0 ]; then
-    set -- --durations=15
-    # DeepSpeed's NVMe reader takes minutes to build: it is built beside tests/unit, which come first and use one core. Where
-    # it cannot be built, the tests that need it say so.
-    nice python -c "from deepspeed.ops.op_builder import AsyncIOBuilder as B; B().load()" > "$TORCH_EXTENSIONS_DIR/async_io.log" 2>&1 &
+if [ $# -gt 0 ]; then
+    python -m pytest "$@"
+    status=$?
+else
+    # tests/launch mostly wait, for Slurm and for what must time out. Beside them, on what they leave of the cores:
+    # tests/unit, which use one, and the build of DeepSpeed's NVMe reader, which takes minutes and which tests/dist need. Where it
+    # cannot be built, the tests that need it say so.
+    aside=$(mktemp)
+    (
+        nice python -c "from deepspeed.ops.op_builder import AsyncIOBuilder as B; B().load()" > "$TORCH_EXTENSIONS_DIR/async_io.log" 2>&1
+        nice python -m pytest tests/unit
+    ) > "$aside" 2>&1 &
+    unit=$!
+    python -m pytest --durations=10 tests/launch
+    status=$?
+    wait $unit || status=1
+    cat "$aside"
+    rm "$aside"
+    python -m pytest --durations=15 tests/dist || status=1
 fi
-python -m pytest "$@"
-status=$?
 [ -z "${lint_failed:-}" ] || status=1
 exit "$status"
