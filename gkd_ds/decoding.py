@@ -95,7 +95,10 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:
     weight_BV = logits_BV.float().sub(logits_BV.amax(-1, keepdim=True))
     if temperature != 1:
         weight_BV.div_(temperature)
-    weight_BKb = F.pad(weight_BV.exp_(), (0, -V % block)).view(B, -1, block)
+    weight_BV.exp_()
+    if V % block:  # else it would be a copy
+        weight_BV = F.pad(weight_BV, (0, -V % block))
+    weight_BKb = weight_BV.view(B, -1, block)
     block_end_BK = weight_BKb.sum(-1).cumsum(-1, dtype=torch.float64)
     goal_B1 = uniform_B[:, None] * block_end_BK[:, -1:]
     block_B1 = torch.searchsorted(block_end_BK, goal_B1, right=True).clamp_(max=block_end_BK.shape[1] - 1)
