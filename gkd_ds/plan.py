@@ -412,8 +412,8 @@ def rollout_memory(plan: Plan) -> list[Memory]:
     elif not plan.is_whole(plan.student_engine):
         lines.append(Memory("rollout", "student, gathered", device=whole, remedy="rollout_engine: sharded"))
     if plan.on_cpu and b == 4 and plan.config.rollout_engine != "sharded":
-        packed = (student.layers_total + student.embedding) * b
-        lines.append(Memory("rollout", "student, packed for the CPU", device=packed))
+        copied = (student.layers_total + student.embedding) * b
+        lines.append(Memory("rollout", "student, in another layout", device=copied))
     return lines
 
 

@@ -141,10 +141,11 @@ def tensors_alive() -> list[torch.Tensor]:
 
 
 def tensor_bytes(tensors) -> int:
-    """Bytes of distinct storages."""
+    """Bytes of distinct storages, and of what oneDNN has packed."""
     plain = [t for t in tensors if t.layout == torch.strided and t.device.type == "cpu"]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}
-    return sum(storages.values())
+    packed = [t for t in tensors if t.layout == torch._mkldnn]
+    return sum(storages.values()) + sum(t.numel() * t.element_size() for t in packed)
 
 
 def drive_bytes_read() -> int:
@@ -224,8 +225,8 @@ def train_and_note(config: GKDConfig, rows: list[dict], note: Path) -> None:
 
 # ---- Prediction ----
 
-# Kept by autograd or inside an operation, or packed by oneDNN: not among the tensors that Python knows.
-OUT_OF_SIGHT = ["activations", "activations in a layer", "logits chunk", "student, packed for the CPU"]
+# Kept by autograd or inside an operation: not among the tensors that Python knows.
+OUT_OF_SIGHT = ["activations", "activations in a layer", "logits chunk"]
 
 
 def predict(config: GKDConfig, ranks: int, prompt_tokens: int) -> dict[str, dict]:
