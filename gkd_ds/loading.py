@@ -74,7 +74,8 @@ def require_safetensors(model: Model, init_kwargs: dict | None) -> None:
             f"the directory {model!r} has no weights in safetensors; pickles (pytorch_model.bin) can run code and are "
             "not loaded: convert them with save_pretrained, where you trust them."
         )
-    for shard in _shards(directory / "model.safetensors.index.json"):
+    whole = directory / "model.safetensors"  # transformers prefers it to what an index lists
+    for shard in () if whole in files else _shards(directory / "model.safetensors.index.json"):
         if directory / shard not in files:
             raise InputError(f"the weights {str(directory / shard)!r} are missing; copy them, too.")
     for file in files:
@@ -125,8 +126,10 @@ def generation_config(model: Model, init_kwargs: dict | None) -> GenerationConfi
     try:
         return GenerationConfig.from_pretrained(model, **_where(init_kwargs))
     except (OSError, TypeError) as error:
-        is_missing = isinstance(error, OSError) and not isinstance(error.__context__, ValueError)
-        if is_missing:
+        is_damaged = isinstance(error, TypeError) or isinstance(
+            error.__context__, json.JSONDecodeError | UnicodeDecodeError
+        )
+        if not is_damaged:
             return None
         raise InputError(
             f"the generation config of model {model!r} cannot be read ({_reason(error)}); get it again, or delete it."

@@ -88,7 +88,8 @@ class Student:
         try:
             if self.rollout_engine == "sharded":
                 stepwise = lambda *args: self._in_root(lambda: forward(*args))  # noqa: E731
-                return decode(stepwise, prompts, sample_ids, sampling, self.device, max_rows, ranks.any_rank, alive)
+                with self._room_for_rollout():
+                    return decode(stepwise, prompts, sample_ids, sampling, self.device, max_rows, ranks.any_rank, alive)
             with self._room_for_rollout(), zero.whole_parameters(self.engine, self.counters):
                 if self.rollout_engine == "hybrid":
                     return hybrid.generate(self.engine, self.model, prompts, sample_ids, sampling)

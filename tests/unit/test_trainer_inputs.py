@@ -100,6 +100,17 @@ def test_a_sharded_model_without_one_of_its_files(build, models, tmp_path, role)
     assert "index" in (message := build(**{role: tmp_path / role})) and "cannot be read" in message
 
 
+def test_an_index_beside_a_whole_model_is_not_asked(build, models, tmp_path):
+    shutil.copytree(models / "student", tmp_path / "student")
+    garble(tmp_path / "student" / "model.safetensors.index.json")
+    assert build(student=tmp_path / "student") == "all input was accepted"
+
+
+def test_a_cached_model_without_generation_config_says_nothing_of_its_stop_tokens():
+    """Offline, a file that is not in the cache is a missing one, not a damaged one."""
+    assert loading.generation_config("some-org/some-model", None) is None
+
+
 def test_a_hub_that_cannot_be_asked_is_no_missing_tokenizer(build, models):
     teacher = AutoModelForCausalLM.from_pretrained(models / "teacher")
     teacher.config._name_or_path = "some-org/some-teacher"  # as of one that was loaded from there
