@@ -14,6 +14,7 @@ import torch
 from gkd_ds import checkpoint, engine_files, faults, ranks
 from gkd_ds.checkpoint import CheckpointError
 from gkd_ds.errors import InputError
+from gkd_ds.train import leave
 
 CONFIG = {
     "train_batch_size": 2,
@@ -127,3 +128,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

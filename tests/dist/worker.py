@@ -39,6 +39,7 @@ from gkd_ds.errors import InputError
 from gkd_ds.guards import TrainingStopped
 from gkd_ds.pipeline import count_tokens
 from gkd_ds.records import Rollout, Sample, Source
+from gkd_ds.train import leave
 from tests.dist.events import EVENT_KNOBS, SHORT_KNOBS, Events, StopsEpochs
 from tests.dist.materials import FAMILY_PAIRS
 from tests.tiny import MIXTURES, make_chat_rows
@@ -609,3 +610,4 @@ def main(wanted: list[str]) -> None:
 
 if __name__ == "__main__":
     main([a for a in sys.argv[1:] if not a.startswith("--local_rank")][2:])
+    leave(0)

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gkd_ds import GKDConfig, ranks, zero
 from gkd_ds.loading import load_student, load_teacher
+from gkd_ds.train import leave
 
 OFFLOADED = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": False}}}
 
@@ -75,7 +76,7 @@ def make_model(directory: Path, layers: int) -> None:
     )
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--role", choices=("student", "teacher"), required=True)
     parser.add_argument("--layers", type=int, default=24, help="of 12.6 million parameters each (default 24)")
@@ -97,6 +98,7 @@ def main() -> None:
         ranks.barrier()
         if ranks.rank() == 0:
             shutil.rmtree(directory)
+    return 0
 
 
 def _resident() -> tuple[float, float]:
@@ -106,4 +108,4 @@ def _resident() -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    leave(main())
