@@ -1,4 +1,4 @@
-"""A teacher on NVMe: buffers that fit its layers, and swap files that are still what was written.
+"""A teacher on NVMe: buffers that fit its layers, reading ahead, and swap files that are still what was written.
 
 DeepSpeed (read in 0.19.8) swaps a partitioned parameter when its shard has at least 1 MiB, one file each, and reads
 each into a pinned buffer of `buffer_count` equal ones. Too few or too small buffers, or a file that is gone, are
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.runtime.swap_tensor.utils import MIN_AIO_BYTES
 from torch import nn
 from torch.utils import cpp_extension
@@ -40,7 +41,8 @@ def fit_buffers(ds_config: dict[str, Any], model: PreTrainedModel, element_size:
     """Resolve "auto" for `buffer_count` and `buffer_size` of an NVMe teacher in `ds_config`, or check the numbers.
 
     `model` may be on the meta device; `element_size` is in bytes. A whole layer is in the buffers at a time, and one
-    more buffer lets the next be read ahead. Raises InputError where the numbers given are too small. A collective.
+    buffer more is the least; "auto" has room for the next layer, too, which is read meanwhile (`read_ahead`).
+    Raises InputError where the numbers given are too small. A collective.
     """
     if not is_used(ds_config):
         return
@@ -48,19 +50,30 @@ def fit_buffers(ds_config: dict[str, Any], model: PreTrainedModel, element_size:
     block = ds_config["zero_optimization"]["offload_param"]
     units = [*causal_lm.decoder_layers(model), model.get_input_embeddings(), model.get_output_embeddings()]
     shards = [list(_swapped(unit.parameters(), element_size)) for unit in units]
-    needed = {
-        "buffer_count": max(map(len, shards)) + 1,
-        "buffer_size": max((size for unit in shards for size in unit), default=MIN_AIO_BYTES),
-    }
-    for name, least in needed.items():
+    matrices = max(map(len, shards))
+    size = max((size for unit in shards for size in unit), default=MIN_AIO_BYTES)
+    for name, least, best in (("buffer_count", matrices + 1, max(1, 2 * matrices)), ("buffer_size", size, size)):
         value = block.get(name, "auto")
         if value == "auto":
-            block[name] = least
+            block[name] = best
         elif value < least:
             raise InputError(
                 f"teacher_deepspeed sets offload_param.{name} to {value}, but this teacher needs {least}; "
                 'write "auto", or at least that.'
             )
+
+
+def read_ahead(parameters: Iterable[nn.Parameter]) -> None:
+    """Start to read the shards of `parameters` that are on NVMe only, as far as buffers are free.
+
+    DeepSpeed itself reads ahead twice what it is gathering at that moment: one parameter, where gathering does not
+    take long. Fetching a parameter waits for all reads: this is called when what is used meanwhile is here. Not a
+    collective.
+    """
+    away = [p for p in parameters if zero.is_on_nvme(p) and p.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE]
+    if away:
+        swapper = away[0].nvme_swapper
+        swapper.swap_in(away[: swapper.available_swap_in_buffers()], async_op=True)
 
 
 def check_build_lock() -> None:

@@ -371,7 +371,8 @@ def teacher_states(plan: Plan) -> list[Memory]:
         parameters = placed("always", "teacher parameters", shard, engine.params_on, remedy)
     lines = [parameters, Memory("always", "teacher norms, whole", device=teacher.glue * b)]
     if engine.params_on == "nvme":
-        count = engine.buffer_count or len(swapped(teacher.layer_matrices, plan.ranks, b)) + 1  # nvme.py's "auto"
+        matrices = len(swapped(teacher.layer_matrices, plan.ranks, b))
+        count = engine.buffer_count or 2 * max(1, matrices)  # nvme.py's "auto"
         size = engine.buffer_size or math.ceil(teacher.largest_matrix / plan.ranks)
         remedy = '"auto" for buffer_count and buffer_size, or more ranks'
         lines.append(Memory("always", "NVMe buffers, teacher", host=count * size * b, remedy=remedy))

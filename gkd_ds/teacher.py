@@ -48,7 +48,8 @@ class Teacher:
         ds_config = zero.teacher_config(config, model.config.get_text_config().hidden_size)
         nvme.fit_buffers(ds_config, model, self.head.weight.dtype.itemsize)
         layers = causal_lm.decoder_layers(model)
-        self.slots = [_LayerSlot(layer, counters) for layer in layers]
+        following = [*layers[1:], nn.Module()]
+        self.slots = [_LayerSlot(*neighbours, counters) for neighbours in zip(layers, following)]
         for index, slot in enumerate(self.slots):
             layers[index] = slot
         streamed = nn.ModuleList(slot.streamed for slot in self.slots)
@@ -255,21 +256,23 @@ class _Chunk:
 class _StreamedLayer(nn.Module):
     """One decoder layer over all chunks: the unit that ZeRO-3 fetches and releases (a leaf module to it)."""
 
-    def __init__(self, layer: nn.Module, counters: zero.Counters):
+    def __init__(self, layer: nn.Module, following: nn.Module, counters: zero.Counters):
         super().__init__()
         self.layer, self.counters = layer, counters
+        self.ahead = list(following.parameters())
 
     def forward(self, *, calls: list[_Call]) -> list[Tensor]:
         self.counters.teacher_bytes += _bytes(self.layer.parameters())
+        nvme.read_ahead(self.ahead)
         return [self.layer(call.hidden, *call.args, **call.kwargs) for call in calls]
 
 
 class _LayerSlot(nn.Module):
     """Stands in the model's layer list: runs its layer, or gives the answer that streaming has put at its door."""
 
-    def __init__(self, layer: nn.Module, counters: zero.Counters):
+    def __init__(self, layer: nn.Module, following: nn.Module, counters: zero.Counters):
         super().__init__()
-        self.streamed = _StreamedLayer(layer, counters)
+        self.streamed = _StreamedLayer(layer, following, counters)
         self.answer = None
 
     def __getattr__(self, name: str):

@@ -64,6 +64,15 @@ def test_a_damaged_swap_file_is_named_on_all_ranks_and_gives_no_target(two_ranks
 
 
 @NVME
+def test_the_next_layer_is_read_while_one_computes(two_ranks: Results) -> None:
+    """Two layers of three shards on the drive each, looked at once the first layer, and once the second, is done."""
+    for rank in two_ranks["teacher_on_nvme"]:
+        assert rank["away"]["auto"] == [[3, 0], [3, 3]]
+        assert rank["away"]["least"] == [[3, 2], [3, 3]], "one buffer more than a layer needs: one shard is read ahead"
+        assert rank["least gives the same"]
+
+
+@NVME
 def test_an_optimizer_on_nvme_gives_the_same_losses(two_ranks: Results) -> None:
     result = two_ranks["optimizer_on_nvme"][0]
     assert losses(result["nvme"]) == pytest.approx(losses(result["memory"]), rel=1e-6)

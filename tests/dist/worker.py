@@ -30,6 +30,7 @@ import deepspeed
 import torch
 from datasets import Dataset
 from deepspeed.comm import comms_logger
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback
 
@@ -301,6 +302,7 @@ def teacher_on_nvme() -> dict:
         with trainer.teacher.whole_head() as head:
             logits.append(kernels.logits(hidden_NE, head.weight_VE, head.bias_V))
     results["logits"] = [logits[0].numel(), torch.equal(*logits)]
+    results["away"] = {"auto": shards_away(trainer, trainer._rollouts)[0]}
     swapped = sorted((RESULTS / "nvme").rglob("rank0/**/*.swp"))
     results["files"] = [path.stat().st_size for path in swapped]
     results["file"] = str(swapped[0])
@@ -326,7 +328,22 @@ def teacher_on_nvme() -> dict:
         build("nvme-small", teacher="teacher-large", teacher_deepspeed=small)
     except InputError as error:
         results["too few buffers"] = str(error)
+    least = shipped("teacher_nvme.json", **place, buffer_count=4)
+    least = build("nvme-least", teacher="teacher-large", **PLACES, teacher_deepspeed=least)
+    results["away"]["least"], least_NE = shards_away(least, trainer._rollouts)
+    results["least gives the same"] = torch.equal(hidden_NE, least_NE)
     return results
+
+
+def shards_away(trainer: GKDTrainer, rollouts: list[Rollout]) -> tuple[list[list[int]], torch.Tensor]:
+    """For each layer that scoring has released, the shards of every layer that are nowhere but on the drive."""
+    seen: list[list[int]] = []
+    layers = [slot.streamed.layer for slot in trainer.teacher.slots]
+
+    def look() -> None:
+        seen.append([sum(p.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE for p in layer.parameters()) for layer in layers])
+
+    return seen, trainer.teacher.score(rollouts, look).hidden_NE
 
 
 def _rewrite(path: Path) -> None:

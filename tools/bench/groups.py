@@ -117,7 +117,6 @@ def _zero3(vocabulary: int, quick: bool) -> Group:
 
 def _teacher(vocabulary: int, quick: bool, work_dir: Path) -> Group:
     """Where the teacher's weights are, and into how many micro-batches 8 samples are cut."""
-    buffer = max(vocabulary * 512, 4_000_000) + 1024  # must hold the largest parameter
     make = _Maker(Workload(vocabulary))
     for place in ("resident", "cpu", "nvme"):
         for micro_batches in (1, 4, 8):
@@ -128,7 +127,7 @@ def _teacher(vocabulary: int, quick: bool, work_dir: Path) -> Group:
             if place == "nvme":
                 here = work_dir / f"nvme-{micro_batches}"
                 here.mkdir(exist_ok=True)
-                zero["offload_param"] |= {"nvme_path": str(here), "buffer_count": 12, "buffer_size": buffer}
+                zero["offload_param"] |= {"nvme_path": str(here), "buffer_count": "auto", "buffer_size": "auto"}
             file = {"zero_optimization": zero}
             name = f"{place}, {micro_batches}"
             make.add(name, "ours", workload=work, deepspeed=STAGE_OF_ONE, teacher_deepspeed=file)
