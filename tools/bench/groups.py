@@ -95,7 +95,7 @@ def _fixed(vocabulary: int, quick: bool, allocator: bool = False) -> Group:
         make.add("DeepSpeed rollout", "deepspeed_rollout")
     name = f"fixed/{vocabulary}" + ("/allocator" if allocator else "")
     # Updates of a second or so: more of them, since the machine's speed moves by a tenth from one to the next.
-    return Group(name, work, make.add_peak().sides, allocator=allocator, runs=9)
+    return Group(name, work, make.add_peak().sides, allocator=allocator, runs=15)
 
 
 def _ragged(vocabulary: int, quick: bool, whole: bool) -> Group:
@@ -132,7 +132,7 @@ def _teacher(vocabulary: int, quick: bool, work_dir: Path) -> Group:
             name = f"{place}, {micro_batches}"
             make.add(name, "ours", workload=work, deepspeed=STAGE_OF_ONE, teacher_deepspeed=file)
     make.add("bandwidth, cpu", "bandwidth_cpu").add("bandwidth, nvme", "bandwidth_nvme").add_peak()
-    return Group(f"teacher/{vocabulary}", work, make.sides, gated=False)
+    return Group(f"teacher/{vocabulary}", work, make.sides, gated=False, runs=15)
 
 
 def _loss(vocabulary: int) -> Group:
