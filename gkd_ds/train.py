@@ -157,7 +157,7 @@ def print_plan(config: GKDConfig) -> None:
     """The resolved configuration, the batch arithmetic and the memory estimate."""
     train_dataset, _ = read_datasets(config)
 
-    from gkd_ds.plan import dry_run_report
+    from gkd_ds.dry_run import dry_run_report
 
     report = dry_run_report(config, num_samples=len(train_dataset))
     if config.process_index == 0:

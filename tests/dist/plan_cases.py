@@ -20,7 +20,9 @@ from torch import distributed
 
 from gkd_ds import GKDConfig, GKDTrainer, zero
 from gkd_ds.kv_cache import RoomyLayer
-from gkd_ds.plan import count_memory, count_work, make_plan
+from gkd_ds.plan import make_plan
+from gkd_ds.plan_memory import count_memory
+from gkd_ds.plan_work import count_work
 from tests.dist import forked
 from tests.tiny import make_chat_rows, make_model, make_tokenizer
 

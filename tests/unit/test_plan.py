@@ -10,18 +10,9 @@ import torch
 from gkd_ds.config import GKDConfig
 from gkd_ds.errors import InputError
 from gkd_ds.pipeline import kv_bytes_per_token
-from gkd_ds.plan import (
-    MIB,
-    Engine,
-    Plan,
-    count_batches,
-    count_memory,
-    count_model,
-    count_parameters,
-    count_work,
-    make_plan,
-    peak,
-)
+from gkd_ds.plan import MIB, Engine, Plan, count_batches, count_model, count_parameters, make_plan
+from gkd_ds.plan_memory import count_memory, peak
+from gkd_ds.plan_work import count_work
 from tests.tiny import FAMILIES, make_model, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
