@@ -223,7 +223,9 @@ def test_other_ports_that_are_closed(hosts, project):
 
 def test_a_clock_that_is_off(hosts, project, tmp_path):
     """No namespace has its own wall clock, so Python's is put forward: on worker-2 only, before any program starts."""
-    (tmp_path / "sitecustomize.py").write_text("import time\nnow = time.time\ntime.time = lambda: now() + 3\n")
+    # By a .pth file: Debian's Python has a sitecustomize of its own, and finds that one first.
+    (tmp_path / "clock.pth").write_text("import clock\n")
+    (tmp_path / "clock.py").write_text("import time\nnow = time.time\ntime.time = lambda: now() + 3\n")
     packages = sysconfig.get_path("purelib")
     layers = f"lowerdir={tmp_path}:{packages}"
     with mounted(hosts[1], packages, "-t", "overlay", "-o", layers, "overlay"):
