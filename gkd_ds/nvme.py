@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.runtime.swap_tensor.utils import MIN_AIO_BYTES
 from torch import nn
 from torch.utils import cpp_extension
@@ -70,7 +69,7 @@ def read_ahead(parameters: Iterable[nn.Parameter]) -> None:
     take long. Fetching a parameter waits for all reads: this is called when what is used meanwhile is here. Not a
     collective.
     """
-    away = [p for p in parameters if zero.is_on_nvme(p) and p.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE]
+    away = [p for p in parameters if zero.is_only_on_nvme(p)]
     if away:
         swapper = away[0].nvme_swapper
         swapper.swap_in(away[: swapper.available_swap_in_buffers()], async_op=True)

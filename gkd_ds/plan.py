@@ -195,7 +195,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, reduced to what the counts below need."""
+    """A run, reduced to what plan_memory.py and plan_work.py need."""
 
     config: GKDConfig
     student: ModelCounts

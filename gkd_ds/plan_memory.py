@@ -65,7 +65,6 @@ def student_states(plan: Plan) -> list[Memory]:
     if engine.optimizer_on == "nvme":
         buffers = engine.nvme_optimizer_buffers * min(states, engine.sub_group) * 4
         lines.append(Memory("always", "NVMe buffers, optimizer", host=buffers, remedy="a smaller sub_group_size"))
-    if engine.optimizer_on == "nvme":
         on_nvme = sum(swapped((*plan.student.matrices, plan.student.head), plan.ranks, 4)) * 4 // plan.ranks
         lines.append(Memory("always", "gradients in fp32", nvme=on_nvme))
     elif b == 2 or engine.stage > 0:

@@ -26,7 +26,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -379,6 +379,11 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 def is_on_nvme(parameter: nn.Parameter) -> bool:
     """Whether this rank's shard of the parameter lives in a swap file."""
     return "ds_tensor" in parameter.__dict__ and parameter.ds_tensor.final_location == OffloadDeviceEnum.nvme
+
+
+def is_only_on_nvme(parameter: nn.Parameter) -> bool:
+    """Whether this rank's shard of the parameter is in its swap file alone, neither read nor being read."""
+    return is_on_nvme(parameter) and parameter.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE
 
 
 def full_numel(parameter: nn.Parameter) -> int:

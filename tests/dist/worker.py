@@ -30,7 +30,6 @@ import deepspeed
 import torch
 from datasets import Dataset
 from deepspeed.comm import comms_logger
-from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback
 
@@ -341,7 +340,7 @@ def shards_away(trainer: GKDTrainer, rollouts: list[Rollout]) -> tuple[list[list
     layers = [slot.streamed.layer for slot in trainer.teacher.slots]
 
     def look() -> None:
-        seen.append([sum(p.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE for p in layer.parameters()) for layer in layers])
+        seen.append([sum(map(zero.is_only_on_nvme, layer.parameters())) for layer in layers])
 
     return seen, trainer.teacher.score(rollouts, look).hidden_NE
 
