@@ -1,6 +1,6 @@
 """On-policy distillation of language models (GKD) on DeepSpeed: the public API and nothing else."""
 
-from gkd_ds.config import GKDConfig
+from gkd_ds.config.config import GKDConfig
 
 __all__ = ["GKDConfig", "GKDTrainer"]
 

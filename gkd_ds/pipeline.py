@@ -19,15 +19,15 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from gkd_ds import faults, ranks
-from gkd_ds.batching import length_groups
-from gkd_ds.config import GKDConfig
-from gkd_ds.decoding import Completions, Sampling
-from gkd_ds.divergence import LossInputs, TeacherHead
+from gkd_ds.config.config import GKDConfig
+from gkd_ds.learn.batching import length_groups
+from gkd_ds.learn.divergence import LossInputs, TeacherHead
+from gkd_ds.learn.student import Student
 from gkd_ds.records import Rollout, Sample, Source, TeacherTargets, sequence_batch
-from gkd_ds.student import Student
-from gkd_ds.teacher import Teacher
-from gkd_ds.watchdog import Watchdog
+from gkd_ds.rollout.decoding import Completions, Sampling
+from gkd_ds.runtime import faults, ranks
+from gkd_ds.runtime.watchdog import Watchdog
+from gkd_ds.teacher.streamed import Teacher
 
 # A micro-batch more costs about as much as this many padded tokens: ZeRO-3 gathers every layer once more.
 MICRO_BATCH_OVERHEAD_TOKENS = 256

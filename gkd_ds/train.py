@@ -19,11 +19,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from gkd_ds.config import NOT_SUPPORTED, GKDConfig
-from gkd_ds.errors import InputError
-from gkd_ds.launcher import check_hostfile
-from gkd_ds.recipe import read_flags, read_recipe
-from gkd_ds.secrets import redact
+from gkd_ds.config.config import NOT_SUPPORTED, GKDConfig
+from gkd_ds.config.recipe import read_flags, read_recipe
+from gkd_ds.runtime.errors import InputError
+from gkd_ds.runtime.launcher import check_hostfile
+from gkd_ds.runtime.redaction import redact
 
 # The launcher looks at its ranks once a second. As soon as one of a node has failed it ends them all and reports that
 # one's exit code: ranks that may fail because another did wait, so that it is the one with the reason.
@@ -108,7 +108,7 @@ def check_hub_model(field: str, model: str, init_kwargs: dict | None) -> None:
 
 def read_datasets(config: GKDConfig) -> tuple[Any, Any]:
     """The training data and, when any evaluation is asked for, the evaluation data (else None)."""
-    from gkd_ds.dataset_files import dataset_splits, read_dataset
+    from gkd_ds.data.files import dataset_splits, read_dataset
 
     train = read_dataset(config.dataset_name, config.dataset_train_split, config.dataset_config)
     if not (config.do_eval or config.eval_on_start or config.eval_strategy != "no"):
@@ -127,8 +127,8 @@ def run(config: GKDConfig) -> int:
     """Build the trainer and train to the end; the exit code."""
     trainer = build(config)
 
-    from gkd_ds.guards import TrainingStopped
-    from gkd_ds.interrupts import DIVERGED
+    from gkd_ds.monitor.guards import TrainingStopped
+    from gkd_ds.runtime.interrupts import DIVERGED
 
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
@@ -142,7 +142,9 @@ def build(config: GKDConfig):
     """The trainer of a recipe."""
     train_dataset, eval_dataset = read_datasets(config)
 
-    from gkd_ds.trainer import GKDTrainer  # torch and DeepSpeed: only now, when the input is known to be good
+    from gkd_ds.trainer import (
+        GKDTrainer,  # torch and DeepSpeed: only now, when the input is known to be good
+    )
 
     return GKDTrainer(
         model=config.model_name_or_path,
@@ -157,7 +159,7 @@ def print_plan(config: GKDConfig) -> None:
     """The resolved configuration, the batch arithmetic and the memory estimate."""
     train_dataset, _ = read_datasets(config)
 
-    from gkd_ds.dry_run import dry_run_report
+    from gkd_ds.plan.dry_run import dry_run_report
 
     report = dry_run_report(config, num_samples=len(train_dataset))
     if config.process_index == 0:

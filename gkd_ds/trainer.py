@@ -20,28 +20,36 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import (
+    CallbackHandler,
+    DefaultFlowCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.trainer_utils import TrainOutput
 
-from gkd_ds import checkpoint, engine_files, export, loading, ranks, resharding, trl, zero
-from gkd_ds.config import GKDConfig
-from gkd_ds.data import Examples, SampleOrder, stop_token_ids, tokenize
-from gkd_ds.decoding import Sampling
-from gkd_ds.errors import InputError
-from gkd_ds.evaluate import evaluate, metric_names
-from gkd_ds.guards import BadUpdates, trimmed, warnings
-from gkd_ds.interrupts import FAILED, FINISHED, NOT_SAVED, STOPPED, Interrupts, StopAgreed
-from gkd_ds.launcher import check_hostfile
-from gkd_ds.paths import open_anew
+from gkd_ds.checkpoint import engine_files, export, resharding, store
+from gkd_ds.checkpoint.progress import TRAINER_STATE, Mean, Progress, check_state, differences
+from gkd_ds.config.config import GKDConfig
+from gkd_ds.config.paths import open_anew
+from gkd_ds.data.examples import Examples, SampleOrder, stop_token_ids, tokenize
+from gkd_ds.data.schedule import StepScheduler
+from gkd_ds.engine import loading, zero
+from gkd_ds.learn import trl
+from gkd_ds.learn.student import Student
+from gkd_ds.monitor.evaluation import evaluate, metric_names
+from gkd_ds.monitor.guards import BadUpdates, trimmed, warnings
+from gkd_ds.monitor.metrics import rollout_rows, suspects, update_row, window_stats
+from gkd_ds.monitor.tracker import Tracker
 from gkd_ds.pipeline import Pipeline, count_tokens
-from gkd_ds.progress import TRAINER_STATE, Mean, Progress, check_state, differences
 from gkd_ds.records import Sample
-from gkd_ds.report_row import rollout_rows, suspects, update_row, window_stats
-from gkd_ds.scheduler import StepScheduler
-from gkd_ds.student import Student
-from gkd_ds.teacher import Teacher
-from gkd_ds.tracking import Tracker
-from gkd_ds.watchdog import Watchdog
+from gkd_ds.rollout.decoding import Sampling
+from gkd_ds.runtime import ranks
+from gkd_ds.runtime.errors import InputError
+from gkd_ds.runtime.interrupts import FAILED, FINISHED, NOT_SAVED, STOPPED, Interrupts, StopAgreed
+from gkd_ds.runtime.launcher import check_hostfile
+from gkd_ds.runtime.watchdog import Watchdog
+from gkd_ds.teacher.streamed import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +174,7 @@ class GKDTrainer:
         files = zip(("deepspeed", "teacher_deepspeed"), self.args.read_deepspeed_files())
         digests = {f"what {name} holds": hashlib.sha256(repr(file).encode()).hexdigest() for name, file in files}
         ranks.refuse_differences(digests, "DeepSpeed files")
-        ranks.refuse_differences(checkpoint.library_versions(), "library versions")
+        ranks.refuse_differences(store.library_versions(), "library versions")
         data = {"training data": self._train_examples, **self._eval_examples}
         ranks.refuse_differences({name: rows.fingerprint for name, rows in data.items() if rows is not None}, "data")
 
@@ -239,7 +247,7 @@ class GKDTrainer:
         resume = config.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         _refuse_occupied(config, resume)
         self.watchdog = self.pipeline.watchdog = Watchdog(config.watchdog_timeout, config.output_dir)
-        with self.interrupts, checkpoint.only_run(config.output_dir), self.watchdog:
+        with self.interrupts, store.only_run(config.output_dir), self.watchdog:
             exit_code, self.stop_reason = FAILED, None
             try:
                 self._begin(resume)
@@ -262,7 +270,7 @@ class GKDTrainer:
 
     def _begin(self, resume: bool | str | None) -> None:
         config, run_dir = self.args, Path(self.args.output_dir)
-        found, passed_over = checkpoint.find(run_dir, resume, lambda: self.watchdog.beat("resume"))
+        found, passed_over = store.find(run_dir, resume, lambda: self.watchdog.beat("resume"))
         if found is None and config.overwrite_output_dir:
             _agreed(lambda: _clear(run_dir))
         if found is not None:
@@ -476,15 +484,15 @@ class GKDTrainer:
         }
         try:
             if only_model:
-                path = checkpoint.save(run_dir, step, self._export, state, alive)
+                path = store.save(run_dir, step, self._export, state, alive)
             else:
                 write = lambda directory: engine_files.save_engine(self.student.engine, directory, alive=alive)  # noqa: E731
-                path = checkpoint.save(run_dir, step, write, state, alive)
-        except checkpoint.CheckpointError as error:
+                path = store.save(run_dir, step, write, state, alive)
+        except store.CheckpointError as error:
             self.tracker.say(str(error))
             return None
         best = self.state.best_global_step
-        checkpoint.prune(run_dir, config.save_total_limit, f"checkpoint-{best}" if best else None)
+        store.prune(run_dir, config.save_total_limit, f"checkpoint-{best}" if best else None)
         ranks.barrier()
         self._note_best_checkpoint()
         self._saved_step = None if only_model else step
@@ -506,7 +514,7 @@ class GKDTrainer:
         schedule = {name: getattr(self.scheduler, name) for name in names}
         return schedule | {"data_seed": self.order.seed, "training data": self._train_examples.fingerprint}
 
-    def _check(self, found: checkpoint.Manifest) -> None:
+    def _check(self, found: store.Manifest) -> None:
         """Raise InputError unless this run can go on from a checkpoint, as far as its manifest tells."""
         check_state(found)
         for name, value in self._schedule().items():
@@ -517,7 +525,7 @@ class GKDTrainer:
                     "data, seeds and global batch (batch size x accumulation x ranks)."
                 )
 
-    def _resume(self, found: checkpoint.Manifest) -> None:
+    def _resume(self, found: store.Manifest) -> None:
         # With another layout of the same window, the draws stay those of the layout in which the run began.
         draw_samples = found.state["schedule"]["draw_samples"]
         self.scheduler = dataclasses.replace(self.scheduler, draw_samples=draw_samples)
@@ -531,7 +539,7 @@ class GKDTrainer:
         for sentence in differences(found, self.args):
             self.tracker.say(sentence)
 
-    def _load_engine(self, found: checkpoint.Manifest) -> None:
+    def _load_engine(self, found: store.Manifest) -> None:
         engine, world = self.student.engine, ranks.world_size()
         if found.world_size == world:
             engine_files.load_engine(engine, found.path, lambda: self.watchdog.beat("resume"))
@@ -553,12 +561,12 @@ class GKDTrainer:
             return path is not None
         if self.args.load_best_model_at_end and self.state.best_global_step:
             best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
-            found, _ = checkpoint.find(self.args.output_dir, best)
+            found, _ = store.find(self.args.output_dir, best)
             self._load_engine(found)
         try:
             self.save_model()
             self._mark_finished()
-        except checkpoint.CheckpointError as error:
+        except store.CheckpointError as error:
             self.tracker.say(str(error))
             return False
         if self.args.push_to_hub:
@@ -568,10 +576,10 @@ class GKDTrainer:
     def save_model(self, output_dir: str | None = None) -> None:
         """Write the student as a Hugging Face directory (default: output_dir). Collective.
 
-        Raises checkpoint.CheckpointError, on all ranks, when it could not be written.
+        Raises store.CheckpointError, on all ranks, when it could not be written.
         """
         directory = Path(output_dir or self.args.output_dir)
-        checkpoint.together(f"the student was not written to {directory}", lambda: self._export(directory))
+        store.together(f"the student was not written to {directory}", lambda: self._export(directory))
 
     def _mark_finished(self) -> None:
         path = Path(self.args.output_dir, FINISHED_FILE)
@@ -581,7 +589,7 @@ class GKDTrainer:
                 with open_anew(path) as file:
                     file.write(f"{self.state.global_step}\n")
 
-        checkpoint.together(f"{path} was not written", mark)
+        store.together(f"{path} was not written", mark)
 
     def _export(self, directory: Path) -> None:
         state_dict = zero.full_state_dict(self.student.engine, self.model)
@@ -679,7 +687,7 @@ def _what_was_bad(row: dict[str, Any]) -> str:
 def _clear(run_dir: Path) -> None:
     """Remove the checkpoints of the run that overwrite_output_dir gives up. Rank 0 works."""
     for path in run_dir.glob("checkpoint-*") if ranks.rank() == 0 else ():
-        if checkpoint.COMPLETE_NAME.fullmatch(path.name) or checkpoint.LEFTOVER_NAME.fullmatch(path.name):
+        if store.COMPLETE_NAME.fullmatch(path.name) or store.LEFTOVER_NAME.fullmatch(path.name):
             shutil.rmtree(path)
 
 

@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from gkd_ds.secrets import SECRET_NAME, URL_CREDENTIALS, secret_values
+from gkd_ds.runtime.redaction import SECRET_NAME, URL_CREDENTIALS, secret_values
 
 # A name that ends in "_" stands for all variables that begin with it.
 TRAVELLING = [

@@ -6,7 +6,7 @@
     python tools/plan.py --table > tools/plan_70b_8b.md                   # 70B -> 8B on 1, 8, 64 and 512 GPUs
 
 Every GKDConfig field is a flag too (--gradient_accumulation_steps 16). The counts are those of
-gkd_ds/plan_memory.py and plan_work.py; the times are a roofline over the bandwidths below: an orientation, no promise.
+gkd_ds/plan/memory.py and plan_work.py; the times are a roofline over the bandwidths below: an orientation, no promise.
 Exit code 0: it fits; 1: it does not, with what to change; 2: wrong input. No dataset is needed, and no weight is read.
 """
 
@@ -20,13 +20,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gkd_ds.config import GKDConfig  # noqa: E402
-from gkd_ds.dry_run import memory_table, model_line  # noqa: E402
-from gkd_ds.errors import InputError  # noqa: E402
-from gkd_ds.plan import MIB, PHASES, Engine, Plan, count_model, make_plan  # noqa: E402
-from gkd_ds.plan_memory import Memory, count_memory, peak  # noqa: E402
-from gkd_ds.plan_work import Work, count_work, forward_flops, teacher_pass  # noqa: E402
-from gkd_ds.recipe import read_flags, read_recipe  # noqa: E402
+from gkd_ds.config.config import GKDConfig  # noqa: E402
+from gkd_ds.config.recipe import read_flags, read_recipe  # noqa: E402
+from gkd_ds.plan.dry_run import memory_table, model_line  # noqa: E402
+from gkd_ds.plan.memory import Memory, count_memory, peak  # noqa: E402
+from gkd_ds.plan.run import MIB, PHASES, Engine, Plan, count_model, make_plan  # noqa: E402
+from gkd_ds.plan.work import Work, count_work, forward_flops, teacher_pass  # noqa: E402
+from gkd_ds.runtime.errors import InputError  # noqa: E402
 
 GB = 10**9
 MODELS = Path(__file__).with_name("plan_models")

@@ -90,7 +90,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 def read_fields(config: str | None, flags: list[str]) -> dict:
     """The recipe's fields, those of the command line on top, as the trainer reads both, and `files`: what it opens."""
-    from gkd_ds.recipe import read_flags, read_recipe  # not at the top: a probe does without
+    from gkd_ds.config.recipe import read_flags, read_recipe  # not at the top: a probe does without
 
     recipe = read_recipe(config) if config else {}
     recipe |= read_flags(flags)

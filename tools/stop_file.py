@@ -7,8 +7,8 @@
 import sys
 
 from gkd_ds import GKDConfig
-from gkd_ds.errors import InputError
-from gkd_ds.recipe import read_flags, read_recipe
+from gkd_ds.config.recipe import read_flags, read_recipe
+from gkd_ds.runtime.errors import InputError
 
 
 def main() -> int:

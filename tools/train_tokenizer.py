@@ -20,7 +20,7 @@ import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gkd_ds.errors import InputError  # noqa: E402  (a tool also runs where the package is not installed)
+from gkd_ds.runtime.errors import InputError  # noqa: E402  (a tool also runs where the package is not installed)
 
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
 

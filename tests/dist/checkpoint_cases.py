@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from gkd_ds import checkpoint, manifest, ranks
-from gkd_ds.checkpoint import CheckpointError
-from gkd_ds.errors import InputError
-from gkd_ds.interrupts import Interrupts
+from gkd_ds.checkpoint import store, manifest
+from gkd_ds.runtime import ranks
+from gkd_ds.checkpoint.store import CheckpointError
+from gkd_ds.runtime.errors import InputError
+from gkd_ds.runtime.interrupts import Interrupts
 from tests.dist import forked
 
 WORLD = 2
@@ -35,7 +36,7 @@ def save(run_dir: Path, step: int, value: int) -> Path:
         if ranks.rank() == 0:
             (directory / "shared.json").write_text(json.dumps(value))
 
-    return checkpoint.save(run_dir, step, write, {"value": value})
+    return store.save(run_dir, step, write, {"value": value})
 
 
 def value_of(found: manifest.Manifest) -> int:
@@ -62,7 +63,7 @@ def note(run_dir: Path, outcome: object) -> None:
 
 def find_and_note(run_dir: Path, wanted: bool | str = True) -> None:
     try:
-        found, _ = checkpoint.find(run_dir, wanted)
+        found, _ = store.find(run_dir, wanted)
     except InputError as error:
         note(run_dir, str(error))
     else:
@@ -87,11 +88,11 @@ def kill_at_every_point(base: Path, name: str, step: int, rank: int) -> None:
 
     def save_and_prune() -> None:
         save(run_dir, step, value=2)
-        checkpoint.prune(run_dir, keep=1)
+        store.prune(run_dir, keep=1)
 
     def go_on() -> None:
         save(run_dir, 3, value=3)
-        checkpoint.prune(run_dir, keep=1)
+        store.prune(run_dir, keep=1)
 
     for point in ("save", "prune"):
         for occurrence in range(1, 100):
@@ -130,7 +131,7 @@ def errors(base: Path) -> None:
             first = str(error)
         else:
             first = "saved"
-        found, _ = checkpoint.find(run_dir, True)
+        found, _ = store.find(run_dir, True)
         left = sorted(path.name for path in run_dir.iterdir())
         ranks.barrier()
         save(run_dir, 3, value=3)

@@ -11,9 +11,10 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from gkd_ds import checkpoint, engine_files, faults, ranks
-from gkd_ds.checkpoint import CheckpointError
-from gkd_ds.errors import InputError
+from gkd_ds.checkpoint import store, engine_files
+from gkd_ds.runtime import faults, ranks
+from gkd_ds.checkpoint.store import CheckpointError
+from gkd_ds.runtime.errors import InputError
 from gkd_ds.train import leave
 
 CONFIG = {
@@ -50,9 +51,9 @@ def resume_exactly(run_dir: Path, kind: dict) -> bool:
     """Whether losses and weights after a resume are those of the engine that went on."""
     engine = make_engine(kind)
     train(engine, range(2))
-    checkpoint.save(run_dir, 2, lambda directory: engine_files.save_engine(engine, directory), {})
+    store.save(run_dir, 2, lambda directory: engine_files.save_engine(engine, directory), {})
     expected = train(engine, range(2, 5))
-    found, _ = checkpoint.find(run_dir, True)
+    found, _ = store.find(run_dir, True)
     resumed = make_engine(kind)
     engine_files.load_engine(resumed, found.path)
     same = train(resumed, range(2, 5)) == expected
@@ -93,7 +94,7 @@ def main() -> None:
         client_state = {"random": torch.get_rng_state(), "step": step, **more}
         try:
             write = lambda directory: engine_files.save_engine(engine, directory, client_state)  # noqa: E731
-            checkpoint.save(run_dir, step, write, {"step": step})
+            store.save(run_dir, step, write, {"step": step})
         except CheckpointError as error:
             return str(error)
         return "saved"
@@ -110,7 +111,7 @@ def main() -> None:
     said.append(save(3))
     expected = train(engine, range(2, 5))
 
-    found, passed_over = checkpoint.find(run_dir, True)
+    found, passed_over = store.find(run_dir, True)
     assert found is not None and not passed_over
     resumed = make_engine()
     client_state = engine_files.load_engine(resumed, found.path)

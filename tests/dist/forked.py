@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from gkd_ds import faults, ranks
+from gkd_ds.runtime import faults, ranks
 
 HUNG = -signal.SIGALRM
 

@@ -18,11 +18,12 @@ import datasets
 import torch
 from torch import distributed
 
-from gkd_ds import GKDConfig, GKDTrainer, zero
-from gkd_ds.kv_cache import RoomyLayer
-from gkd_ds.plan import make_plan
-from gkd_ds.plan_memory import count_memory
-from gkd_ds.plan_work import count_work
+from gkd_ds import GKDConfig, GKDTrainer
+from gkd_ds.engine import zero
+from gkd_ds.rollout.kv_cache import RoomyLayer
+from gkd_ds.plan.run import make_plan
+from gkd_ds.plan.memory import count_memory
+from gkd_ds.plan.work import count_work
 from tests.dist import forked
 from tests.tiny import make_chat_rows, make_model, make_tokenizer
 

@@ -11,6 +11,7 @@ one has failed) is not imitated: ranks must end by themselves. Tests of the laun
 
 from __future__ import annotations
 
+from tests import ROOT
 import gc
 import importlib
 import json
@@ -25,7 +26,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
 # A rank on a busy machine takes seconds for what takes milliseconds: limits are there to end hangs, not to measure.
 LIMIT = 150.0
 # What takes the seconds: the trainer, and what DeepSpeed and transformers import when a run begins.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests import ROOT
 import json
 import os
 import socket
@@ -10,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 1500  # seconds; two free cores need a tenth of it
 ON_ONE_RANK = ("seed_example", "rollouts", "blocked_imports")
 

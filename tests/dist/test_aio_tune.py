@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests import ROOT
 import json
 import re
 import subprocess
@@ -11,7 +12,6 @@ from pathlib import Path
 from tests.dist.test_runs import NVME
 from tools import aio_tune
 
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def tune(*arguments: str) -> subprocess.CompletedProcess:

@@ -1,5 +1,6 @@
 """Checkpoints and stops with real ranks: killed at every write step, a full disk on one, a signal to one."""
 
+from tests import ROOT
 import json
 import os
 import subprocess
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 

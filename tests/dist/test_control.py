@@ -1,5 +1,6 @@
 """What callbacks ask for, under two real ranks: agreed by all of them, also when it is asked for late or by one."""
 
+from tests import ROOT
 import json
 import os
 import subprocess
@@ -8,7 +9,6 @@ from pathlib import Path
 
 from tests.tiny import make_everything
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys
 from datasets import load_dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests import ROOT
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.dist.rank_server import ROOT, Server, environment, poll
+from tests.dist.rank_server import Server, environment, poll
 
 STUCK = 70
 TIMEOUT = 20.0  # seconds; more than any phase of these models takes on a busy machine

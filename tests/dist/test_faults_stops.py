@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests import ROOT
 import json
 import os
 import signal
@@ -14,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from gkd_ds import manifest
-from tests.dist.rank_server import LIMIT, ROOT, Server, environment, poll
+from gkd_ds.checkpoint import manifest
+from tests.dist.rank_server import LIMIT, Server, environment, poll
 from tests.dist.runs import assert_same, rows
 from tests.unit.test_tracking import records
 

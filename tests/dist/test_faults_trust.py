@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from gkd_ds import manifest
+from gkd_ds.checkpoint import manifest
 from tests.dist.rank_server import Server
 from tests.dist.runs import assert_same, rows
 

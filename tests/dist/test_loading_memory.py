@@ -1,5 +1,6 @@
 """Loading a model of a few hundred million parameters: no rank takes the memory of the whole."""
 
+from tests import ROOT
 import json
 import os
 import subprocess
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 BUFFER = 256  # MiB beside the shard: the largest parameter several times, and what loading itself needs
 
 

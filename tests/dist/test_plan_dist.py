@@ -1,5 +1,6 @@
 """The planner's bytes, passes and gathers against those of real engines, in six configurations; nine with NVMe."""
 
+from tests import ROOT
 import json
 import os
 import subprocess
@@ -10,7 +11,6 @@ import pytest
 
 from tests.dist.plan_cases import CASES, NVME_CASES
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 TENTH = 0.1
 NO_LIBAIO = pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="NVMe offload needs libaio-dev")

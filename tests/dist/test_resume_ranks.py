@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gkd_ds import manifest
+from gkd_ds.checkpoint import manifest
 from tests.dist.rank_server import Server
 from tests.dist.runs import assert_same, copy_of, rows
 

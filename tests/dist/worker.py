@@ -10,6 +10,7 @@ returned, or the traceback of what it raised. The tests beside this file compare
 # ruff: noqa: E402
 from __future__ import annotations
 
+from tests import ROOT
 import dataclasses
 import functools
 import hashlib
@@ -33,10 +34,14 @@ from deepspeed.comm import comms_logger
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback
 
-from gkd_ds import GKDConfig, GKDTrainer, checkpoint, kernels, nvme, ranks, zero
-from gkd_ds.engine_files import save_engine
-from gkd_ds.errors import InputError
-from gkd_ds.guards import TrainingStopped
+from gkd_ds import GKDConfig, GKDTrainer
+from gkd_ds.checkpoint import store
+from gkd_ds.engine import accelerator, zero
+from gkd_ds.runtime import ranks
+from gkd_ds.teacher import nvme
+from gkd_ds.checkpoint.engine_files import save_engine
+from gkd_ds.runtime.errors import InputError
+from gkd_ds.monitor.guards import TrainingStopped
 from gkd_ds.pipeline import count_tokens
 from gkd_ds.records import Rollout, Sample, Source
 from gkd_ds.train import leave
@@ -44,7 +49,7 @@ from tests.dist.events import EVENT_KNOBS, SHORT_KNOBS, Events, StopsEpochs
 from tests.dist.materials import FAMILY_PAIRS
 from tests.tiny import MIXTURES, make_chat_rows
 
-SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
+SHIPPED = ROOT / "ds_configs"
 MATERIALS, RESULTS = (Path(argument) for argument in [a for a in sys.argv[1:] if not a.startswith("--local_rank")][:2])
 
 # By default DeepSpeed keeps parameters of fewer than 100,000 elements whole: of these models, all of them.
@@ -194,9 +199,9 @@ def rollouts() -> dict:
 def hybrid_engine() -> dict:
     """`auto` and `hybrid` for a family that DeepSpeed has kernels for; and one that it runs natively, beside `gather`."""
     said = _Said()
-    logging.getLogger("gkd_ds.student").addHandler(said)
+    logging.getLogger("gkd_ds.learn.student").addHandler(said)
     auto = build("hybrid-auto", rollout_engine="auto")
-    logging.getLogger("gkd_ds.student").removeHandler(said)
+    logging.getLogger("gkd_ds.learn.student").removeHandler(said)
     results = {"auto": auto.student.rollout_engine, "said": said.messages}
     try:
         build("hybrid-refused", rollout_engine="hybrid")
@@ -299,7 +304,7 @@ def teacher_on_nvme() -> dict:
     for trainer in trainers.values():
         hidden_NE = trainer.pipeline.score(trainer._rollouts).hidden_NE
         with trainer.teacher.whole_head() as head:
-            logits.append(kernels.logits(hidden_NE, head.weight_VE, head.bias_V))
+            logits.append(accelerator.logits(hidden_NE, head.weight_VE, head.bias_V))
     results["logits"] = [logits[0].numel(), torch.equal(*logits)]
     results["away"] = {"auto": shards_away(trainer, trainer._rollouts)[0]}
     swapped = sorted((RESULTS / "nvme").rglob("rank0/**/*.swp"))
@@ -367,8 +372,8 @@ def optimizer_on_nvme() -> dict:
         trainer.train()
         results[where] = rows_of(f"optimizer-{where}")
     try:  # as an agreed stop would
-        checkpoint.save(RESULTS / "nvme-saved", 1, lambda where: save_engine(trainer.student.engine, where), {})
-    except checkpoint.CheckpointError as error:
+        store.save(RESULTS / "nvme-saved", 1, lambda where: save_engine(trainer.student.engine, where), {})
+    except store.CheckpointError as error:
         results["saved"] = str(error)
     results["bytes"] = sum(path.stat().st_size for path in (RESULTS / "nvme-optimizer").rglob("*.swp"))
     return results

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.launch.hosts import missing, two_hosts
 from tests.launch.slurm_cluster import slurm_cluster
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment() -> dict[str, str]:

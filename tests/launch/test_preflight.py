@@ -19,10 +19,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gkd_ds.errors import InputError
-from gkd_ds.recipe import read_flags
-from tests import tiny
-from tests.launch.conftest import ROOT
+from gkd_ds.config.recipe import read_flags
+from gkd_ds.runtime.errors import InputError
+from tests import ROOT, tiny
 from tests.launch.hosts import mounted
 
 LIMIT = 10.0  # seconds
@@ -115,7 +114,7 @@ def test_another_recipe_or_deepspeed_file(hosts, project, tmp_path, teacher_on_n
 
 def test_another_code(hosts, project, tmp_path):
     (tmp_path / "errors.py").write_text("# an older state of the file\n")
-    with mounted(hosts[1], ROOT / "gkd_ds/errors.py", "--bind", str(tmp_path / "errors.py")):
+    with mounted(hosts[1], ROOT / "gkd_ds/runtime/errors.py", "--bind", str(tmp_path / "errors.py")):
         code, output = check(hosts[0], project)
     assert code == 1 and "worker-2: another code of gkd_ds" in output, output
 
@@ -288,6 +287,6 @@ def test_every_node_of_a_slurm_job(cluster, hosts, project, tmp_path):
     other.write_text("# an older state of the file\n")
     assert cluster.wait(cluster.submit([*job, command]), 150) == ["COMPLETED"]
     assert "VERDICT: 2 nodes ready" in log.read_text()
-    with mounted(hosts[1], ROOT / "gkd_ds/errors.py", "--bind", str(other)):
+    with mounted(hosts[1], ROOT / "gkd_ds/runtime/errors.py", "--bind", str(other)):
         assert cluster.wait(cluster.submit([*job, command]), 150) == ["FAILED"]
     assert "worker-2: another code of gkd_ds" in log.read_text()

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.launch import tiny_run
-from tests.launch.conftest import ROOT, log_tails
+from tests.launch.conftest import log_tails
 from tests.launch.hosts import mounted, wait_until
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -92,7 +93,7 @@ def test_a_node_that_is_not_ready_ends_the_first_start_but_no_later_one(cluster,
     output, other = tmp_path / "run", tmp_path / "errors.py"
     other.write_text("# an older state of the file\n")
     settings = RING | {"OUTPUT_DIR": str(output), "PREFLIGHT": "1", "PREFLIGHT_SECONDS": "60"}
-    with mounted(hosts[1], ROOT / "gkd_ds/errors.py", "--bind", str(other)):
+    with mounted(hosts[1], ROOT / "gkd_ds/runtime/errors.py", "--bind", str(other)):
         job = submit("slurm.sbatch", "--nodes=2", arguments=[some_recipe], **settings)
         assert cluster.wait(job, 200) == ["FAILED"] and cluster.show(job)["ExitCode"] == "2:0", log_tails(tmp_path)
         cluster.head.run(["scontrol", "requeue", str(job)])  # as at preemption

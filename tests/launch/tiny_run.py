@@ -6,11 +6,11 @@ import json
 import re
 from pathlib import Path
 
-from gkd_ds import manifest
-from gkd_ds.recipe import read_recipe
-from tests import tiny
+from gkd_ds.checkpoint import manifest
+from gkd_ds.config.recipe import read_recipe
+from tests import ROOT, tiny
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "launch" / "recipes" / "quickstart.yaml"
+QUICKSTART = ROOT / "launch" / "recipes" / "quickstart.yaml"
 UPDATES = 30
 # What must differ from the quickstart's recipe so that it is tiny, and so that it saves, logs and fails often.
 FIELDS = {

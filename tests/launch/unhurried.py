@@ -11,7 +11,7 @@ import time
 
 from transformers import TrainerCallback
 
-from gkd_ds.config import GKDConfig
+from gkd_ds.config.config import GKDConfig
 from gkd_ds.train import build, check_training, command, leave
 
 SECONDS = 4.0

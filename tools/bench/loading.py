@@ -23,8 +23,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gkd_ds import GKDConfig, ranks, zero
-from gkd_ds.loading import load_student, load_teacher
+from gkd_ds import GKDConfig
+from gkd_ds.engine import zero
+from gkd_ds.engine.loading import load_student, load_teacher
+from gkd_ds.runtime import ranks
 from gkd_ds.train import leave
 
 OFFLOADED = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": False}}}

@@ -88,7 +88,7 @@ LOSS_TOKENS = 2048
 
 
 def loss_ours(case: Case, pace: Pace) -> None:
-    from gkd_ds.divergence import DivergenceHead, LogitTransform, LossInputs, TeacherHead
+    from gkd_ds.learn.divergence import DivergenceHead, LogitTransform, LossInputs, TeacherHead
 
     hidden_ND, teacher_NE, head, teacher_VE = _loss_inputs(case)
     transform = LogitTransform()

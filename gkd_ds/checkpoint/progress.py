@@ -1,0 +1,163 @@
+"""What a run remembers beside its weights and transformers' TrainerState.
+
+All of it is in every checkpoint, so that a run that goes on says and does what it would have said and done anyway.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from gkd_ds.checkpoint import store
+from gkd_ds.checkpoint.manifest import MANIFEST, Manifest
+from gkd_ds.config.config import GKDConfig
+from gkd_ds.monitor.guards import BadUpdates, RateLimit, WindowStats
+from gkd_ds.runtime.errors import InputError
+from gkd_ds.runtime.redaction import redact
+
+
+@dataclass
+class Mean:
+    """The mean of what was added; 0 of nothing."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        self.total, self.count = self.total + value, self.count + 1
+
+    @property
+    def value(self) -> float:
+        return self.total / max(self.count, 1)
+
+
+@dataclass
+class Progress:
+    """Steps are numbers of updates."""
+
+    bad_updates: BadUpdates
+    epoch_ended_at: int = 0  # the step after which on_epoch_end came last; an epoch is open at any later one
+    evaluation_due: bool = False  # after this step, and not done yet
+    evaluations: int = 0  # rows of metrics since the last update
+    train_loss: Mean = field(default_factory=Mean)  # of the updates that were applied
+    unlogged_loss: Mean = field(default_factory=Mean)  # of the updates since the last on_log
+    last_update: dict[str, float] = field(default_factory=dict)  # the rest of what on_log tells
+    history: list[WindowStats] = field(default_factory=list)  # what the guards need of it
+    told: RateLimit = field(default_factory=RateLimit)
+
+    @staticmethod
+    def of(state: dict[str, Any], config: GKDConfig) -> Progress:
+        """The inverse of dataclasses.asdict, for a state that `check_state` has passed."""
+        parts = {
+            "bad_updates": BadUpdates(**{**state["bad_updates"], "limit": config.max_bad_updates}),
+            "train_loss": Mean(**state["train_loss"]),
+            "unlogged_loss": Mean(**state["unlogged_loss"]),
+            "history": [WindowStats(**stats) for stats in state["history"]],
+            "told": RateLimit(**state["told"]),
+        }
+        return Progress(**{**state, **parts})
+
+
+NUMBER = int | float
+_MEAN = {"total": NUMBER, "count": int}
+# The state of a checkpoint: a type, an object with these keys and no others, or a list of such.
+STATE = {
+    "trainer_state": dict,
+    "progress": {
+        "bad_updates": {"limit": int, "total": int, "in_a_row": int, "kinds": [str]},
+        "epoch_ended_at": int,
+        "evaluation_due": bool,
+        "evaluations": int,
+        "train_loss": _MEAN,
+        "unlogged_loss": _MEAN,
+        "last_update": dict,
+        "history": [
+            {
+                "step": int,
+                "mean_length": NUMBER,
+                "finished_share": NUMBER,
+                "looping_share": NUMBER,
+                "entropy": NUMBER | None,
+            }
+        ],
+        "told": {"every": int, "last": dict},
+    },
+    "tracker_run_id": str | None,
+    "config": dict,
+    "schedule": {
+        "num_samples": int,
+        "window_samples": int,
+        "seed": int,
+        "drop_last": bool,
+        "data_seed": int,
+        "training data": str,
+        "draw_samples": int,
+    },
+}
+TRAINER_STATE = {  # those of transformers' fields that a run goes on with
+    "global_step": int,
+    "epoch": NUMBER | None,
+    "log_history": [dict],
+    "best_metric": NUMBER | None,
+    "best_global_step": int | None,
+}
+
+
+def check_state(found: Manifest) -> None:
+    """Raise InputError unless the state is one that this version of gkd_ds writes.
+
+    The manifest's digest says that nothing has changed since it was written, not who wrote it.
+    """
+    problem = _mismatch(found.state, STATE, "state")
+    if not problem:
+        theirs = found.state["trainer_state"]
+        wanted = {name: theirs[name] for name in TRAINER_STATE if name in theirs}
+        problem = _mismatch(wanted, TRAINER_STATE, "state.trainer_state")
+    if problem:
+        raise InputError(
+            f"cannot resume from {found.path}: {MANIFEST} {problem}, so another version of gkd_ds wrote it; "
+            "go on with that version or from another checkpoint."
+        )
+
+
+def _mismatch(value: Any, shape: Any, name: str) -> str:
+    """How `value` differs from `shape`, or an empty text."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"has no object '{name}'"
+        if keys := sorted(set(value) ^ set(shape)):
+            return f"{'lacks' if keys[0] in shape else 'has an unknown'} '{name}.{keys[0]}'"
+        return next(filter(None, (_mismatch(value[key], inner, f"{name}.{key}") for key, inner in shape.items())), "")
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"has no list '{name}'"
+        return next(filter(None, (_mismatch(item, shape[0], f"{name}[]") for item in value)), "")
+    return "" if isinstance(value, shape) else f"has a '{name}' of the wrong type"
+
+
+# Groups of fields that do not change what a window computes; seeds are compared with the rest of the schedule.
+WITHOUT_INFLUENCE = ("The run", "Logging", "Checkpoints", "Hub")
+
+
+def differences(found: Manifest, config: GKDConfig) -> list[str]:
+    """One sentence for each setting or library that is not what it was when the checkpoint was written."""
+    changes, heading = [], None
+    now = json.loads(json.dumps(redact(config.to_dict())))
+    before = found.state["config"]
+    for knob in dataclasses.fields(GKDConfig):
+        heading = knob.metadata["heading"] or heading
+        influential = heading not in WITHOUT_INFLUENCE and knob.name != "local_rank"
+        if influential and knob.name in before and before[knob.name] != now.get(knob.name):
+            changes.append((knob.name, before[knob.name], now.get(knob.name)))
+    for name, version in store.library_versions().items():
+        if found.versions.get(name) != version:
+            changes.append((name, found.versions.get(name), version))
+    told = "differs from the checkpoint: {} was {} and is now {}"
+    return [told.format(name, _short(was), _short(now)) for name, was, now in changes]
+
+
+def _short(value: Any, limit: int = 200) -> str:
+    text = str(value)
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -1,0 +1,438 @@
+"""Chat rows become prompt and completion tokens, in an order that can be resumed.
+
+    rows = read_dataset("train.jsonl", "train")                      # a file, a directory or a hub name
+    examples = tokenize(rows, tokenizer, config, "train.jsonl", stop_ids)
+    examples.prompt_ids[0], examples.completion_ids[0]               # two list[int]
+
+A row has `messages` (a list of {role, content}), or `prompt` and `completion` (both strings, or both lists of
+messages). The prompt is every message before the last assistant turn, rendered with the tokenizer's chat
+template and its generation prompt; the completion is that turn up to and including its end-of-turn token.
+Strings are not rendered: the prompt gets the special tokens the tokenizer puts in front of text, the
+completion an end-of-sequence token. Other columns are ignored.
+"""
+
+import datetime
+import hashlib
+import logging
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import jinja2
+import numpy as np
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from gkd_ds.data.files import JSON_COLUMN, PLACE_COLUMN, decode_json
+from gkd_ds.data.rows import Row, parse_row
+from gkd_ds.runtime.errors import InputError, first_line, name_list, quote, type_name
+
+logger = logging.getLogger(__name__)
+
+# For a tokenizer that has no chat template of its own. The space before the answer belongs to the completion,
+# because " word" is one natural token for byte-level and SentencePiece tokenizers alike.
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize }}: {{ message['content'] | trim }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+CLOCK_CODES = ("%d", "%-d", "%m", "%-m", "%b", "%B", "%y", "%Y", "%a", "%A", "%H", "%I", "%M", "%S", "%p", "%j")
+# Some templates (Llama 3.2) print today's date. Tokens that change overnight would make a resumed run train
+# on other data, so the date is pinned to the one these templates themselves fall back to.
+TEMPLATE_DATE = datetime.date(2024, 7, 26)
+# A template sees plain data only, no functions of ours, hence a macro in front of it that hides transformers' clock.
+PINNED_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('{code}', '{TEMPLATE_DATE.strftime(code)}')" for code in CLOCK_CODES)
+    + " }}{% endmacro %}"
+)
+
+# --------------------------------------------------------------------------------------------------
+# The tokenizer: special tokens, chat template, stop tokens
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    """Give the tokenizer the tokens and the chat template of the run; changes it in place, safe to repeat.
+
+    `eos_token` and `pad_token` of the config must exist in the vocabulary. `chat_template_path` is a Jinja
+    file (.jinja, .j2) or a tokenizer whose template is taken over. A tokenizer without a template gets
+    PLAIN_CHAT_TEMPLATE; it is saved with the student, so that whoever loads it talks to it as it was trained.
+    Raises InputError.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for name in ("eos_token", "pad_token"):
+        token = getattr(config, name)
+        if token is not None and token not in vocabulary:
+            raise InputError(f"{name} {quote(token)} is not in the tokenizer's vocabulary; name a token that is")
+        if token is not None:
+            setattr(tokenizer, name, token)
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no end-of-sequence token; set eos_token to one from its vocabulary")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if config.chat_template_path is not None:
+        tokenizer.chat_template = _read_chat_template(config.chat_template_path)
+    if tokenizer.chat_template is None:
+        begins = "{{ bos_token }}" if _leading_ids(tokenizer) == [tokenizer.bos_token_id] else ""
+        tokenizer.chat_template = begins + PLAIN_CHAT_TEMPLATE
+
+
+def _read_chat_template(path: str) -> str:
+    file = Path(path).expanduser()
+    if file.suffix in (".jinja", ".j2"):
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"chat_template_path '{path}' cannot be read ({first_line(error)})") from error
+    try:
+        template = AutoTokenizer.from_pretrained(path).chat_template
+    except (OSError, ValueError) as error:
+        raise InputError(f"chat_template_path '{path}' is neither a .jinja file nor a tokenizer") from error
+    if template is None:
+        raise InputError(f"the tokenizer at chat_template_path '{path}' has no chat template")
+    return template
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
+    """The ids that end a completion, sorted: those of the generation config, the tokenizer's end-of-sequence
+    token and the end-of-turn token of its chat template (an instruct model may stop at <|im_end|> while eos
+    is another).
+    """
+    configured = None if generation_config is None else generation_config.eos_token_id
+    ids = {configured} if isinstance(configured, int) else set(configured or ())
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    end_of_turn = end_of_turn_token(tokenizer)
+    if end_of_turn is not None:
+        ids.add(tokenizer.convert_tokens_to_ids(end_of_turn))
+    return sorted(ids)
+
+
+def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The special token that the chat template prints right after an assistant's text, or None."""
+    if tokenizer.chat_template is None:
+        return None
+    answer = "An answer"
+    messages = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = _render(tokenizer, messages, generation_prompt=False)
+    except InputError as error:
+        raise InputError(f"with a question and an answer as messages, {error}; mend the template") from error
+    if answer not in text:
+        raise InputError(
+            "the tokenizer's chat template does not print a message's text; use one for text conversations"
+        )
+    # Added tokens are those that the tokenizer never splits; of two that match the longer one is meant.
+    tail = text.rpartition(answer)[2].lstrip()
+    candidates = {token.content for token in tokenizer.added_tokens_decoder.values()} | {tokenizer.eos_token}
+    matching = [token for token in candidates if token and tail.startswith(token)]
+    return max(matching, key=len, default=None)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation_prompt: bool) -> str:
+    try:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = PINNED_CLOCK + template
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        # A template is a program that came with the tokenizer: it may refuse these messages (roles that must
+        # alternate) or stumble over them in any of these ways.
+        raise InputError(f"the chat template fails: {first_line(error)}") from error
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of text as it stands: special tokens that are written in it count, none is added."""
+    encoded = tokenizer(text, add_special_tokens=False, padding=False, truncation=False, verbose=False)
+    return encoded["input_ids"]
+
+
+def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts in front of a text by itself: [bos] or nothing, usually."""
+    plain = _ids(tokenizer, "a")
+    whole = tokenizer("a", verbose=False)["input_ids"]
+    return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
+
+
+def _continuation_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> list[int]:
+    """Token ids of `text` as they follow `prompt`, such that ids(prompt) + result spells prompt + text.
+
+    Tokenising both together is how the text looks to a model that continues the prompt, but where a token
+    would cross the boundary (a prompt ending in a space, say) the text is tokenised apart, behind a line
+    break: alone, a SentencePiece tokenizer would put another space in front of it.
+    """
+    for before in (prompt, "\n"):
+        head, whole = _ids(tokenizer, before), _ids(tokenizer, before + text)
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+    return _ids(tokenizer, text)
+
+
+# --------------------------------------------------------------------------------------------------
+# All rows: tokens
+
+
+class TokenLists(Sequence):
+    """Many lists of token ids in two flat arrays (4 bytes per token instead of 36); item i is a list[int]."""
+
+    def __init__(self) -> None:
+        self.tokens = array("i")
+        self.ends = array("q")
+
+    def append(self, ids: Sequence[int]) -> None:
+        self.tokens.extend(ids)
+        self.ends.append(len(self.tokens))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        start = self.ends[position - 1] if position else 0
+        return self.tokens[start : self.ends[position]].tolist()
+
+
+@dataclass
+class Examples:
+    """Tokenised samples, in the order of the dataset; a sample's id is its index here.
+
+    prompt_ids, completion_ids: one list[int] per sample, neither ever empty. fingerprint: SHA-256 over all
+    ids in order, equal exactly where the data is. skipped: rows left out under row_errors="skip".
+    """
+
+    prompt_ids: TokenLists
+    completion_ids: TokenLists
+    fingerprint: str
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """Turns one row into (prompt_ids, completion_ids); holds only what worker processes can be sent."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: frozenset[int]
+    max_length: int | None
+    leading_ids: list[int]
+    end_of_turn: str
+
+    @classmethod
+    def build(cls, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int], max_length: int | None):
+        leading = _leading_ids(tokenizer)
+        return cls(tokenizer, frozenset(stop_ids), max_length, leading, end_of_turn_token(tokenizer) or "")
+
+    def encode(self, row: object) -> tuple[list[int], list[int]]:
+        """Raises InputError with a clause about the row, as parse_row does."""
+        parsed = parse_row(row)
+        if isinstance(parsed.prompt, str):
+            prompt_text, completion_text, leading_ids = parsed.prompt, parsed.completion, self.leading_ids
+            self._check_stops(parsed.completion)
+        else:
+            prompt_text, completion_text = self._render_turn(parsed)
+            leading_ids = []  # a template writes its own
+            self._check_stops(parsed.completion["content"])
+        prompt_ids = _ids(self.tokenizer, prompt_text)
+        if prompt_ids[: len(leading_ids)] != leading_ids:
+            prompt_ids = leading_ids + prompt_ids
+        completion_ids = _continuation_ids(self.tokenizer, prompt_text, completion_text)
+        return self._fit(prompt_ids, self._end(completion_ids))
+
+    def _render_turn(self, row: Row) -> tuple[str, str]:
+        prompt = _render(self.tokenizer, row.prompt, generation_prompt=True)
+        whole = _render(self.tokenizer, [*row.prompt, row.completion], generation_prompt=False)
+        if whole.startswith(prompt):
+            return prompt, whole[len(prompt) :]
+        # The template shows a finished turn differently from one being written: R1's opens <think> for the
+        # model and deletes the thinking afterwards. Then the turn is what the model would write: text, end of
+        # turn.
+        content = row.completion["content"]
+        if prompt.rstrip().endswith("<think>"):
+            content = content.lstrip().removeprefix("<think>").removeprefix("\n")
+        return prompt, content + self.end_of_turn
+
+    def _check_stops(self, content: str) -> None:
+        """A stop token written inside the answer would silently cut it there."""
+        known = [token_id for token_id in sorted(self.stop_ids) if token_id < len(self.tokenizer)]
+        for stop in self.tokenizer.convert_ids_to_tokens(known):
+            if stop in content.strip().removesuffix(stop):
+                raise InputError(f"the assistant's text has the stop token {quote(stop)} before its end")
+
+    def _end(self, completion_ids: list[int]) -> list[int]:
+        """Through the first stop token; what the template prints after it is never generated."""
+        for position, token in enumerate(completion_ids):
+            if token in self.stop_ids:
+                return completion_ids[: position + 1]
+        return [*completion_ids, self.tokenizer.eos_token_id]
+
+    def _fit(self, prompt_ids: list[int], completion_ids: list[int]) -> tuple[list[int], list[int]]:
+        if not prompt_ids:
+            raise InputError("the prompt has no tokens")
+        if self.max_length is None:
+            return prompt_ids, completion_ids
+        room = self.max_length - len(prompt_ids)
+        if room <= 0:
+            raise InputError(
+                f"the prompt has {len(prompt_ids)} tokens, which leaves no room for a completion within "
+                f"max_length={self.max_length}; raise max_length or remove the row"
+            )
+        return prompt_ids, completion_ids[:room]
+
+    def encode_batch(self, columns: dict[str, list]) -> dict[str, list]:
+        """The same for `datasets.map`: a row that cannot be used has its sentence in `problem`, else None."""
+        result: dict[str, list] = {"prompt_ids": [], "completion_ids": [], "problem": []}
+        for row in _rows(columns):
+            prompt_ids, completion_ids, problem = [], [], None
+            try:
+                prompt_ids, completion_ids = self.encode(decode_json(row))
+            except InputError as error:
+                problem = str(error)
+            result["prompt_ids"].append(prompt_ids)
+            result["completion_ids"].append(completion_ids)
+            result["problem"].append(problem)
+        return result
+
+
+BATCH_ROWS = 1000
+PARALLEL_ROWS = 10_000  # below this, starting worker processes takes longer than it saves
+TOKEN_LIST = datasets.Sequence(datasets.Value("int32"))
+ENCODED_FEATURES = datasets.Features(
+    {"prompt_ids": TOKEN_LIST, "completion_ids": TOKEN_LIST, "problem": datasets.Value("string")}
+)
+
+
+def tokenize(
+    dataset: datasets.Dataset | Sequence[Mapping],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Any,
+    where: str,
+    stop_ids: Iterable[int],
+) -> Examples:
+    """Tokenise a whole dataset. `where` names it in error messages; `stop_ids` as stop_token_ids() gives
+    them.
+
+    A row that cannot be used ends the run (config.row_errors="strict") or is left out and counted ("skip", up
+    to config.max_skipped_rows). The tokenizer is prepared in place (prepare_tokenizer). Uses
+    config.max_length and config.dataset_num_proc; the result does not depend on the latter. Raises
+    InputError.
+    """
+    prepare_tokenizer(tokenizer, config)
+    dataset, places = _check_dataset(dataset, where)
+    encoder = RowEncoder.build(tokenizer, stop_ids, config.max_length)
+    prompts, completions, problems = TokenLists(), TokenLists(), []
+    for index, (prompt_ids, completion_ids, problem) in enumerate(_encode_all(dataset, encoder, config)):
+        if problem is None:
+            prompts.append(prompt_ids)
+            completions.append(completion_ids)
+            continue
+        problems.append(f"{where}, {places[index] if places else f'row index {index}'}: {problem}")
+        if config.row_errors == "strict":
+            raise InputError(problems[0])
+        if len(problems) > config.max_skipped_rows:
+            raise InputError(
+                f"{where} has more than max_skipped_rows={config.max_skipped_rows} rows that cannot be used, "
+                f"the first: {problems[0]}"
+            )
+    if problems:
+        logger.warning("%s: %d of %d rows skipped, the first: %s", where, len(problems), len(dataset), problems[0])
+    if not len(prompts):
+        raise InputError(f"{where} has no row that can be used, the first: {problems[0]}")
+    return Examples(prompts, completions, _fingerprint(prompts, completions), skipped=len(problems))
+
+
+def _encode_all(dataset, encoder: RowEncoder, config: Any) -> Iterator[tuple[list[int], list[int], str | None]]:
+    workers = config.dataset_num_proc or 1
+    if workers > 1 and isinstance(dataset, datasets.Dataset) and len(dataset) >= PARALLEL_ROWS:
+        # In memory and under a name of its own: no cache file is written, none is picked up.
+        dataset = dataset.map(
+            encoder.encode_batch, batched=True, batch_size=BATCH_ROWS, num_proc=workers, keep_in_memory=True,
+            load_from_cache_file=False, remove_columns=dataset.column_names, new_fingerprint="gkd_ds",
+            features=ENCODED_FEATURES, desc="tokenizing",
+        )  # fmt: skip
+        for row in dataset:
+            yield row["prompt_ids"], row["completion_ids"], row["problem"]
+        return
+    for start in range(0, len(dataset), BATCH_ROWS):
+        encoded = encoder.encode_batch(dataset[start : start + BATCH_ROWS])
+        yield from zip(encoded["prompt_ids"], encoded["completion_ids"], encoded["problem"], strict=True)
+
+
+def _check_dataset(dataset, where: str) -> tuple[Any, list[str] | None]:
+    """The dataset reduced to the columns we read, and a place ("line 3") per row if the reader knew one."""
+    if isinstance(dataset, datasets.DatasetDict):
+        raise InputError(f"{where} is a set of splits; pass one of them: {name_list(list(dataset))}")
+    if isinstance(dataset, datasets.IterableDataset):
+        raise InputError(f"{where} is a streaming dataset, which has no length; load it without streaming")
+    if not isinstance(dataset, (datasets.Dataset, list, tuple)):
+        raise InputError(f"{where} must be a datasets.Dataset or a list of rows, not {type_name(dataset)}")
+    if not len(dataset):
+        raise InputError(f"{where} has no rows; give at least one")
+    if not isinstance(dataset, datasets.Dataset):
+        return dataset, None
+    dataset = dataset.with_format(None)
+    if JSON_COLUMN in dataset.column_names:
+        return dataset.select_columns([JSON_COLUMN]), dataset[PLACE_COLUMN][:]
+    if "messages" in dataset.column_names:
+        return dataset.select_columns(["messages"]), None
+    if "prompt" in dataset.column_names and "completion" in dataset.column_names:
+        return dataset.select_columns(["prompt", "completion"]), None
+    raise InputError(
+        f"{where} needs a column 'messages', or 'prompt' and 'completion'; "
+        f"its columns are: {name_list(dataset.column_names)}"
+    )
+
+
+def _rows(batch: dict[str, list] | Sequence[object]) -> Iterator[object]:
+    """The rows of a slice: of a Dataset it is a dict of columns, of a list it is a list."""
+    if not isinstance(batch, Mapping):
+        yield from batch
+        return
+    for values in zip(*batch.values(), strict=True):
+        yield dict(zip(batch, values, strict=True))
+
+
+def _fingerprint(*token_lists: TokenLists) -> str:
+    digest = hashlib.sha256()
+    for lists in token_lists:
+        for values, dtype in ((lists.ends, "<i8"), (lists.tokens, "<i4")):
+            digest.update(np.asarray(values).astype(dtype).tobytes())
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# The order of samples
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """In which order an epoch visits the samples: a pure function of (seed, epoch), so a position is all that
+    a resume needs. Hash and stable sort instead of a library's shuffle, whose result may change with its
+    version.
+    """
+
+    num_samples: int
+    seed: int
+    shuffle: bool = True
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """Sample indices in visiting order, int64 of length num_samples; every index exactly once."""
+        if not self.shuffle:
+            return np.arange(self.num_samples, dtype=np.int64)
+        start = hashlib.sha256(f"sample order {self.seed} {epoch}".encode()).digest()[:8]
+        # splitmix64: one well-mixed 64-bit key per sample.
+        keys = np.arange(self.num_samples, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        keys += np.frombuffer(start, dtype="<u8")
+        keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.argsort(keys ^ (keys >> np.uint64(31)), kind="stable").astype(np.int64)

@@ -1,0 +1,216 @@
+"""The student: one DeepSpeed engine, two modes: rollout (decode the window) and learn (loss, backward, step)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
+
+from gkd_ds.config.config import GKDConfig
+from gkd_ds.engine import accelerator, causal_lm, zero
+from gkd_ds.learn.divergence import DivergenceHead, LogitTransform, LossInputs
+from gkd_ds.records import Sample, SequenceBatch
+from gkd_ds.rollout import hybrid
+from gkd_ds.rollout.decoding import Completions, Sampling, decode
+from gkd_ds.runtime import ranks
+from gkd_ds.runtime.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+class Student:
+    """Wraps `model` (whole, or partitioned by `zero.load`) in a DeepSpeed engine.
+
+    Args: `total_updates` is the length of the learning-rate schedule; `vocabulary` the number V of token ids that
+    the student and the teacher share; `optimizers` an optional (torch optimizer, scheduler) pair of the caller.
+    Raises InputError when the architecture's logits cannot be reproduced or the rollout engine is not possible.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: GKDConfig,
+        vocabulary: int,
+        total_updates: int,
+        counters: zero.Counters,
+        optimizers: tuple = (None, None),
+    ):
+        self.model, self.config, self.vocabulary, self.counters = model, config, vocabulary, counters
+        self.device = zero.device()
+        width = model.config.get_text_config().hidden_size
+        model.set_output_embeddings(DivergenceHead(model.get_output_embeddings(), LogitTransform.of(model.config)))
+        if config.disable_dropout:
+            causal_lm.disable_dropout(model)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
+        optimizer, scheduler = optimizers
+        ds_config = zero.student_config(config, ranks.world_size(), width)
+        if optimizer is None and "optimizer" not in ds_config:
+            optimizer = _optimizer(model, config)
+        self.rollout_engine = self._choose_rollout_engine()
+        root = zero.EngineRoot(model=model)
+        if self.rollout_engine == "hybrid":
+            ds_config["hybrid_engine"] = hybrid.DS_BLOCK
+            root.config, root.generate = model.config, model.generate
+        self.engine = zero.initialize(
+            root,
+            ds_config,
+            optimizer=optimizer,
+            lr_scheduler=scheduler or (lambda optimizer: _schedule(optimizer, config, total_updates)),
+        )
+        if ranks.world_size() == 1 and isinstance(self.engine.optimizer, torch.optim.Optimizer):
+            # DeepSpeed would copy all gradients into one buffer and back, to average them over this rank alone.
+            self.engine.enable_backward_allreduce = False
+        model.eval()
+        self._in_root(lambda: causal_lm.check_head(model, "student", self.device))
+        if self.rollout_engine == "hybrid":
+            self._check_hybrid()
+        # from_pretrained leaves a model in evaluation mode: neither dropout nor gradient checkpointing would happen.
+        model.train()
+
+    # -- rollout ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        samples: list[Sample],
+        sampling: Sampling,
+        max_rows: int | None = None,
+        alive: Callable[[], None] = lambda: None,
+    ) -> Completions:
+        """Complete the prompts of one window; `alive` is called often. Collective, also for a rank without samples."""
+        prompts = [sample.prompt_ids for sample in samples]
+        sample_ids = [sample.sample_id for sample in samples]
+        self.model.eval()
+        forward = causal_lm.decoding_forward(self.model, self.vocabulary)
+        try:
+            if self.rollout_engine == "sharded":
+                stepwise = lambda *args: self._in_root(lambda: forward(*args))  # noqa: E731
+                with self._room_for_rollout():
+                    return decode(stepwise, prompts, sample_ids, sampling, self.device, max_rows, ranks.any_rank, alive)
+            with self._room_for_rollout(), zero.whole_parameters(self.engine, self.counters):
+                if self.rollout_engine == "hybrid":
+                    return hybrid.generate(self.engine, self.model, prompts, sample_ids, sampling)
+                with accelerator.fast_decoding(self.model):
+                    return decode(forward, prompts, sample_ids, sampling, self.device, max_rows, alive=alive)
+        finally:
+            self.model.train()
+
+    def _room_for_rollout(self):
+        if self.config.offload_optimizer_states:
+            return zero.optimizer_states_on_host(self.engine, self.counters)
+        return nullcontext()
+
+    def _choose_rollout_engine(self) -> str:
+        """`auto` gathers: no architecture has yet been seen to write the plain model's tokens with kernels injected."""
+        wanted, reason = self.config.rollout_engine, hybrid.obstacle(self.model)
+        if wanted == "hybrid" and reason:
+            raise InputError(f"rollout_engine 'hybrid' is not possible here: {reason}; use 'gather' or 'auto'.")
+        if wanted == "auto" and ranks.rank() == 0:
+            reason = reason or f"DeepSpeed has no kernels for {type(self.model).__name__}, or they are not verified"
+            logger.warning("rollout_engine auto: the student is gathered once per window, because %s.", reason)
+        return "gather" if wanted == "auto" else wanted
+
+    def _check_hybrid(self) -> None:
+        """The hybrid engine must write greedily what the plain model writes, or it is refused."""
+        sampling = Sampling(8, 0.0, 0, (), 0, self.vocabulary)
+        forward = causal_lm.decoding_forward(self.model, self.vocabulary)
+        prompts = [[1, 2, 3, 4, 5, 6]]
+        with zero.whole_parameters(self.engine, self.counters):
+            ours = hybrid.generate(self.engine, self.model, prompts, [0], sampling)
+            self.model.eval()
+            plain = decode(forward, prompts, [0], sampling, self.device)
+        self.model.train()
+        hybrid.check(ours, plain)
+
+    # -- learn --------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: SequenceBatch, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Divergence of a micro-batch from the teacher: what `DivergenceHead` returns for it. Collective."""
+
+        def run():
+            hidden_BTD = causal_lm.body_forward(self.model, batch.input_ids_BT)
+            hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.index_N)
+            return self.model.get_output_embeddings()(hidden_ND, loss=inputs)
+
+        return self.engine(run=run)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate the gradient of `loss`; on the window's last micro-batch, make it ready for `update`.
+
+        DeepSpeed averages gradients over ranks and would divide by the accumulation steps. The loss is a sum over
+        the window's tokens, already divided by their number, so the first is undone here and the second left out.
+        """
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.engine.backward(loss * ranks.world_size(), scale_wrt_gas=False)
+
+    def update(self) -> bool:
+        """Apply the accumulated gradient. False when it was not finite on some rank: then nothing has changed."""
+        if isinstance(self.engine.optimizer, torch.optim.Optimizer):
+            # Stage 0 in fp32: the gradient is whole on every rank. DeepSpeed would neither look for NaN nor tell the
+            # norm, and would clip by a norm that is summed in fp32: a thousandth off for a large vocabulary.
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            # Rows in fp32, their norms in fp64: no copy of a whole gradient in fp64.
+            norms = [torch.linalg.vector_norm(gradient, dim=-1).double().norm() for gradient in gradients]
+            self._whole_norm = float(torch.stack(norms).norm())
+            if not math.isfinite(self._whole_norm):
+                self.engine.zero_grad()
+                return False
+            if 0 < self.config.max_grad_norm < self._whole_norm:
+                torch._foreach_mul_(gradients, self.config.max_grad_norm / (self._whole_norm + 1e-6))
+        self.engine.step()
+        return self.engine.was_step_applied()
+
+    _whole_norm = 0.0
+
+    @property
+    def grad_norm(self) -> float:
+        """L2 norm of the last gradient, before clipping."""
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else self._whole_norm
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.engine.get_lr()[0])
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients, no dropout."""
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            zero.release_prefetched(self.engine)  # for a backward that does not come
+            self.model.train()
+
+    def _in_root(self, run: Callable):
+        with torch.no_grad():
+            return zero.run_pass(self.engine, run)
+
+
+def _optimizer(model: PreTrainedModel, config: GKDConfig) -> torch.optim.Optimizer:
+    """AdamW over all trainable parameters; vectors (biases, norms) are not decayed, as in transformers."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if len(zero.full_shape(p)) > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if len(zero.full_shape(p)) <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=config.optim == "adamw_torch_fused",
+    )
+
+
+def _schedule(optimizer, config: GKDConfig, total_updates: int):
+    warmup = config.warmup_steps or int(-(-total_updates * config.warmup_ratio // 1))
+    return get_scheduler(
+        config.lr_scheduler_type, optimizer, warmup, total_updates, scheduler_specific_kwargs=config.lr_scheduler_kwargs
+    )

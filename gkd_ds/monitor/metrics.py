@@ -1,0 +1,137 @@
+"""From what a window did to a row of metrics: sums over all ranks, with one all-reduce."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gkd_ds.engine.zero import Counters
+from gkd_ds.monitor import guards
+from gkd_ds.pipeline import Learned, Pipeline
+from gkd_ds.records import Rollout, Source
+from gkd_ds.runtime import ranks
+
+
+def update_row(
+    rollouts: list[Rollout], learned: Learned, pipeline: Pipeline, counters: Counters, before: Counters
+) -> dict[str, Any]:
+    """Everything about one window but its step, epoch, learning rate, gradient norm and total time. Collective.
+
+    Divergences, log-probabilities and entropies are means per completion token in nats; lengths are in tokens.
+    Times are this rank's seconds, counts this rank's; all else is over all ranks.
+    """
+    local = _local_sums(rollouts, learned)
+    local["decoded_rows"] = pipeline.decoded_rows
+    sums = dict(zip(local, ranks.total(list(local.values()))))
+    tokens = max(sums["tokens"], 1)
+    seconds = pipeline.seconds
+    row: dict[str, Any] = {
+        "loss": sums["divergence"] / tokens,
+        "source": {source.value: int(sums[f"{source.value}/completions"]) for source in Source},
+        "completion_tokens": int(sums["tokens"]),
+        "mean_completion_length": sums["tokens"] / max(sums["completions"], 1),
+        "unfinished_share": 1 - sums["stopped"] / max(sums["completions"], 1),
+        "student_logprob": sums["student_logprob"] / tokens,
+        "teacher_logprob": sums["teacher_logprob"] / tokens,
+        "entropy": sums["entropy"] / tokens,
+    }
+    for source in Source:
+        if sums[f"{source.value}/tokens"]:
+            row[f"loss/{source.value}"] = sums[f"{source.value}/divergence"] / sums[f"{source.value}/tokens"]
+    own = max(sums["student/completions"], 1)
+    row["student/mean_length"] = sums["student/tokens"] / own
+    row["student/finished_share"] = sums["student/stopped"] / own
+    row["student/looping_share"] = sums["student/looping"] / own
+    generated = sums["student/tokens"] + sums["teacher/tokens"]
+    row |= {
+        "perf/rollout_s": seconds["rollout"],
+        "perf/score_s": seconds["score"],
+        "perf/learn_s": seconds["learn"],
+        "perf/update_s": seconds["update"],
+        "perf/rollout_tokens_per_s": generated / seconds["rollout"] if generated else 0.0,
+        "perf/score_tokens_per_s": sums["tokens"] / seconds["score"],
+        "perf/learn_tokens_per_s": sums["tokens"] / seconds["learn"],
+        # Every token but a completion's first is decoded; the first comes out of the prompt's forward.
+        "perf/decoded_rows_per_token": sums["decoded_rows"] / max(generated, 1),
+        "perf/micro_batches": learned.micro_batches,
+        "perf/padded_tokens": learned.padded_tokens,
+        "perf/student_gathers": counters.student_gathers - before.student_gathers,
+        "perf/teacher_passes": counters.teacher_passes - before.teacher_passes,
+        "perf/teacher_decode_passes": counters.teacher_decode_passes - before.teacher_decode_passes,
+        "perf/teacher_bytes": counters.teacher_bytes - before.teacher_bytes,
+    }
+    return row
+
+
+def _local_sums(rollouts: list[Rollout], learned: Learned) -> dict[str, float]:
+    sums = dict.fromkeys(("tokens", "completions", "stopped"), 0.0)
+    for name in ("divergence", "student_logprob", "teacher_logprob", "entropy"):
+        sums[name] = sum(getattr(learned, name))
+    for source in Source:
+        rows = [row for row, rollout in enumerate(rollouts) if rollout.source is source]
+        part = {
+            "tokens": sum(len(rollouts[row].completion_ids) for row in rows),
+            "completions": len(rows),
+            "stopped": sum(rollouts[row].stopped for row in rows),
+        }
+        for name, value in part.items():
+            sums[name] += value
+            sums[f"{source.value}/{name}"] = value
+        sums[f"{source.value}/divergence"] = sum(learned.divergence[row] for row in rows)
+    own = [rollout.completion_ids for rollout in rollouts if rollout.source is Source.STUDENT]
+    sums["student/looping"] = guards.looping_share(own) * len(own)
+    return sums
+
+
+def window_stats(row: dict[str, Any]) -> guards.WindowStats:
+    """What the guards look at, from a row of metrics."""
+    return guards.WindowStats(
+        step=row["step"],
+        mean_length=row["student/mean_length"],
+        finished_share=row["student/finished_share"],
+        looping_share=row["student/looping_share"],
+        entropy=row["entropy"],
+    )
+
+
+def suspects(
+    rollouts: list[Rollout], learned: Learned, tokenizer: PreTrainedTokenizerBase, count: int
+) -> list[dict[str, Any]]:
+    """Up to `count` rollouts of each rank whose divergence is not finite, or else the first of rank 0. Collective."""
+    bad = [row for row, divergence in enumerate(learned.divergence) if not math.isfinite(divergence)]
+    mine = rollout_rows(rollouts, learned, tokenizer, count, bad)
+    return [row for rows in ranks.gather(mine) for row in rows] or rollout_rows(rollouts, learned, tokenizer, count)
+
+
+def rollout_rows(
+    rollouts: list[Rollout],
+    learned: Learned,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    places: list[int] | None = None,
+) -> list[dict[str, Any]]:
+    """Up to `count` rollouts of this rank as text, beside what both models think of them.
+
+    Those at `places`, or else what the student sampled first, then the teacher's, then the data's. Log-probabilities
+    and divergence are means per token, in nats.
+    """
+    if places is None:
+        places = sorted(range(len(rollouts)), key=lambda row: list(Source).index(rollouts[row].source))
+    rows = []
+    for row in places[:count]:
+        rollout = rollouts[row]
+        tokens = max(len(rollout.completion_ids), 1)
+        rows.append(
+            {
+                "sample_id": rollout.sample_id,
+                "source": rollout.source.value,
+                "prompt": tokenizer.decode(rollout.prompt_ids),
+                "completion": tokenizer.decode(rollout.completion_ids),
+                "teacher_logprob": learned.teacher_logprob[row] / tokens,
+                "student_logprob": learned.student_logprob[row] / tokens,
+                "divergence": learned.divergence[row] / tokens,
+            }
+        )
+    return rows

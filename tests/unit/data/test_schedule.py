@@ -1,0 +1,120 @@
+"""Which samples a window holds, and who completes them: none lost or repeated, the same for any number of ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gkd_ds.data.schedule import StepScheduler, hashed_uniform
+from gkd_ds.records import Source
+
+SCHEDULER = StepScheduler(
+    num_samples=100,
+    micro_batch_size=2,
+    micro_batches=3,
+    world_size=2,
+    seed=5,
+    lmbda=0.5,
+    seq_kd=False,
+)
+
+
+def window(scheduler: StepScheduler, step: int) -> list[list[int]]:
+    """Per micro-batch, the places of all ranks."""
+    return [
+        [place for rank in range(scheduler.world_size) for place in scheduler.rows(step, micro_batch, rank)]
+        for micro_batch in range(scheduler.micro_batches)
+    ]
+
+
+@settings(deadline=None)
+@given(
+    samples=st.integers(1, 120),
+    batch=st.integers(1, 7),
+    accumulation=st.integers(1, 5),
+    world=st.integers(1, 6),
+    epoch=st.integers(0, 3),
+)
+def test_an_epoch_has_every_sample_once_in_order(samples, batch, accumulation, world, epoch) -> None:
+    scheduler = replace(
+        SCHEDULER, num_samples=samples, micro_batch_size=batch, micro_batches=accumulation, world_size=world
+    )
+    steps = range(epoch * scheduler.windows_per_epoch, (epoch + 1) * scheduler.windows_per_epoch)
+    assert {scheduler.epoch_of(step) for step in steps} == {epoch}
+    seen = [place for step in steps for places in window(scheduler, step) for place in places]
+    assert seen == list(range(samples))
+    assert all(any(window(scheduler, step)) for step in steps), "no window is empty"
+
+
+@settings(deadline=None)
+@given(samples=st.integers(1, 120), batch=st.integers(1, 7), accumulation=st.integers(1, 5), world=st.integers(1, 6))
+def test_drop_last_gives_whole_windows_only(samples, batch, accumulation, world) -> None:
+    scheduler = StepScheduler(samples, batch, accumulation, world, seed=0, lmbda=0.5, seq_kd=False, drop_last=True)
+    seen = Counter(
+        place for step in range(scheduler.windows_per_epoch) for places in window(scheduler, step) for place in places
+    )
+    if samples >= scheduler.window_samples:
+        assert len(seen) == samples // scheduler.window_samples * scheduler.window_samples
+    else:
+        assert len(seen) == samples, "a dataset smaller than one window is still trained on"
+    assert set(seen.values()) == {1}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_same_global_batch_holds_the_same_samples_for_any_number_of_ranks(world: int) -> None:
+    one = replace(SCHEDULER, micro_batch_size=8, world_size=1)
+    many = replace(SCHEDULER, micro_batch_size=8 // world, world_size=world)
+    for step in range(30):
+        assert window(many, step) == window(one, step)
+        assert [many.source(step, m) for m in range(3)] == [one.source(step, m) for m in range(3)]
+
+
+def test_ranks_split_a_micro_batch_evenly_until_the_epoch_ends() -> None:
+    scheduler = replace(SCHEDULER, num_samples=15)  # windows of 12: the second one has 3
+    assert [list(scheduler.rows(1, 0, rank)) for rank in (0, 1)] == [[12, 13], [14]]
+    assert [list(scheduler.rows(1, 1, rank)) for rank in (0, 1)] == [[], []]
+
+
+@pytest.mark.parametrize("seq_kd, other", [(False, Source.DATA), (True, Source.TEACHER)])
+def test_lmbda_at_its_ends_leaves_no_choice(seq_kd: bool, other: Source) -> None:
+    for lmbda, only in ((0.0, other), (1.0, Source.STUDENT)):
+        scheduler = replace(SCHEDULER, lmbda=lmbda, seq_kd=seq_kd)
+        assert {scheduler.source(step, m) for step in range(500) for m in range(3)} == {only}
+
+
+@pytest.mark.parametrize("lmbda", [0.1, 0.5, 0.8])
+def test_lmbda_is_the_share_of_on_policy_micro_batches(lmbda: float) -> None:
+    scheduler = replace(SCHEDULER, lmbda=lmbda)
+    draws = [scheduler.source(step, m) is Source.STUDENT for step in range(4000) for m in range(3)]
+    deviation = (lmbda * (1 - lmbda) / len(draws)) ** 0.5
+    assert abs(sum(draws) / len(draws) - lmbda) < 4 * deviation
+    repeated = sum(a == b for a, b in zip(draws, draws[1:])) / (len(draws) - 1)
+    assert abs(repeated - (lmbda**2 + (1 - lmbda) ** 2)) < 0.03, "neighbouring draws are independent"
+
+
+def test_seeds_draw_differently_and_a_seed_draws_the_same() -> None:
+    drawn = {
+        seed: tuple(replace(SCHEDULER, seed=seed).source(step, 0) for step in range(64)) for seed in (0, 1, 2, 0x50)
+    }
+    assert len(set(drawn.values())) == 4
+    assert hashed_uniform(3, 1, 4) == hashed_uniform(3, 1, 4) != hashed_uniform(3, 4, 1)
+    assert all(0 <= hashed_uniform(-seed, seed) < 1 for seed in range(1000))
+
+
+@pytest.mark.parametrize("world, batch, accumulation", [(1, 12, 1), (1, 1, 12), (3, 2, 2), (4, 3, 1), (12, 1, 1)])
+def test_another_layout_keeps_the_draws_it_is_told(world: int, batch: int, accumulation: int) -> None:
+    new = replace(
+        SCHEDULER, micro_batch_size=batch, micro_batches=accumulation, world_size=world, draw_samples=4, num_samples=91
+    )
+    old = replace(SCHEDULER, num_samples=91)
+    assert old.draw_samples == 4
+    for step in range(40):
+        places = [place for micro_batch in window(old, step) for place in micro_batch]
+        assert sorted(place for places in window(new, step) for place in places) == places
+        drawn = [old.source(step, m) for m, stretch in enumerate(window(old, step)) for _ in stretch]
+        assert [new.source_at(step, place) for place in places] == drawn
+        assert new.sources(step) == set(drawn)

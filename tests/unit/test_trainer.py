@@ -1,0 +1,207 @@
+"""What GKDTrainer refuses before it loads a model: damaged files, vocabularies, settings that would be ignored."""
+
+import json
+import logging
+import re
+import shutil
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gkd_ds import GKDConfig, GKDTrainer
+from gkd_ds.engine import loading, zero
+from gkd_ds.runtime.errors import InputError
+from tests.tiny import make_chat_rows, make_model, make_tokenizer
+
+ROLES = ["student", "teacher"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    directory, tokenizer = tmp_path_factory.mktemp("models"), make_tokenizer()
+    for seed, role in enumerate(ROLES):
+        make_model("llama", directory / role, layers=1, hidden=32, seed=seed, tokenizer=tokenizer)
+    return directory
+
+
+@pytest.fixture
+def build(models, tmp_path, monkeypatch):
+    """build(...) makes a trainer that must be refused: the first thing after all checks is the process group."""
+
+    def no_further(config):
+        raise AssertionError("all input was accepted")
+
+    monkeypatch.setattr(zero, "start", no_further)
+
+    def build(student=models / "student", teacher=models / "teacher", eval_dataset=None, **knobs):
+        config = GKDConfig(output_dir=str(tmp_path / "run"), **knobs)
+        place = lambda model: model if isinstance(model, loading.PreTrainedModel) else str(model)  # noqa: E731
+        with pytest.raises((InputError, AssertionError)) as caught:
+            GKDTrainer(place(student), place(teacher), config, None, make_chat_rows(4), eval_dataset)
+        message = str(caught.value)
+        assert "\n" not in message and not re.search(r"[.] [A-Z]", message), message
+        return message
+
+    return build
+
+
+def damaged(models, tmp_path, role, file, damage):
+    shutil.copytree(models / role, tmp_path / role)
+    damage(tmp_path / role / file)
+    return {role: tmp_path / role}
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def garble(path):
+    path.write_bytes(b"\x07" * 200)
+
+
+def empty_list(path):
+    path.write_text("[]")
+
+
+def test_what_is_right_is_accepted(build):
+    assert build() == "all input was accepted"
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("damage", [cut, garble, empty_list])
+@pytest.mark.parametrize("file, what", [
+    ("tokenizer.json", "the tokenizer of model"),
+    ("config.json", "the configuration of model"),
+    ("generation_config.json", "the generation config of model"),
+    ("model.safetensors", "the weights"),
+])  # fmt: skip
+def test_a_damaged_file_is_refused_by_name(build, models, tmp_path, role, file, what, damage):
+    message = build(**damaged(models, tmp_path, role, file, damage))
+    assert message.startswith(f"{what} '{tmp_path / role}") and re.search(r"(be read|damaged) \(.+\)", message), message
+
+
+def test_weights_that_end_too_early_are_refused(build, models, tmp_path):
+    def shorten(path):
+        path.write_bytes(path.read_bytes()[:-4])
+
+    assert "are damaged" in build(**damaged(models, tmp_path, "teacher", "model.safetensors", shorten))
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_sharded_model_without_one_of_its_files(build, models, tmp_path, role):
+    model = AutoModelForCausalLM.from_pretrained(models / role)
+    shutil.copytree(models / role, tmp_path / role)
+    (tmp_path / role / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path / role, max_shard_size="20KB")
+    assert build(**{role: tmp_path / role}) == "all input was accepted"
+    shard = sorted((tmp_path / role).glob("*.safetensors"))[1]
+    shard.unlink()
+    assert build(**{role: tmp_path / role}) == f"the weights '{shard}' are missing; copy them, too."
+    garble(tmp_path / role / "model.safetensors.index.json")
+    assert "index" in (message := build(**{role: tmp_path / role})) and "cannot be read" in message
+
+
+def test_an_index_beside_a_whole_model_is_not_asked(build, models, tmp_path):
+    shutil.copytree(models / "student", tmp_path / "student")
+    garble(tmp_path / "student" / "model.safetensors.index.json")
+    assert build(student=tmp_path / "student") == "all input was accepted"
+
+
+def test_a_cached_model_without_generation_config_says_nothing_of_its_stop_tokens():
+    """Offline, a file that is not in the cache is a missing one, not a damaged one."""
+    assert loading.generation_config("some-org/some-model", None) is None
+
+
+def test_a_hub_that_cannot_be_asked_is_no_missing_tokenizer(build, models):
+    teacher = AutoModelForCausalLM.from_pretrained(models / "teacher")
+    teacher.config._name_or_path = "some-org/some-teacher"  # as of one that was loaded from there
+    message = build(teacher=teacher)
+    assert "the tokenizer of model 'some-org/some-teacher' cannot be read" in message
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_path_that_is_not_there(build, role):
+    assert "'./nowhere' is neither a directory nor a hub name" in build(**{role: "./nowhere"})
+
+
+def test_a_teacher_without_tokenizer_is_taken_at_its_word(build, models, tmp_path, caplog):
+    shutil.copytree(models / "teacher", tmp_path / "teacher")
+    for file in (tmp_path / "teacher").glob("tokenizer*"):
+        file.unlink()
+    with caplog.at_level(logging.WARNING, "gkd_ds"):
+        assert build(teacher=tmp_path / "teacher") == "all input was accepted"
+    assert "the teacher comes without a tokenizer" in caplog.text
+    assert "comes without a tokenizer; pass processing_class" in build(student=tmp_path / "teacher")
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_the_teacher_s_own_tokenizer_is_compared(build, models, tmp_path, as_object):
+    """Also that of an object, which is found where it was loaded from; and where the init kwargs say it is."""
+
+    def swap(path):
+        content = json.loads(path.read_text())
+        vocabulary = content["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        path.write_text(json.dumps(content))
+
+    place = damaged(models, tmp_path, "teacher", "tokenizer.json", swap)["teacher"]
+    teacher = AutoModelForCausalLM.from_pretrained(place) if as_object else place
+    assert "student and teacher do not share a vocabulary: token id" in build(teacher=teacher)
+
+
+def test_the_tokenizer_is_read_where_the_init_kwargs_say(models, tmp_path):
+    shutil.copytree(models / "teacher", tmp_path / "repo" / "inner")
+    config = GKDConfig(teacher_model_init_kwargs={"subfolder": "inner"})
+    tokenizer = AutoTokenizer.from_pretrained(models / "student")
+    student, teacher = str(models / "student"), str(tmp_path / "repo")
+    assert loading.shared_vocabulary(student, teacher, tokenizer, config) == len(tokenizer)
+    garble(tmp_path / "repo" / "inner" / "tokenizer.json")
+    with pytest.raises(InputError, match="the tokenizer of model"):
+        loading.shared_vocabulary(student, teacher, tokenizer, config)
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize("knobs, asked", [
+    ({"eval_strategy": "steps"}, "eval_strategy is steps"),
+    ({"eval_strategy": "epoch"}, "eval_strategy is epoch"),
+    ({"eval_on_start": True}, "eval_on_start is set"),
+])  # fmt: skip
+def test_an_evaluation_without_data_is_refused(build, knobs, asked):
+    assert f"{asked} but no eval_dataset is given" in build(**knobs)
+    assert build(eval_dataset=make_chat_rows(2), **knobs) == "all input was accepted"
+
+
+@pytest.mark.parametrize("metric, sets, accepted", [
+    ("loss", [""], True),
+    ("eval_on_policy_loss", [""], True),
+    ("accuracy", [""], False),
+    ("eval_near_loss", ["near", "far"], True),
+    ("far_on_policy_loss", ["near", "far"], True),
+    ("loss", ["near", "far"], False),  # as transformers, but told before training
+    (None, ["near", "far"], True),
+])  # fmt: skip
+def test_the_best_model_s_metric_must_be_one_that_will_exist(build, metric, sets, accepted):
+    rows = make_chat_rows(2)
+    eval_dataset = rows if sets == [""] else dict.fromkeys(sets, rows)
+    message = build(eval_dataset=eval_dataset, eval_strategy="epoch", metric_for_best_model=metric)
+    if accepted:
+        assert message == "all input was accepted"
+    else:
+        assert message.startswith(f"metric_for_best_model {metric!r} is none of eval_{sets[0]}")
+
+
+# ---- settings of loading
+
+
+@pytest.mark.parametrize("role, knobs", [
+    ("student", {"model_init_kwargs": {"revision": "main"}}),
+    ("student", {"dtype": "bfloat16", "bf16": True}),
+    ("teacher", {"teacher_model_init_kwargs": {"revision": "main"}}),
+])  # fmt: skip
+def test_settings_of_loading_are_refused_beside_an_object(build, models, role, knobs):
+    model = AutoModelForCausalLM.from_pretrained(models / role)
+    (name, *_) = knobs
+    assert build(**{role: model}, **knobs) == f"{name} is set but the {role} is already a model; drop one of them."
+    assert build(**knobs) == "all input was accepted"
