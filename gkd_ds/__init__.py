@@ -6,7 +6,8 @@ __all__ = ["GKDConfig", "GKDTrainer"]
 
 
 def __getattr__(name: str):
-    # The trainer pulls in torch, transformers and deepspeed: seconds that a refused command line need not wait.
+    # The trainer pulls in torch, transformers and deepspeed: seconds that a refused command line
+    # need not wait.
     if name == "GKDTrainer":
         from gkd_ds.trainer import GKDTrainer
 

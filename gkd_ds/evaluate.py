@@ -1,4 +1,5 @@
-"""Measures a student directory against the teacher of a recipe, on the recipe's test split. Writes nothing.
+"""Measures a student directory against the teacher of a recipe, on the recipe's test split. Writes
+nothing.
 
     python -m gkd_ds.evaluate --config recipe.yaml --model_name_or_path runs/quickstart
 
@@ -23,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(f"{name:28} {value:.6g}" for name, value in metrics.items()))
         return 0
 
-    return command([*(sys.argv[1:] if argv is None else argv), "--eval_strategy", "epoch"], work, check_inputs)
+    return command(
+        [*(sys.argv[1:] if argv is None else argv), "--eval_strategy", "epoch"], work, check_inputs
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""The three phases of a window. Each puts one engine to work on the whole window and hands a record to the next:
+"""The three phases of a window. Each puts one engine to work on the whole window and hands a record
+to the next:
 
     samples --> rollout --> rollouts --> score --> teacher targets --> learn --> gradients
                 student                  teacher                       student
                 (or teacher, or data)    weights streamed once         micro-batch by micro-batch
 
-Under ZeRO-3 a rollout costs one gather of the student, and scoring one pass over the teacher's weights. Both costs
-are per pass and not per token, so each is paid once per window, whatever its number of micro-batches.
+Under ZeRO-3 a rollout costs one gather of the student, and scoring one pass over the teacher's
+weights. Both costs are per pass and not per token, so each is paid once per window, whatever its
+number of micro-batches.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from gkd_ds.runtime import faults, ranks
 from gkd_ds.runtime.watchdog import Watchdog
 from gkd_ds.teacher.streamed import Teacher
 
-# A micro-batch more costs about as much as this many padded tokens: ZeRO-3 gathers every layer once more.
+# A micro-batch more costs about as much as this many padded tokens: ZeRO-3 gathers every layer once
+# more.
 MICRO_BATCH_OVERHEAD_TOKENS = 256
 
 
@@ -48,7 +51,14 @@ class Learned:
 class Pipeline:
     """Runs the phases for one rank. Every method is a collective."""
 
-    def __init__(self, student: Student, teacher: Teacher, config: GKDConfig, sampling: Sampling, watchdog: Watchdog):
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher,
+        config: GKDConfig,
+        sampling: Sampling,
+        watchdog: Watchdog,
+    ):
         self.student, self.teacher, self.config, self.sampling = student, teacher, config, sampling
         self.watchdog = watchdog
         self.safe_point: Callable[[], None] = lambda: None
@@ -59,7 +69,8 @@ class Pipeline:
     def phase(self, name: str) -> Iterator[Callable[[], None]]:
         """Times a phase, tells the watchdog that it began, and gives `GKD_FAULT` its place.
 
-        The work inside calls what it is given after each of its parts, so that a long phase is no silent one.
+        The work inside calls what it is given after each of its parts, so that a long phase is no
+        silent one.
         """
 
         def alive() -> None:
@@ -76,17 +87,21 @@ class Pipeline:
 
     @contextmanager
     def interruptible(self, safe_point: Callable[[], None]) -> Iterator[None]:
-        """Inside, `safe_point` is called before every phase, on all ranks; it may raise, on all of them."""
+        """Inside, `safe_point` is called before every phase, on all ranks; it may raise, on all of
+        them.
+        """
         self.safe_point = safe_point
         try:
             yield
         finally:
             self.safe_point = lambda: None
 
-    # -- rollout ------------------------------------------------------------------------------------------------
+    # -- rollout
+    # --------------------------------------------------------------------------------------
 
     def rollout(self, samples: list[Sample], sources: set[Source]) -> list[Rollout]:
-        """Complete `samples`, in their order. `sources` are those of the whole window, on all ranks.
+        """Complete `samples`, in their order. `sources` are those of the whole window, on all
+        ranks.
 
         A source that no rank uses costs nothing; one that any rank uses is run by all of them.
         """
@@ -97,19 +112,27 @@ class Pipeline:
                 if source in sources:
                     rows = [row for row, sample in enumerate(samples) if sample.source is source]
                     max_rows = self._max_rows(engine.model, [samples[row] for row in rows])
-                    completions = engine.generate([samples[row] for row in rows], self.sampling, max_rows, alive)
+                    completions = engine.generate(
+                        [samples[row] for row in rows], self.sampling, max_rows, alive
+                    )
                     self.decoded_rows += completions.decoded_rows
                     completed.update(self._rollouts(rows, samples, completions))
             for row, sample in enumerate(samples):
                 if sample.source is Source.DATA:
                     ids = sample.data_completion_ids
                     stopped = ids[-1] in self.sampling.stop_ids
-                    completed[row] = Rollout(sample.sample_id, sample.source, sample.prompt_ids, ids, stopped)
+                    completed[row] = Rollout(
+                        sample.sample_id, sample.source, sample.prompt_ids, ids, stopped
+                    )
         return [completed[row] for row in range(len(samples))]
 
-    def _rollouts(self, rows: list[int], samples: list[Sample], completions: Completions) -> dict[int, Rollout]:
+    def _rollouts(
+        self, rows: list[int], samples: list[Sample], completions: Completions
+    ) -> dict[int, Rollout]:
         return {
-            row: Rollout(samples[row].sample_id, samples[row].source, samples[row].prompt_ids, ids, stopped)
+            row: Rollout(
+                samples[row].sample_id, samples[row].source, samples[row].prompt_ids, ids, stopped
+            )
             for row, ids, stopped in zip(rows, completions.token_ids, completions.stopped)
         }
 
@@ -118,19 +141,27 @@ class Pipeline:
         if self.config.rollout_memory_mb is None or not samples:
             return None
         longest = max(len(sample.prompt_ids) for sample in samples) + self.sampling.max_new_tokens
-        return max(1, self.config.rollout_memory_mb * 2**20 // (longest * kv_bytes_per_token(model)))
+        return max(
+            1, self.config.rollout_memory_mb * 2**20 // (longest * kv_bytes_per_token(model))
+        )
 
-    # -- score --------------------------------------------------------------------------------------------------
+    # -- score
+    # --------------------------------------------------------------------------------------
 
     def score(self, rollouts: list[Rollout]) -> TeacherTargets:
-        """One pass of the teacher's weights. The place to serve data completions from a cache of targets, later."""
+        """One pass of the teacher's weights. The place to serve data completions from a cache of
+        targets, later.
+        """
         with self.phase("score") as alive:
             return self.teacher.score(rollouts, alive)
 
-    # -- learn --------------------------------------------------------------------------------------------------
+    # -- learn
+    # --------------------------------------------------------------------------------------
 
     def learn(self, rollouts: list[Rollout], targets: TeacherTargets, total_tokens: int) -> Learned:
-        """Accumulate the gradient of (sum of the divergence over the window) / `total_tokens` (of all ranks)."""
+        """Accumulate the gradient of (sum of the divergence over the window) / `total_tokens` (of
+        all ranks).
+        """
         with self.phase("learn") as alive:
             return self._each_micro_batch(rollouts, targets, total_tokens, alive)
 
@@ -140,10 +171,18 @@ class Pipeline:
             return self._each_micro_batch(rollouts, targets, None, alive)
 
     def _each_micro_batch(
-        self, rollouts: list[Rollout], targets: TeacherTargets, total_tokens: int | None, alive: Callable[[], None]
+        self,
+        rollouts: list[Rollout],
+        targets: TeacherTargets,
+        total_tokens: int | None,
+        alive: Callable[[], None],
     ) -> Learned:
         config = self.config
-        batch_size = config.per_device_eval_batch_size if total_tokens is None else config.per_device_train_batch_size
+        batch_size = (
+            config.per_device_eval_batch_size
+            if total_tokens is None
+            else config.per_device_train_batch_size
+        )
         groups = self._micro_batches([len(rollout) for rollout in rollouts], batch_size)
         device, pad_id = self.student.device, self.sampling.pad_id
         sums_4R = torch.zeros(4, len(rollouts), device=device)
@@ -161,7 +200,9 @@ class Pipeline:
                 alive()
         return Learned(*sums_4R.tolist(), micro_batches=len(groups), padded_tokens=padded_tokens)
 
-    def _loss_inputs(self, teacher_hidden_NE: Tensor, tokens_N: Tensor, head: TeacherHead) -> LossInputs:
+    def _loss_inputs(
+        self, teacher_hidden_NE: Tensor, tokens_N: Tensor, head: TeacherHead
+    ) -> LossInputs:
         return LossInputs(
             teacher_hidden_NE=teacher_hidden_NE,
             tokens_N=tokens_N,
@@ -183,8 +224,12 @@ class Pipeline:
         return groups + [[]] * (count - len(groups))
 
     @staticmethod
-    def _add_by_rollout(sums_4R: Tensor, per_token_4N: Tensor, group: list[int], lengths: list[int]) -> None:
-        owner = torch.tensor([row for row, length in zip(group, lengths) for _ in range(length)], dtype=torch.long)
+    def _add_by_rollout(
+        sums_4R: Tensor, per_token_4N: Tensor, group: list[int], lengths: list[int]
+    ) -> None:
+        owner = torch.tensor(
+            [row for row, length in zip(group, lengths) for _ in range(length)], dtype=torch.long
+        )
         sums_4R.index_add_(1, owner.to(sums_4R.device), per_token_4N)
 
 

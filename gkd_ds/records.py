@@ -1,8 +1,8 @@
 """What the phases of a window hand to each other.
 
-A window is everything between two optimizer updates, of one rank. Sequences are stored without padding, as token
-lists; each engine pads them its own way (prompts on the left to decode, whole sequences on the right to score
-and learn, where causal attention then needs no mask).
+A window is everything between two optimizer updates, of one rank. Sequences are stored without
+padding, as token lists; each engine pads them its own way (prompts on the left to decode, whole
+sequences on the right to score and learn, where causal attention then needs no mask).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Source(str, Enum):
 class Sample:
     """One prompt of a window, before anybody completed it.
 
-    `sample_id` = epoch * len(dataset) + row: it names the sample in the whole run, and with the seed and a position
-    it determines every token that is drawn for it.
+    `sample_id` = epoch * len(dataset) + row: it names the sample in the whole run, and with the
+    seed and a position it determines every token that is drawn for it.
     """
 
     sample_id: int
@@ -38,7 +38,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A completed sample. `completion_ids` ends with the stop token where one was written (`stopped`)."""
+    """A completed sample. `completion_ids` ends with the stop token where one was written
+    (`stopped`).
+    """
 
     sample_id: int
     source: Source
@@ -54,9 +56,10 @@ class Rollout:
 class SequenceBatch:
     """Some rollouts as one right-padded tensor.
 
-    `input_ids_BT` holds every token but the last of each sequence's end padding; `index_N` are the flat positions
-    (b * T + t) whose hidden states predict a completion token, in rollout order; `tokens_N` are those tokens.
-    A batch without rollouts has one dummy row, so that every rank runs the same collectives.
+    `input_ids_BT` holds every token but the last of each sequence's end padding; `index_N` are the
+    flat positions (b * T + t) whose hidden states predict a completion token, in rollout order;
+    `tokens_N` are those tokens. A batch without rollouts has one dummy row, so that every rank runs
+    the same collectives.
     """
 
     input_ids_BT: Tensor
@@ -65,7 +68,9 @@ class SequenceBatch:
 
 
 def sequence_batch(rollouts: list[Rollout], pad_id: int, device: torch.device) -> SequenceBatch:
-    """Pad on the right. The completion's positions come from lengths, never from comparing ids with the pad id."""
+    """Pad on the right. The completion's positions come from lengths, never from comparing ids with
+    the pad id.
+    """
     width = max((len(r) for r in rollouts), default=1)
     ids, index, tokens = [], [], []
     for row, rollout in enumerate(rollouts):
@@ -79,10 +84,11 @@ def sequence_batch(rollouts: list[Rollout], pad_id: int, device: torch.device) -
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """The teacher's last hidden states at the completion positions of one rollout list, concatenated: `[N, E]`.
+    """The teacher's last hidden states at the completion positions of one rollout list,
+    concatenated: `[N, E]`.
 
-    Not logits: `[N, V]` would be 20 to 70 times larger. The teacher's head is applied in the loss, chunk by chunk.
-    `offsets[i]:offsets[i + 1]` are the rows of rollout i.
+    Not logits: `[N, V]` would be 20 to 70 times larger. The teacher's head is applied in the loss,
+    chunk by chunk. `offsets[i]:offsets[i + 1]` are the rows of rollout i.
     """
 
     hidden_NE: Tensor

@@ -1,11 +1,12 @@
 """Train from a recipe: what the launcher runs on every rank.
 
-    deepspeed --module gkd_ds.train --config launch/recipes/quickstart.yaml --lmbda 1.0
-    python -m gkd_ds.train --config recipe.yaml --dry_run     # one process; what it would do, then stop
+    deepspeed --module gkd_ds.train --config launch/recipes/quickstart.yaml --lmbda 1.0 python -m
+    gkd_ds.train --config recipe.yaml --dry_run     # one process; what it would do, then stop
     python -m gkd_ds.train --help                             # every knob
 
-A recipe is a flat YAML file of GKDConfig's names; every name is a flag too, and the command line wins. Wrong
-input ends with exit code 2 and one sentence on stderr, before torch is imported where that is possible.
+A recipe is a flat YAML file of GKDConfig's names; every name is a flag too, and the command line
+wins. Wrong input ends with exit code 2 and one sentence on stderr, before torch is imported where
+that is possible.
 """
 
 import atexit
@@ -25,8 +26,9 @@ from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.launcher import check_hostfile
 from gkd_ds.runtime.redaction import redact
 
-# The launcher looks at its ranks once a second. As soon as one of a node has failed it ends them all and reports that
-# one's exit code: ranks that may fail because another did wait, so that it is the one with the reason.
+# The launcher looks at its ranks once a second. As soon as one of a node has failed it ends them
+# all and reports that one's exit code: ranks that may fail because another did wait, so that it is
+# the one with the reason.
 SECONDS_BEFORE_EXIT = 3.0
 FAILED, WRONG_INPUT = 1, 2  # as in interrupts.py, which imports torch
 
@@ -36,8 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     return command(sys.argv[1:] if argv is None else argv, run, check_training)
 
 
-def command(argv: list[str], work: Callable[[GKDConfig], int], check: Callable[[GKDConfig], None]) -> int:
-    """Read a command line, `check` its configuration and do `work` with it; `work` returns the exit code."""
+def command(
+    argv: list[str], work: Callable[[GKDConfig], int], check: Callable[[GKDConfig], None]
+) -> int:
+    """Read a command line, `check` its configuration and do `work` with it; `work` returns the exit
+    code.
+    """
     try:
         given = read_flags(argv)
         if given.pop("help", False):
@@ -56,9 +62,13 @@ def command(argv: list[str], work: Callable[[GKDConfig], int], check: Callable[[
     except InputError as error:
         say(error)
         return WRONG_INPUT
-    except Exception:  # with a traceback, as Python would print it, but without the secrets that may be in it
+    except (
+        Exception
+    ):  # with a traceback, as Python would print it, but without the secrets that may be in it
         print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # it may be that another rank has died: the connection is lost
+        if (
+            int(os.environ.get("WORLD_SIZE", "1")) > 1
+        ):  # it may be that another rank has died: the connection is lost
             time.sleep(SECONDS_BEFORE_EXIT)
         return FAILED
 
@@ -79,17 +89,25 @@ def check_inputs(config: GKDConfig) -> None:
     check_hostfile()
     config.validate_files()
     check_hub_model("model_name_or_path", config.model_name_or_path, config.model_init_kwargs)
-    check_hub_model("teacher_model_name_or_path", config.teacher_model_name_or_path, config.teacher_model_init_kwargs)
+    check_hub_model(
+        "teacher_model_name_or_path",
+        config.teacher_model_name_or_path,
+        config.teacher_model_init_kwargs,
+    )
 
 
 def check_training(config: GKDConfig) -> None:
-    """The inputs, and that the run overwrites nothing; early, before the first rank can have written anything there."""
+    """The inputs, and that the run overwrites nothing; early, before the first rank can have
+    written anything there.
+    """
     check_inputs(config)
     config.check_output_dir_is_free(config.resume_from_checkpoint)
 
 
 def check_hub_model(field: str, model: str, init_kwargs: dict | None) -> None:
-    """A model that is no local directory is in the hub's local cache or on the hub (asked once, no retries)."""
+    """A model that is no local directory is in the hub's local cache or on the hub (asked once, no
+    retries).
+    """
     if os.path.isdir(model):
         return
     from huggingface_hub import HfApi, try_to_load_from_cache
@@ -98,10 +116,13 @@ def check_hub_model(field: str, model: str, init_kwargs: dict | None) -> None:
     try:
         if not isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
             HfApi().model_info(model, revision=revision, timeout=10)
-    except Exception as error:  # unknown, forbidden, no network: more ways than the hub's library documents
+    except (
+        Exception
+    ) as error:  # unknown, forbidden, no network: more ways than the hub's library documents
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise InputError(
-            f"GKDConfig field '{field}' is '{model}', which is neither a local directory nor a model that the "
+            f"GKDConfig field '{field}' is '{model}', which is neither a local directory nor a "
+            "model that the "
             f"hub gives us ({reason}); check the name."
         ) from None
 
@@ -120,7 +141,9 @@ def read_datasets(config: GKDConfig) -> tuple[Any, Any]:
             f"'{config.dataset_test_split}' (it "
             f"has: {', '.join(splits)}); set dataset_test_split, or switch evaluation off."
         )
-    return train, read_dataset(config.dataset_name, config.dataset_test_split, config.dataset_config)
+    return train, read_dataset(
+        config.dataset_name, config.dataset_test_split, config.dataset_config
+    )
 
 
 def run(config: GKDConfig) -> int:
@@ -179,27 +202,43 @@ def print_help() -> None:
     width = min(shutil.get_terminal_size().columns, 110)
     print(__doc__)
     print("  --config FILE\n      A recipe: flat YAML of the names below.")
-    print("  --dry_run\n      Print the configuration, the batch arithmetic and the memory estimate, and stop.")
+    print(
+        "  --dry_run\n      Print the configuration, the batch arithmetic and the memory estimate, "
+        "and stop."
+    )
     for field in dataclasses.fields(GKDConfig):
         if field.name in NOT_SUPPORTED:
             continue
         if field.metadata["heading"]:
             print(f"\n{field.metadata['heading']}")
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        default = (
+            field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        )
         shown = (
-            "" if default is None else f" (default: {str(default).lower() if default in (True, False) else default})"
+            ""
+            if default is None
+            else f" (default: {str(default).lower() if default in (True, False) else default})"
         )
         print(f"  --{field.name}{shown}")
-        print(textwrap.fill(field.metadata["help"], width, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        print(
+            textwrap.fill(
+                field.metadata["help"], width, initial_indent=" " * 6, subsequent_indent=" " * 6
+            )
+        )
     print("\nOf TRL's, accepted with their defaults only")
-    print(textwrap.fill(", ".join(sorted(NOT_SUPPORTED)), width, initial_indent="  ", subsequent_indent="  "))
+    print(
+        textwrap.fill(
+            ", ".join(sorted(NOT_SUPPORTED)), width, initial_indent="  ", subsequent_indent="  "
+        )
+    )
 
 
 def leave(code: int) -> NoReturn:
     """End the process with this exit code, without taking the interpreter down first.
 
-    A thread of gloo's that lets go of a Python object meanwhile dies of SIGABRT ("terminate called without an active
-    exception"), and launchers and Slurm scripts, which act on the code, would see that in its place.
+    A thread of gloo's that lets go of a Python object meanwhile dies of SIGABRT ("terminate called
+    without an active exception"), and launchers and Slurm scripts, which act on the code, would see
+    that in its place.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

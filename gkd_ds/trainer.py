@@ -1,8 +1,8 @@
 """GKDTrainer: wires the parts, runs windows, evaluates, saves. TRL's name, arguments and methods.
 
-    trainer = GKDTrainer(model="student", teacher_model="teacher", args=GKDConfig(output_dir="run"),
-                         train_dataset=dataset)
-    trainer.train()
+trainer = GKDTrainer(model="student", teacher_model="teacher", args=GKDConfig(output_dir="run"),
+                     train_dataset=dataset)
+trainer.train()
 """
 
 from __future__ import annotations
@@ -57,12 +57,14 @@ FINISHED_FILE = "FINISHED"
 
 
 class GKDTrainer:
-    """Distils `teacher_model` into `model` by generalized knowledge distillation, with DeepSpeed engines for both.
+    """Distils `teacher_model` into `model` by generalized knowledge distillation, with DeepSpeed
+    engines for both.
 
-    Args (TRL's): `model`, `teacher_model` (names or transformers models), `args` (GKDConfig), `train_dataset`,
-    `eval_dataset` (one, or a dict of them), `processing_class` (the tokenizer; default the student's), `callbacks`
-    (transformers' TrainerCallback), `optimizers` (torch optimizer, scheduler). Every rank builds it alike; without
-    a launcher it is the only rank. Raises InputError for wrong input, before any weights are loaded.
+    Args (TRL's): `model`, `teacher_model` (names or transformers models), `args` (GKDConfig),
+    `train_dataset`, `eval_dataset` (one, or a dict of them), `processing_class` (the tokenizer;
+    default the student's), `callbacks` (transformers' TrainerCallback), `optimizers` (torch
+    optimizer, scheduler). Every rank builds it alike; without a launcher it is the only rank.
+    Raises InputError for wrong input, before any weights are loaded.
     """
 
     def __init__(
@@ -92,22 +94,34 @@ class GKDTrainer:
         self.args = config = args if args is not None else GKDConfig()
         # The time budget includes loading, and a stop file that appears meanwhile counts.
         self.interrupts = Interrupts(config.stop_path, config.max_runtime)
-        student = loading.require_causal_lm(model if model is not None else config.model_name_or_path, "student")
+        student = loading.require_causal_lm(
+            model if model is not None else config.model_name_or_path, "student"
+        )
         teacher = teacher_model if teacher_model is not None else config.teacher_model_name_or_path
         teacher = loading.require_causal_lm(teacher, "teacher")
-        loading.refuse_ignored(student, "student", model_init_kwargs=config.model_init_kwargs, dtype=config.dtype)
-        loading.refuse_ignored(teacher, "teacher", teacher_model_init_kwargs=config.teacher_model_init_kwargs)
+        loading.refuse_ignored(
+            student, "student", model_init_kwargs=config.model_init_kwargs, dtype=config.dtype
+        )
+        loading.refuse_ignored(
+            teacher, "teacher", teacher_model_init_kwargs=config.teacher_model_init_kwargs
+        )
         config.validate_files()
         loading.require_safetensors(student, config.model_init_kwargs)
         loading.require_safetensors(teacher, config.teacher_model_init_kwargs)
         self.processing_class = loading.load_tokenizer(student, processing_class, config)
-        loading.generation_config(teacher, config.teacher_model_init_kwargs)  # only whether it can be read
+        loading.generation_config(
+            teacher, config.teacher_model_init_kwargs
+        )  # only whether it can be read
         own = loading.generation_config(student, config.model_init_kwargs)
         self._stop_ids = stop_token_ids(self.processing_class, own)
-        self._train_examples = self._tokenize(train_dataset, config.dataset_name or "the training data")
+        self._train_examples = self._tokenize(
+            train_dataset, config.dataset_name or "the training data"
+        )
         self._eval_examples = self._tokenize_eval(eval_dataset)
         self._refuse_impossible_evaluation()
-        self._vocabulary = loading.shared_vocabulary(student, teacher, self.processing_class, config)
+        self._vocabulary = loading.shared_vocabulary(
+            student, teacher, self.processing_class, config
+        )
         for examples in (self._train_examples, *self._eval_examples.values()):
             loading.require_known_tokens(examples, self._vocabulary)
 
@@ -135,7 +149,8 @@ class GKDTrainer:
         self.stop_reason: str | None = None
         self.exit_code = FINISHED  # of the last train(); interrupts.py explains it
 
-    # -- building -----------------------------------------------------------------------------------------------
+    # -- building
+    # --------------------------------------------------------------------------------------
 
     def _tokenize(self, dataset: Any, where: str) -> Examples | None:
         if dataset is None:
@@ -147,36 +162,57 @@ class GKDTrainer:
         if dataset is None:
             return {}
         sets = dataset if isinstance(dataset, dict) and "messages" not in dataset else {"": dataset}
-        return {name: self._tokenize(rows, f"the evaluation data {name}".rstrip()) for name, rows in sets.items()}
+        return {
+            name: self._tokenize(rows, f"the evaluation data {name}".rstrip())
+            for name, rows in sets.items()
+        }
 
     def _refuse_impossible_evaluation(self) -> None:
         config = self.args
         if config.eval_strategy == "no" and not config.eval_on_start:
             return
         if not self._eval_examples:
-            asked = "eval_on_start is set" if config.eval_on_start else f"eval_strategy is {config.eval_strategy.value}"
-            raise InputError(f"{asked} but no eval_dataset is given; pass one to GKDTrainer, or switch evaluation off.")
+            asked = (
+                "eval_on_start is set"
+                if config.eval_on_start
+                else f"eval_strategy is {config.eval_strategy.value}"
+            )
+            raise InputError(
+                f"{asked} but no eval_dataset is given; pass one to GKDTrainer, or switch "
+                "evaluation off."
+            )
         if config.metric_for_best_model is not None:
             prefixes = [f"eval_{name}_" if name else "eval_" for name in self._eval_examples]
-            self._find_metric({prefix + name: None for prefix in prefixes for name in metric_names(config)})
+            self._find_metric(
+                {prefix + name: None for prefix in prefixes for name in metric_names(config)}
+            )
 
     def _find_metric(self, metrics: dict[str, Any]) -> Any:
         """The one of `metrics` that metric_for_best_model names."""
         name = self.args.metric_for_best_model
         key = name if name.startswith("eval_") else f"eval_{name}"
         if key not in metrics:
-            raise InputError(f"metric_for_best_model {name!r} is none of {', '.join(metrics)}; name one of them.")
+            raise InputError(
+                f"metric_for_best_model {name!r} is none of {', '.join(metrics)}; name one of them."
+            )
         return metrics[key]
 
     def _refuse_different_ranks(self) -> None:
-        fields = {name: repr(value) for name, value in self.args.to_dict().items() if name != "local_rank"}
+        fields = {
+            name: repr(value) for name, value in self.args.to_dict().items() if name != "local_rank"
+        }
         ranks.refuse_differences(fields, "configuration")
         files = zip(("deepspeed", "teacher_deepspeed"), self.args.read_deepspeed_files())
-        digests = {f"what {name} holds": hashlib.sha256(repr(file).encode()).hexdigest() for name, file in files}
+        digests = {
+            f"what {name} holds": hashlib.sha256(repr(file).encode()).hexdigest()
+            for name, file in files
+        }
         ranks.refuse_differences(digests, "DeepSpeed files")
         ranks.refuse_differences(store.library_versions(), "library versions")
         data = {"training data": self._train_examples, **self._eval_examples}
-        ranks.refuse_differences({name: rows.fingerprint for name, rows in data.items() if rows is not None}, "data")
+        ranks.refuse_differences(
+            {name: rows.fingerprint for name, rows in data.items() if rows is not None}, "data"
+        )
 
     def _initial_state(self) -> TrainerState:
         config = self.args
@@ -191,7 +227,9 @@ class GKDTrainer:
             seq_kd=config.seq_kd,
             drop_last=config.dataloader_drop_last,
         )
-        self.order = SampleOrder(samples, config.seed if config.data_seed is None else config.data_seed)
+        self.order = SampleOrder(
+            samples, config.seed if config.data_seed is None else config.data_seed
+        )
         by_epochs = math.ceil(config.num_train_epochs * self.scheduler.windows_per_epoch)
         state = TrainerState(
             max_steps=config.max_steps if config.max_steps > 0 else by_epochs,
@@ -206,13 +244,20 @@ class GKDTrainer:
 
     def _build_pipeline(self, student, teacher, optimizers: tuple) -> Pipeline:
         config = self.args
-        # Padding is told by position, so any token will do where the models have no row for the pad token.
-        pad_id = self.processing_class.pad_token_id if self.processing_class.pad_token_id < self._vocabulary else 0
+        # Padding is told by position, so any token will do where the models have no row for the pad
+        # token.
+        pad_id = (
+            self.processing_class.pad_token_id
+            if self.processing_class.pad_token_id < self._vocabulary
+            else 0
+        )
         teacher_model = loading.load_teacher(teacher, config)
         self.teacher = Teacher(teacher_model, config, self._vocabulary, pad_id, self.counters)
         student_model = loading.load_student(student, config, ranks.world_size())
         total = self.state.max_steps
-        self.student = Student(student_model, config, self._vocabulary, total, self.counters, optimizers)
+        self.student = Student(
+            student_model, config, self._vocabulary, total, self.counters, optimizers
+        )
         sampling = Sampling(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
@@ -224,7 +269,8 @@ class GKDTrainer:
         )
         return Pipeline(self.student, self.teacher, config, sampling, self.watchdog)
 
-    # -- training -----------------------------------------------------------------------------------------------
+    # -- training
+    # --------------------------------------------------------------------------------------
 
     def train(
         self,
@@ -233,20 +279,28 @@ class GKDTrainer:
         ignore_keys_for_eval: list[str] | None = None,
         **kwargs: Any,
     ) -> TrainOutput:
-        """Run windows until `max_steps`, a callback, a signal, the stop file or the time budget ends the run.
+        """Run windows until `max_steps`, a callback, a signal, the stop file or the time budget
+        ends the run.
 
-        `resume_from_checkpoint`: True (newest valid one in output_dir), "auto" (the same, or start) or a directory.
-        The finished student is left in output_dir. After an early stop `stop_reason` says why. Raises InputError
-        when there is nothing to resume from, or a run in output_dir that is neither resumed nor overwritten;
-        TrainingStopped when too many updates in a row were not finite.
+        `resume_from_checkpoint`: True (newest valid one in output_dir), "auto" (the same, or start)
+        or a directory. The finished student is left in output_dir. After an early stop
+        `stop_reason` says why. Raises InputError when there is nothing to resume from, or a run in
+        output_dir that is neither resumed nor overwritten; TrainingStopped when too many updates in
+        a row were not finite.
         """
         _refuse_unsupported(trial=trial, **kwargs)
         if self._train_examples is None:
             raise InputError("no train_dataset is given; pass one to GKDTrainer.")
         config, handler = self.args, self.callback_handler
-        resume = config.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        resume = (
+            config.resume_from_checkpoint
+            if resume_from_checkpoint is None
+            else resume_from_checkpoint
+        )
         _refuse_occupied(config, resume)
-        self.watchdog = self.pipeline.watchdog = Watchdog(config.watchdog_timeout, config.output_dir)
+        self.watchdog = self.pipeline.watchdog = Watchdog(
+            config.watchdog_timeout, config.output_dir
+        )
         with self.interrupts, store.only_run(config.output_dir), self.watchdog:
             exit_code, self.stop_reason = FAILED, None
             try:
@@ -259,7 +313,9 @@ class GKDTrainer:
                 metrics = self._log_summary()
                 self.control = handler.on_train_end(config, self.state, self.control)
                 saved = self._end()
-                exit_code = self.exit_code = NOT_SAVED if not saved else STOPPED if self.stop_reason else FINISHED
+                exit_code = self.exit_code = (
+                    NOT_SAVED if not saved else STOPPED if self.stop_reason else FINISHED
+                )
             finally:
                 if self.tracker is not None:
                     self.tracker.close(exit_code)
@@ -276,7 +332,9 @@ class GKDTrainer:
         if found is not None:
             self._check(found)
         self._started, self._rollouts, self._learned = time.monotonic(), [], None
-        self.progress = Progress(BadUpdates(config.max_bad_updates), evaluation_due=config.eval_on_start)
+        self.progress = Progress(
+            BadUpdates(config.max_bad_updates), evaluation_due=config.eval_on_start
+        )
         _agreed(lambda: self._open_tracker(found.state["tracker_run_id"] if found else None))
         for _, reason in passed_over:
             self.tracker.say(f"resume: passed over {reason}")
@@ -285,7 +343,9 @@ class GKDTrainer:
         _agreed(lambda: self._prepare_run_dir(is_new=found is None))
 
     def _open_tracker(self, run_id: str | None) -> None:
-        self.tracker = Tracker(self.args, ranks.rank(), self.args.output_dir, self.state.max_steps, run_id)
+        self.tracker = Tracker(
+            self.args, ranks.rank(), self.args.output_dir, self.state.max_steps, run_id
+        )
 
     def _prepare_run_dir(self, is_new: bool) -> None:
         """What the directory says is what the run has done."""
@@ -293,18 +353,27 @@ class GKDTrainer:
             Path(self.args.output_dir, FINISHED_FILE).unlink(missing_ok=True)
             with open_anew(Path(self.args.output_dir, "config.resolved.json")) as file:
                 file.write(self.args.to_json_string())
-        self.tracker.truncate(*((-1, None) if is_new else (self.state.global_step, self.progress.evaluations)))
+        self.tracker.truncate(
+            *((-1, None) if is_new else (self.state.global_step, self.progress.evaluations))
+        )
 
     def _run(self) -> None:
-        """Windows, epoch by epoch. Raises StopAgreed, on all ranks, when something asks the run to stop."""
+        """Windows, epoch by epoch. Raises StopAgreed, on all ranks, when something asks the run to
+        stop.
+        """
         self._act()  # an evaluation may be due from the start, or since the run was interrupted
         while self.state.global_step > self.progress.epoch_ended_at or self._goes_on():
             self._epoch()
 
     def _epoch(self) -> None:
-        """What is left of an epoch, with the events of transformers' TrainerCallback in transformers' order."""
+        """What is left of an epoch, with the events of transformers' TrainerCallback in
+        transformers' order.
+        """
         config, handler, state = self.args, self.callback_handler, self.state
-        windows, is_open = self.scheduler.windows_per_epoch, state.global_step > self.progress.epoch_ended_at
+        windows, is_open = (
+            self.scheduler.windows_per_epoch,
+            state.global_step > self.progress.epoch_ended_at,
+        )
         end = ((state.global_step - is_open) // windows + 1) * windows
         self.control = handler.on_epoch_begin(config, state, self.control)
         while state.global_step < end and self._goes_on():
@@ -315,8 +384,12 @@ class GKDTrainer:
             self.control = handler.on_step_end(config, state, self.control)
             self._act()
             self.interrupts.obey()
-            if self.control.should_epoch_stop and self.progress.told.allow("should_epoch_stop", state.global_step):
-                self.tracker.say("should_epoch_stop is ignored: the step alone says where in the data a run is")
+            if self.control.should_epoch_stop and self.progress.told.allow(
+                "should_epoch_stop", state.global_step
+            ):
+                self.tracker.say(
+                    "should_epoch_stop is ignored: the step alone says where in the data a run is"
+                )
         self.control = handler.on_epoch_end(config, state, self.control)
         self.progress.epoch_ended_at = state.global_step
         self._act()
@@ -325,7 +398,8 @@ class GKDTrainer:
     def _window(self, step: int) -> None:
         """rollout -> score -> learn -> update, and one row of metrics.
 
-        A stop abandons the window before its gradients are computed. After that, the update is all that is left.
+        A stop abandons the window before its gradients are computed. After that, the update is all
+        that is left.
         """
         config, handler = self.args, self.callback_handler
         started, counted = time.perf_counter(), dataclasses.replace(self.counters)
@@ -334,7 +408,9 @@ class GKDTrainer:
             rollouts = self.pipeline.rollout(samples, sources)
             total_tokens = count_tokens(rollouts)
             targets = self.pipeline.score(rollouts)
-            torch.manual_seed(config.seed + step)  # dropout, where it is on, does not depend on what ran before
+            torch.manual_seed(
+                config.seed + step
+            )  # dropout, where it is on, does not depend on what ran before
             learned = self.pipeline.learn(rollouts, targets, total_tokens)
         rate = self.student.learning_rate
         self.control = handler.on_pre_optimizer_step(config, self.state, self.control)
@@ -344,20 +420,30 @@ class GKDTrainer:
 
         row = update_row(rollouts, learned, self.pipeline, self.counters, counted)
         bad = None if applied else _what_was_bad(row)
-        row |= {"step": step + 1, "epoch": (step + 1) / self.scheduler.windows_per_epoch, "lr": rate}
+        row |= {
+            "step": step + 1,
+            "epoch": (step + 1) / self.scheduler.windows_per_epoch,
+            "lr": rate,
+        }
         row |= {"grad_norm": self.student.grad_norm, "skipped": int(not applied)}
         row["perf/step_s"] = time.perf_counter() - started
         self._rollouts, self._learned = rollouts, learned
         self.tracker.log_update(row)
         if bad:
-            self.tracker.log_rollouts(step + 1, suspects(rollouts, learned, self.processing_class, 2))
+            self.tracker.log_rollouts(
+                step + 1, suspects(rollouts, learned, self.processing_class, 2)
+            )
         self._remember(row, bad)
 
     def _remember(self, row: dict[str, Any], bad: str | None) -> None:
         """Keep of a window what later ones and the log need; warn of what goes wrong."""
         progress = self.progress
         progress.evaluations = 0
-        progress.last_update = {"grad_norm": row["grad_norm"], "learning_rate": row["lr"], "epoch": row["epoch"]}
+        progress.last_update = {
+            "grad_norm": row["grad_norm"],
+            "learning_rate": row["lr"],
+            "epoch": row["epoch"],
+        }
         if bad is None:
             progress.train_loss.add(row["loss"])
         if math.isfinite(row["loss"]) or not self.args.logging_nan_inf_filter:
@@ -378,24 +464,37 @@ class GKDTrainer:
         for micro_batch in range(scheduler.micro_batches):
             for place in scheduler.rows(step, micro_batch, ranks.rank()):
                 row, examples = int(self._permutation[place]), self._train_examples
-                sample_id, source = epoch * scheduler.num_samples + row, scheduler.source_at(step, place)
-                samples.append(Sample(sample_id, examples.prompt_ids[row], examples.completion_ids[row], source))
+                sample_id, source = (
+                    epoch * scheduler.num_samples + row,
+                    scheduler.source_at(step, place),
+                )
+                samples.append(
+                    Sample(
+                        sample_id, examples.prompt_ids[row], examples.completion_ids[row], source
+                    )
+                )
         return samples, scheduler.sources(step)
 
     _order_of = -1
 
-    # -- what callbacks may ask for -----------------------------------------------------------------------------
+    # -- what callbacks may ask for
+    # -----------------------------------------------------------------------------
 
     def _goes_on(self) -> bool:
-        """Whether there are windows left, and no callback wants the run to end on any rank. A collective."""
+        """Whether there are windows left, and no callback wants the run to end on any rank. A
+        collective.
+        """
         self.control.should_training_stop = ranks.any_rank(self.control.should_training_stop)
-        return self.state.global_step < self.state.max_steps and not self.control.should_training_stop
+        return (
+            self.state.global_step < self.state.max_steps and not self.control.should_training_stop
+        )
 
     def _act(self) -> None:
         """Log, evaluate and save as `control` says, on all ranks when it says so on any.
 
-        Each is agreed just before it is done, since what comes before may ask for it: the best model so far is
-        known, and saved, after the evaluation. A stop may come before the evaluation is through: it is due then.
+        Each is agreed just before it is done, since what comes before may ask for it: the best
+        model so far is known, and saved, after the evaluation. A stop may come before the
+        evaluation is through: it is due then.
         """
         if ranks.any_rank(self.control.should_log):
             self._log()
@@ -408,14 +507,18 @@ class GKDTrainer:
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
 
     def _log(self) -> None:
-        """Tell the mean loss since this was done last; nothing if that was after the same update."""
+        """Tell the mean loss since this was done last; nothing if that was after the same
+        update.
+        """
         config, progress = self.args, self.progress
         if not progress.last_update:
             return
         logs = {"loss": progress.unlogged_loss.value, **progress.last_update}
         progress.unlogged_loss, progress.last_update = Mean(), {}
         self.state.log_history.append({**logs, "step": self.state.global_step})
-        rows = rollout_rows(self._rollouts, self._learned, self.processing_class, config.log_rollouts)
+        rows = rollout_rows(
+            self._rollouts, self._learned, self.processing_class, config.log_rollouts
+        )
         self.tracker.log_rollouts(self.state.global_step, rows)
         self.control = self.callback_handler.on_log(config, self.state, self.control, logs)
 
@@ -442,11 +545,16 @@ class GKDTrainer:
             self.control.should_save |= self.args.save_strategy == "best"
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Held-out divergence (evaluate.py) of `eval_dataset`, by default the one given to the trainer. Collective.
+        """Held-out divergence (evaluate.py) of `eval_dataset`, by default the one given to the
+        trainer. Collective.
 
-        Returns `<prefix>_loss`, `<prefix>_on_policy_loss`, ...; with several sets `<prefix>_<name>_loss`.
+        Returns `<prefix>_loss`, `<prefix>_on_policy_loss`, ...; with several sets
+        `<prefix>_<name>_loss`.
         """
         sets = self._eval_examples if eval_dataset is None else self._tokenize_eval(eval_dataset)
         if not sets:
@@ -462,21 +570,31 @@ class GKDTrainer:
                 row[key.replace(f"{metric_key_prefix}_", f"{metric_key_prefix}/", 1)] = value
             self.tracker.log_eval({"step": step, **row})
             self.progress.evaluations += 1
-        self.state.log_history.append({**metrics, "step": self.state.global_step, "epoch": self.state.epoch})
+        self.state.log_history.append(
+            {**metrics, "step": self.state.global_step, "epoch": self.state.epoch}
+        )
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
-    # -- saving -------------------------------------------------------------------------------------------------
+    # -- saving
+    # --------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, only_model: bool) -> Path | None:
-        """A checkpoint of this step; None (and a sentence) when it could not be written. Training goes on then."""
+        """A checkpoint of this step; None (and a sentence) when it could not be written. Training
+        goes on then.
+        """
         config, run_dir, step = self.args, self.args.output_dir, self.state.global_step
         alive = lambda: self.watchdog.beat("save")  # noqa: E731
         alive()
         self.tracker.sync()
         state = {
-            "trainer_state": {**dataclasses.asdict(self.state), "log_history": self.state.log_history},
+            "trainer_state": {
+                **dataclasses.asdict(self.state),
+                "log_history": self.state.log_history,
+            },
             "progress": dataclasses.asdict(self.progress),
             "tracker_run_id": self.tracker.run_id,
             "config": config.to_dict(),
@@ -486,7 +604,10 @@ class GKDTrainer:
             if only_model:
                 path = store.save(run_dir, step, self._export, state, alive)
             else:
-                write = lambda directory: engine_files.save_engine(self.student.engine, directory, alive=alive)  # noqa: E731
+
+                def write(directory: Path) -> None:
+                    engine_files.save_engine(self.student.engine, directory, alive=alive)
+
                 path = store.save(run_dir, step, write, state, alive)
         except store.CheckpointError as error:
             self.tracker.say(str(error))
@@ -512,21 +633,28 @@ class GKDTrainer:
         """What decides which samples a window holds; a resume must agree on it."""
         names = ("num_samples", "window_samples", "seed", "drop_last")
         schedule = {name: getattr(self.scheduler, name) for name in names}
-        return schedule | {"data_seed": self.order.seed, "training data": self._train_examples.fingerprint}
+        return schedule | {
+            "data_seed": self.order.seed,
+            "training data": self._train_examples.fingerprint,
+        }
 
     def _check(self, found: store.Manifest) -> None:
-        """Raise InputError unless this run can go on from a checkpoint, as far as its manifest tells."""
+        """Raise InputError unless this run can go on from a checkpoint, as far as its manifest
+        tells.
+        """
         check_state(found)
         for name, value in self._schedule().items():
             before = found.state["schedule"][name]
             if value != before:
                 raise InputError(
-                    f"cannot resume from {found.path}: its {name} was {before} and is now {value}; start with the same "
+                    f"cannot resume from {found.path}: its {name} was {before} and is now {value}; "
+                    "start with the same "
                     "data, seeds and global batch (batch size x accumulation x ranks)."
                 )
 
     def _resume(self, found: store.Manifest) -> None:
-        # With another layout of the same window, the draws stay those of the layout in which the run began.
+        # With another layout of the same window, the draws stay those of the layout in which the
+        # run began.
         draw_samples = found.state["schedule"]["draw_samples"]
         self.scheduler = dataclasses.replace(self.scheduler, draw_samples=draw_samples)
         self._load_engine(found)
@@ -544,20 +672,28 @@ class GKDTrainer:
         if found.world_size == world:
             engine_files.load_engine(engine, found.path, lambda: self.watchdog.beat("resume"))
         else:
-            self.tracker.say(f"{found.path} was written by {found.world_size} ranks; cutting it anew for {world}")
+            self.tracker.say(
+                f"{found.path} was written by {found.world_size} ranks; cutting it anew for {world}"
+            )
             resharding.load_engine(engine, found.path, found.world_size, ranks.rank(), world)
 
     def _end(self) -> bool:
-        """After the last window: a checkpoint if the run was stopped early, the finished student otherwise. False if
-        that could not be written.
+        """After the last window: a checkpoint if the run was stopped early, the finished student
+        otherwise. False if that could not be written.
         """
         if self.stop_reason:
             # save_only_model does not count: the run is to go on from here.
             path = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
             if self.state.global_step != self._saved_step:
                 path = self._save_checkpoint(only_model=False)
-            saved = f"its state is in {path}; resume_from_checkpoint=auto continues" if path else "it was not saved"
-            self.tracker.say(f"stopped after update {self.state.global_step}: {self.stop_reason}; {saved}")
+            saved = (
+                f"its state is in {path}; resume_from_checkpoint=auto continues"
+                if path
+                else "it was not saved"
+            )
+            self.tracker.say(
+                f"stopped after update {self.state.global_step}: {self.stop_reason}; {saved}"
+            )
             return path is not None
         if self.args.load_best_model_at_end and self.state.best_global_step:
             best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
@@ -579,7 +715,9 @@ class GKDTrainer:
         Raises store.CheckpointError, on all ranks, when it could not be written.
         """
         directory = Path(output_dir or self.args.output_dir)
-        store.together(f"the student was not written to {directory}", lambda: self._export(directory))
+        store.together(
+            f"the student was not written to {directory}", lambda: self._export(directory)
+        )
 
     def _mark_finished(self) -> None:
         path = Path(self.args.output_dir, FINISHED_FILE)
@@ -595,17 +733,26 @@ class GKDTrainer:
         state_dict = zero.full_state_dict(self.student.engine, self.model)
         if ranks.rank() == 0:
             export.export_model(
-                self.model, state_dict, self.processing_class, self.model.generation_config, directory, self._card()
+                self.model,
+                state_dict,
+                self.processing_class,
+                self.model.generation_config,
+                directory,
+                self._card(),
             )
 
     def _card(self) -> dict[str, Any]:
         return {
             **self._names,
             "dataset": self.args.dataset_name,
-            "data_fingerprint": self._train_examples.fingerprint if self._train_examples is not None else None,
+            "data_fingerprint": self._train_examples.fingerprint
+            if self._train_examples is not None
+            else None,
             "config": self.args.to_dict(),
             "step": self.state.global_step,
-            "metrics": next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), None),
+            "metrics": next(
+                (entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), None
+            ),
         }
 
     def push_to_hub(
@@ -616,23 +763,28 @@ class GKDTrainer:
         revision: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Upload output_dir (without checkpoints) to the hub; rank 0 does it, the others return None.
+        """Upload output_dir (without checkpoints) to the hub; rank 0 does it, the others return
+        None.
 
-        kwargs go to the model card, as in TRL: model_name, dataset_name (or dataset), finetuned_from, language,
-        license, tags. Raises InputError for others.
+        kwargs go to the model card, as in TRL: model_name, dataset_name (or dataset),
+        finetuned_from, language, license, tags. Raises InputError for others.
         """
         card = export.card_of_arguments(kwargs)
         if ranks.rank() != 0:
             return None
         config = dataclasses.replace(
-            self.args, hub_token=token or self.args.hub_token, hub_revision=revision or self.args.hub_revision
+            self.args,
+            hub_token=token or self.args.hub_token,
+            hub_revision=revision or self.args.hub_revision,
         )
         if card:
             export.write_card(config.output_dir, {**self._card(), **card})
         return export.push_to_hub(config.output_dir, config, commit_message, blocking)
 
     def _push(self, message: str, **options: Any) -> None:
-        """A push that fails loses nothing: the model is in output_dir, and rank 0 says what went wrong."""
+        """A push that fails loses nothing: the model is in output_dir, and rank 0 says what went
+        wrong.
+        """
         self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if ranks.rank() != 0:
             return
@@ -641,7 +793,8 @@ class GKDTrainer:
         except RuntimeError as error:
             self.tracker.say(str(error))
 
-    # -- small things of transformers' Trainer ------------------------------------------------------------------
+    # -- small things of transformers' Trainer
+    # ------------------------------------------------------------------
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Add a transformers TrainerCallback."""
@@ -667,7 +820,9 @@ def _refuse_unsupported(**arguments: Any) -> None:
 
 
 def _refuse_occupied(config: GKDConfig, resume: bool | str | None) -> None:
-    """Refuse an output_dir that training would write over. A collective: rank 0 looks, before it writes anything."""
+    """Refuse an output_dir that training would write over. A collective: rank 0 looks, before it
+    writes anything.
+    """
     problem = None
     if ranks.rank() == 0:
         try:
@@ -692,7 +847,9 @@ def _clear(run_dir: Path) -> None:
 
 
 def _agreed(work: Callable[[], None]) -> None:
-    """Do `work` in output_dir, or raise the same InputError on all ranks when the system refuses it to one."""
+    """Do `work` in output_dir, or raise the same InputError on all ranks when the system refuses it
+    to one.
+    """
     problem = None
     try:
         work()

@@ -1,9 +1,12 @@
-"""Tiny models, a tokenizer and chat data for tests: real Hugging Face directories, made offline in a second.
+"""Tiny models, a tokenizer and chat data for tests: real Hugging Face directories, made offline in
+a second.
 
-    PYTHONPATH=. python -m tests.tiny DIRECTORY        # writes student/, teacher/, train.jsonl and test.jsonl
+    PYTHONPATH=. python -m tests.tiny DIRECTORY        # writes student/, teacher/, train.jsonl and
+    test.jsonl
 
-The tokenizer is a byte-level BPE trained on `make_chat_rows`, with the ChatML template: `<|im_end|>` ends a
-turn, and the pad token is its own. Calls with the same arguments give the same bytes.
+The tokenizer is a byte-level BPE trained on `make_chat_rows`, with the ChatML template:
+`<|im_end|>` ends a turn, and the pad token is its own. Calls with the same arguments give the same
+bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from transformers import (
 SPECIAL_TOKENS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt", "gpt_neox", "phi3"]
 MIXTURES = ["mixtral", "qwen3_moe"]  # of experts
-# Like the published ChatML templates: the newline after the end of a turn is not part of the completion.
+# Like the published ChatML templates: the newline after the end of a turn is not part of the
+# completion.
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -38,17 +42,25 @@ _ANIMALS = ["cat", "dog", "owl", "fox", "hen", "horse", "mouse"]
 
 
 def make_chat_rows(n: int, seed: int = 0) -> list[dict]:
-    """`n` rows `{"messages": [...]}` of 20 to 90 tokens; some have a system turn, some two exchanges."""
+    """`n` rows `{"messages": [...]}` of 20 to 90 tokens; some have a system turn, some two
+    exchanges.
+    """
     draw = random.Random(seed)
     return [{"messages": _conversation(draw)} for _ in range(n)]
 
 
-def make_tokenizer(directory: str | Path | None = None, vocab_size: int = 384) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `vocab_size` (259 or more) tokens, saved to `directory` unless None."""
+def make_tokenizer(
+    directory: str | Path | None = None, vocab_size: int = 384
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `vocab_size` (259 or more) tokens, saved to `directory` unless
+    None.
+    """
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    text = [message["content"] for row in make_chat_rows(400, seed=1) for message in row["messages"]]
+    text = [
+        message["content"] for row in make_chat_rows(400, seed=1) for message in row["messages"]
+    ]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=SPECIAL_TOKENS,
@@ -56,7 +68,9 @@ def make_tokenizer(directory: str | Path | None = None, vocab_size: int = 384) -
         show_progress=False,
     )
     raw.train_from_iterator(text + ["system", "user", "assistant"] * 20, trainer)
-    assert raw.get_vocab_size() == vocab_size, f"the corpus gives only {raw.get_vocab_size()} tokens"
+    assert raw.get_vocab_size() == vocab_size, (
+        f"the corpus gives only {raw.get_vocab_size()} tokens"
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw,
         pad_token="<|pad|>",
@@ -82,12 +96,13 @@ def make_model(
     dtype: torch.dtype = torch.float32,
     init_range: float = 0.2,
 ) -> PreTrainedModel:
-    """A random model of `family` (one of FAMILIES or MIXTURES), saved with its tokenizer to `directory` unless None.
+    """A random model of `family` (one of FAMILIES or MIXTURES), saved with its tokenizer to
+    `directory` unless None.
 
-    `vocab_size` is the number of embedding rows (default: the tokenizer's; more means padding rows without a
-    token). `hidden` must be a multiple of 16: there are four heads, two key/value heads where the family has
-    them. `init_range` is the standard deviation of the initial weights: ten times the usual one, so that the
-    distributions differ visibly from uniform ones.
+    `vocab_size` is the number of embedding rows (default: the tokenizer's; more means padding rows
+    without a token). `hidden` must be a multiple of 16: there are four heads, two key/value heads
+    where the family has them. `init_range` is the standard deviation of the initial weights: ten
+    times the usual one, so that the distributions differ visibly from uniform ones.
     """
     assert family in FAMILIES + MIXTURES, f"family {family!r} is none of {FAMILIES + MIXTURES}"
     tokenizer = tokenizer or make_tokenizer()
@@ -125,8 +140,12 @@ def make_jsonl(path: str | Path, n: int, seed: int = 0) -> Path:
     return path
 
 
-def make_everything(directory: str | Path, family: str = "llama", rows: int = 64, hidden: int = 64) -> Path:
-    """`student/`, `teacher/` (2 and 3 layers, one tokenizer), `train.jsonl`, `test.jsonl` in `directory`."""
+def make_everything(
+    directory: str | Path, family: str = "llama", rows: int = 64, hidden: int = 64
+) -> Path:
+    """`student/`, `teacher/` (2 and 3 layers, one tokenizer), `train.jsonl`, `test.jsonl` in
+    `directory`.
+    """
     directory = Path(directory)
     tokenizer = make_tokenizer()
     make_model(family, directory / "student", seed=1, hidden=hidden, tokenizer=tokenizer)

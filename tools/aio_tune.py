@@ -2,9 +2,10 @@
 
     python tools/aio_tune.py --dir /local/nvme        # a minute
 
-Reads are made as an offloaded teacher makes them: DeepSpeed's own reader fetches the matrices of a layer, one file
-each, past the page cache into pinned memory, and waits for all of them. (DeepSpeed's `ds_nvme_tune` starts a process
-for every measurement and prints keys that its configuration does not know.) Needs libaio-dev and a C++ compiler.
+Reads are made as an offloaded teacher makes them: DeepSpeed's own reader fetches the matrices of a
+layer, one file each, past the page cache into pinned memory, and waits for all of them.
+(DeepSpeed's `ds_nvme_tune` starts a process for every measurement and prints keys that its
+configuration does not know.) Needs libaio-dev and a C++ compiler.
 """
 
 from __future__ import annotations
@@ -41,7 +42,13 @@ class Setting:
 
     def block(self) -> dict:
         """The `aio` block of a DeepSpeed file."""
-        names = ("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events")
+        names = (
+            "block_size",
+            "queue_depth",
+            "intra_op_parallelism",
+            "single_submit",
+            "overlap_events",
+        )
         return {name: getattr(self, name) for name in names}
 
     def measure(self, aio_handle, buffers: list[torch.Tensor], files: list[str]) -> None:
@@ -53,7 +60,9 @@ class Setting:
                 start(buffer, file, 0)
             if handle.wait() != len(files):
                 raise OSError("DeepSpeed's reader lost a request")
-            speeds.append(sum(buffer.nbytes for buffer in buffers) / (time.perf_counter() - began) / 1e9)
+            speeds.append(
+                sum(buffer.nbytes for buffer in buffers) / (time.perf_counter() - began) / 1e9
+            )
 
 
 def grid() -> list[Setting]:
@@ -65,10 +74,23 @@ def grid() -> list[Setting]:
 
 
 def best(settings: list[Setting]) -> Setting:
-    """The cheapest setting (fewest threads, then the shallowest queue) whose reads are as good as the fastest."""
+    """The cheapest setting (fewest threads, then the shallowest queue) whose reads are as good as
+    the fastest.
+    """
     fastest = max(statistics.median(setting.read) for setting in settings)
-    good = [setting for setting in settings if statistics.median(setting.read) >= (1 - AS_GOOD) * fastest]
-    return min(good, key=lambda setting: (setting.intra_op_parallelism, setting.queue_depth, -setting.block_size))
+    good = [
+        setting
+        for setting in settings
+        if statistics.median(setting.read) >= (1 - AS_GOOD) * fastest
+    ]
+    return min(
+        good,
+        key=lambda setting: (
+            setting.intra_op_parallelism,
+            setting.queue_depth,
+            -setting.block_size,
+        ),
+    )
 
 
 def table(settings: list[Setting]) -> str:
@@ -78,7 +100,8 @@ def table(settings: list[Setting]) -> str:
         low, middle, high = statistics.quantiles(s.read, n=4)
         lines.append(
             f"{s.intra_op_parallelism:7}{s.queue_depth:7}{s.block_size >> 10:11}{str(s.single_submit).lower():>8}"
-            f"{str(s.overlap_events).lower():>9}{middle:11.2f} ({low:.2f}-{high:.2f}){statistics.median(s.write):12.2f}"
+            f"{str(s.overlap_events).lower():>9}{middle:11.2f} "
+            f"({low:.2f}-{high:.2f}){statistics.median(s.write):12.2f}"
         )
     return "\n".join(lines)
 
@@ -86,8 +109,12 @@ def table(settings: list[Setting]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, required=True, help="a directory on the drive")
-    parser.add_argument("--file_mb", type=int, default=16, help="MiB of a file: a rank's shard of a matrix")
-    parser.add_argument("--repeats", type=int, default=7, help="times each setting is measured, in a shuffled order")
+    parser.add_argument(
+        "--file_mb", type=int, default=16, help="MiB of a file: a rank's shard of a matrix"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=7, help="times each setting is measured, in a shuffled order"
+    )
     args = parser.parse_args()
     if not args.dir.is_dir():
         sys.exit(f"--dir {args.dir} is not a directory; make it, on the drive to be measured.")
@@ -95,7 +122,9 @@ def main() -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
-        sys.exit("DeepSpeed cannot build its asynchronous reader here: apt-get install libaio-dev g++.")
+        sys.exit(
+            "DeepSpeed cannot build its asynchronous reader here: apt-get install libaio-dev g++."
+        )
     aio_handle = AsyncIOBuilder().load(verbose=False).aio_handle
     pinner = aio_handle()  # owns the pinned memory, and must outlive it
     element = torch.empty(0, dtype=torch.uint8)
@@ -108,7 +137,9 @@ def main() -> None:
                 setting.measure(aio_handle, buffers, files)
     for setting in settings:
         del setting.read[0], setting.write[0]
-    print(f"{MATRICES} files of {args.file_mb} MiB in {args.dir}, {args.repeats} times each, medians")
+    print(
+        f"{MATRICES} files of {args.file_mb} MiB in {args.dir}, {args.repeats} times each, medians"
+    )
     print(table(settings))
     print(f"\nthe cheapest within {AS_GOOD:.0%} of the fastest reads:")
     print(json.dumps({"aio": best(settings).block()}, indent=2))

@@ -3,8 +3,8 @@
     python tools/answers.py --before runs/quickstart/models/student --after runs/quickstart/run \
         --teacher runs/quickstart/models/teacher --output runs/quickstart/run/answers.json
 
-Writes {"prompts": [...], "before": [...], "after": [...], "teacher": [...]}, which tools/report.py shows. Decoding is
-greedy, so the same models always answer the same.
+Writes {"prompts": [...], "before": [...], "after": [...], "teacher": [...]}, which tools/report.py
+shows. Decoding is greedy, so the same models always answer the same.
 """
 
 import argparse
@@ -16,11 +16,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # None of these is in the quickstart's training text.
-PROMPTS = ["How are you feeling today?", "Why is the sky blue?", "My computer is very slow. What can I do?"]
+PROMPTS = [
+    "How are you feeling today?",
+    "Why is the sky blue?",
+    "My computer is very slow. What can I do?",
+]
 
 
 @torch.no_grad()
-def answers(directory: Path, prompts: list[str], system: str | None, max_new_tokens: int) -> list[str]:
+def answers(
+    directory: Path, prompts: list[str], system: str | None, max_new_tokens: int
+) -> list[str]:
     """Greedy answers of the model in `directory`, as text without special tokens."""
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
@@ -33,14 +39,18 @@ def answers(directory: Path, prompts: list[str], system: str | None, max_new_tok
         return_dict=True,
     )
     output_ids = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens)
-    completions = tokenizer.batch_decode(output_ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    completions = tokenizer.batch_decode(
+        output_ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     return [" ".join(completion.split()) for completion in completions]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("before", "after", "teacher"):
-        parser.add_argument(f"--{name}", type=Path, required=True, help="directory of a model and its tokenizer")
+        parser.add_argument(
+            f"--{name}", type=Path, required=True, help="directory of a model and its tokenizer"
+        )
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
     parser.add_argument("--system", help="a system message before every prompt")

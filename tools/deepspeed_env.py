@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Writes `.deepspeed_env`: the environment variables that DeepSpeed's launcher sets on the nodes of a hostfile.
+"""Writes `.deepspeed_env`: the environment variables that DeepSpeed's launcher sets on the nodes of
+a hostfile.
 
     python tools/deepspeed_env.py                       # those below that are set here
     python tools/deepspeed_env.py MY_VARIABLE OTHER     # and these
     DS_ENV_FILE=$PWD/run.env python tools/deepspeed_env.py
 
-Over pdsh DeepSpeed itself hands on only variables that begin with PYTHON, NCCL, UCX, MV2 or MLFLOW. It reads this
-file where it is started, puts every line on the command line of every node, and logs it there: anybody on those
-machines can read them. So no secret may be in it, and none is: see launch/README.md for where tokens belong.
+Over pdsh DeepSpeed itself hands on only variables that begin with PYTHON, NCCL, UCX, MV2 or MLFLOW.
+It reads this file where it is started, puts every line on the command line of every node, and logs
+it there: anybody on those machines can read them. So no secret may be in it, and none is: see
+launch/README.md for where tokens belong.
 """
 
 import argparse
@@ -25,12 +27,14 @@ TRAVELLING = [
     "GLIBC_TUNABLES", "TMPDIR", "GKD_",
 ]  # fmt: skip
 # DeepSpeed writes `export NAME="value";` without escaping, and pdsh replaces %h and the like.
-UNSAFE = set("\"$`\\%!\n\r")
+UNSAFE = set('"$`\\%!\n\r')
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="further variables that must travel")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="further variables that must travel"
+    )
     wanted = parser.parse_args().names
     path = Path(os.environ.get("DS_ENV_FILE", ".deepspeed_env"))
     try:
@@ -49,10 +53,14 @@ def travelling_lines(wanted: list[str]) -> list[str]:
         if name not in os.environ:
             raise ValueError(f"{name} is not set here; set it or leave it out.")
         if SECRET_NAME.search(name):
-            raise ValueError(f"{name} is a secret, and this file is not for secrets; see launch/README.md.")
+            raise ValueError(
+                f"{name} is a secret, and this file is not for secrets; see launch/README.md."
+            )
     listed = [name for name in os.environ if any(matches(name, pattern) for pattern in TRAVELLING)]
     names = sorted({*wanted, *(name for name in listed if not SECRET_NAME.search(name))})
-    for name in names:  # left out without a word, the hosts would talk to another server, or through no proxy
+    for name in (
+        names
+    ):  # left out without a word, the hosts would talk to another server, or through no proxy
         if holds_secret(os.environ[name]):
             raise ValueError(
                 f"the value of {name} has a secret in it (a password in a URL?), and this file is not for secrets; "
@@ -61,7 +69,9 @@ def travelling_lines(wanted: list[str]) -> list[str]:
     for name in names:
         found = UNSAFE & set(os.environ[name])
         if found:
-            raise ValueError(f"the value of {name} has {sorted(found)}, which the launcher cannot carry; change it.")
+            raise ValueError(
+                f"the value of {name} has {sorted(found)}, which the launcher cannot carry; change it."
+            )
     return [f"{name}={os.environ[name]}" for name in names]
 
 

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""Predicts memory, traffic and time of a run on a cluster, from configurations alone, before the job queues.
+"""Predicts memory, traffic and time of a run on a cluster, from configurations alone, before the
+job queues.
 
-    python tools/plan.py --config recipe.yaml --hostfile hosts            # nodes and GPUs from a hostfile
-    python tools/plan.py --config recipe.yaml --nodes 8 --gpus 8 --gpu_memory_gb 80 --nvme_gb_per_s 12
-    python tools/plan.py --table > tools/plan_70b_8b.md                   # 70B -> 8B on 1, 8, 64 and 512 GPUs
+    python tools/plan.py --config recipe.yaml --hostfile hosts            # nodes and GPUs from a
+    hostfile python tools/plan.py --config recipe.yaml --nodes 8 --gpus 8 --gpu_memory_gb 80
+    --nvme_gb_per_s 12 python tools/plan.py --table > tools/plan_70b_8b.md                   # 70B
+    -> 8B on 1, 8, 64 and 512 GPUs
 
 Every GKDConfig field is a flag too (--gradient_accumulation_steps 16). The counts are those of
-gkd_ds/plan/memory.py and plan_work.py; the times are a roofline over the bandwidths below: an orientation, no promise.
-Exit code 0: it fits; 1: it does not, with what to change; 2: wrong input. No dataset is needed, and no weight is read.
+gkd_ds/plan/memory.py and plan_work.py; the times are a roofline over the bandwidths below: an
+orientation, no promise. Exit code 0: it fits; 1: it does not, with what to change; 2: wrong input.
+No dataset is needed, and no weight is read.
 """
 
 import argparse
@@ -32,14 +35,14 @@ GB = 10**9
 MODELS = Path(__file__).with_name("plan_models")
 # Below this share a GPU's or a host's memory is safe from fragments and from what is not counted.
 USABLE = 0.9
-HPZ_IS_NOT_TIMED = (
-    "zero_hpz_partition_size: its second copy of the parameters is counted above; that it spares the network is not."
-)
+HPZ_IS_NOT_TIMED = "zero_hpz_partition_size: its second copy of the parameters is counted above; that it spares the network is not."
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The hardware. Bandwidths in GB/s (10^9 bytes), of one GPU unless said otherwise. The defaults are an A100's."""
+    """The hardware. Bandwidths in GB/s (10^9 bytes), of one GPU unless said otherwise. The defaults
+    are an A100's.
+    """
 
     nodes: int = 1
     gpus: int = 8  # per node
@@ -90,9 +93,9 @@ def link_seconds(links: dict[str, float], cluster: Cluster) -> dict[str, float]:
 def phase_seconds(phase: str, work: Work, cluster: Cluster) -> tuple[float, str]:
     """Seconds of a phase, and what bounds it.
 
-    In score and learn the next layer is fetched while this one computes, so the slowest part decides. A rollout
-    gathers, reads the prompts (bound by computing) and decodes then (bound by memory); an update moves gradients,
-    computes and moves weights: one after the other.
+    In score and learn the next layer is fetched while this one computes, so the slowest part
+    decides. A rollout gathers, reads the prompts (bound by computing) and decodes then (bound by
+    memory); an update moves gradients, computes and moves weights: one after the other.
     """
     links = link_seconds(work.links, cluster)
     memory, compute = work.memory / (cluster.hbm_gb_per_s * GB), work.flops / cluster.flops
@@ -106,7 +109,9 @@ def phase_seconds(phase: str, work: Work, cluster: Cluster) -> tuple[float, str]
 
 @dataclass(frozen=True)
 class Crossover:
-    """From how many tokens per rank and pass on the teacher's weights stream unseen behind the computing."""
+    """From how many tokens per rank and pass on the teacher's weights stream unseen behind the
+    computing.
+    """
 
     stream_seconds: float
     tokens: int
@@ -129,7 +134,9 @@ def crossover(plan: Plan, cluster: Cluster) -> Crossover:
 
 @dataclass(frozen=True)
 class Fit:
-    """One kind of memory: what the busiest phase takes, and what there is, in bytes of one rank (device) or node."""
+    """One kind of memory: what the busiest phase takes, and what there is, in bytes of one rank
+    (device) or node.
+    """
 
     place: str
     needed: int
@@ -157,10 +164,15 @@ def check_fit(memory: list[Memory], cluster: Cluster) -> list[Fit]:
 
 def advise(memory: list[Memory], place: str, phase: str) -> list[str]:
     """What takes most in the busiest phase and can be made smaller, the largest first."""
-    busy = [line for line in memory if line.phase in ("always", phase) and line.remedy and getattr(line, place)]
+    busy = [
+        line
+        for line in memory
+        if line.phase in ("always", phase) and line.remedy and getattr(line, place)
+    ]
     busy.sort(key=lambda line: -getattr(line, place))
     return [
-        f"{line.what} takes {getattr(line, place) / GB:.1f} GB a rank; it shrinks with {line.remedy}"
+        f"{line.what} takes {getattr(line, place) / GB:.1f} GB a rank; it shrinks with "
+        f"{line.remedy}"
         for line in busy[:3]
     ]
 
@@ -174,7 +186,8 @@ def report(plan: Plan, cluster: Cluster) -> str:
         f"# Prediction for {cluster.nodes} node(s) with {cluster.gpus} GPU(s) each",
         model_line("student", plan.student),
         model_line("teacher", plan.teacher),
-        f"window: {plan.rows * plan.ranks} samples, {plan.rows} on each rank, of {plan.length} tokens "
+        f"window: {plan.rows * plan.ranks} samples, {plan.rows} on each rank, of {plan.length} "
+        "tokens "
         f"({plan.completion} of them completion)",
         "",
         "# Memory of one rank",
@@ -204,17 +217,24 @@ def fit_lines(fits: list[Fit]) -> list[str]:
 
 
 def time_lines(work: dict[str, Work], cluster: Cluster) -> list[str]:
-    lines = [f"{'phase':8} {'seconds':>9} {'TFLOP':>10} {'ranks GB':>9} {'PCIe GB':>9} {'NVMe GB':>9}  bound by"]
+    lines = [
+        f"{'phase':8} {'seconds':>9} {'TFLOP':>10} {'ranks GB':>9} {'PCIe GB':>9} {'NVMe GB':>9}  "
+        "bound by"
+    ]
     total, longest = 0.0, ("", 0.0, "")
     for phase in PHASES:
         seconds, bound = phase_seconds(phase, work[phase], cluster)
-        moved = " ".join(f"{work[phase].links.get(link, 0) / GB:9.1f}" for link in ("ranks", "pcie", "nvme"))
+        moved = " ".join(
+            f"{work[phase].links.get(link, 0) / GB:9.1f}" for link in ("ranks", "pcie", "nvme")
+        )
         flops = work[phase].prefill + work[phase].flops
         lines.append(f"{phase:8} {seconds:9.2f} {flops / 1e12:10.1f} {moved}  {bound}")
         total += seconds
         if seconds > longest[1]:
             longest = (phase, seconds, bound)
-    lines.append(f"{'window':8} {total:9.2f} s altogether; bottleneck: {longest[0]}, bound by {longest[2]}")
+    lines.append(
+        f"{'window':8} {total:9.2f} s altogether; bottleneck: {longest[0]}, bound by {longest[2]}"
+    )
     return lines
 
 
@@ -222,9 +242,10 @@ def crossover_lines(plan: Plan, cluster: Cluster) -> list[str]:
     cross = crossover(plan, cluster)
     samples = math.ceil(cross.tokens / plan.length)
     lines = [
-        f"Streaming the teacher takes {cross.stream_seconds:.2f} s a pass and is hidden behind computing from "
-        f"{cross.tokens:,} tokens ({samples} samples) per rank on; this window has {cross.window_tokens:,} per pass: "
-        + ("hidden." if cross.hidden else "not hidden.")
+        f"Streaming the teacher takes {cross.stream_seconds:.2f} s a pass and is hidden behind "
+        "computing from "
+        f"{cross.tokens:,} tokens ({samples} samples) per rank on; this window has "
+        f"{cross.window_tokens:,} per pass: " + ("hidden." if cross.hidden else "not hidden.")
     ]
     if not cross.hidden:
         lines.append(f"It would be hidden with {' and '.join(what_hides(plan, cross))}.")
@@ -232,12 +253,19 @@ def crossover_lines(plan: Plan, cluster: Cluster) -> list[str]:
 
 
 def what_hides(plan: Plan, cross: Crossover) -> list[str]:
-    """The knobs that put enough tokens into one pass: the window must have them, and the pass must hold them."""
+    """The knobs that put enough tokens into one pass: the window must have them, and the pass must
+    hold them.
+    """
     per_step = plan.config.per_device_train_batch_size * plan.length
     steps = max(plan.config.gradient_accumulation_steps, math.ceil(cross.tokens / per_step))
     room = math.ceil(steps * per_step * plan.teacher.hidden * plan.weight_bytes / MIB)
-    knobs = {"gradient_accumulation_steps": steps, "targets_memory_mb": max(plan.config.targets_memory_mb, room)}
-    return [f"{name}: {value}" for name, value in knobs.items() if value > getattr(plan.config, name)]
+    knobs = {
+        "gradient_accumulation_steps": steps,
+        "targets_memory_mb": max(plan.config.targets_memory_mb, room),
+    }
+    return [
+        f"{name}: {value}" for name, value in knobs.items() if value > getattr(plan.config, name)
+    ]
 
 
 # ---- 70B -> 8B ----
@@ -247,12 +275,17 @@ PLACEMENTS = {"none": "GPU", "cpu": "CPU", "nvme": "NVMe"}
 
 def table() -> str:
     """The same window of 1,024 samples on 1 to 512 GPUs, with the fastest placement that fits."""
-    student, teacher = count_model(str(MODELS / "llama_8b.json")), count_model(str(MODELS / "llama_70b.json"))
+    student, teacher = (
+        count_model(str(MODELS / "llama_8b.json")),
+        count_model(str(MODELS / "llama_70b.json")),
+    )
     rows = []
     for gpus in (1, 8, 64, 512):
         cluster = Cluster(nodes=max(1, gpus // 8), gpus=min(gpus, 8))
         rows.append(table_row(list(placements(student, teacher, gpus)), cluster))
-    described = ", ".join(f"{field.name} {getattr(Cluster(), field.name):g}" for field in fields(Cluster)[2:])
+    described = ", ".join(
+        f"{field.name} {getattr(Cluster(), field.name):g}" for field in fields(Cluster)[2:]
+    )
     heads = [
         "GPUs",
         "teacher on",
@@ -272,8 +305,10 @@ def table() -> str:
         [
             "# 70B → 8B: a prediction",
             "",
-            "**Predicted, not measured**, by `python tools/plan.py --table`: windows of 1,024 samples of 1,024 + 512 "
-            "tokens, λ = 1, bf16, gradient checkpointing, Llama shapes (`tools/plan_models/`); the fastest placement "
+            "**Predicted, not measured**, by `python tools/plan.py --table`: windows of 1,024 "
+            "samples of 1,024 + 512 "
+            "tokens, λ = 1, bf16, gradient checkpointing, Llama shapes (`tools/plan_models/`); the "
+            "fastest placement "
             "that fits. Nodes have 8 GPUs, except the first row's one.",
             "",
             f"Hardware: {described}.",
@@ -308,10 +343,12 @@ def placements(student, teacher, gpus: int) -> Iterator[Plan]:
                 student=student,
                 teacher=teacher,
                 student_engine=Engine.of(
-                    {"zero_optimization": zero | {"offload_optimizer": {"device": optimizer_on}}}, student.hidden
+                    {"zero_optimization": zero | {"offload_optimizer": {"device": optimizer_on}}},
+                    student.hidden,
                 ),
                 teacher_engine=Engine.of(
-                    {"zero_optimization": zero | {"offload_param": {"device": teacher_on}}}, teacher.hidden
+                    {"zero_optimization": zero | {"offload_param": {"device": teacher_on}}},
+                    teacher.hidden,
                 ),
                 ranks=gpus,
                 weight_bytes=2,
@@ -320,9 +357,13 @@ def placements(student, teacher, gpus: int) -> Iterator[Plan]:
 
 def table_row(plans: list[Plan], cluster: Cluster) -> str:
     def times(plan: Plan) -> dict[str, tuple[float, str]]:
-        return {phase: phase_seconds(phase, work, cluster) for phase, work in count_work(plan).items()}
+        return {
+            phase: phase_seconds(phase, work, cluster) for phase, work in count_work(plan).items()
+        }
 
-    fitting = [plan for plan in plans if all(fit.fits for fit in check_fit(count_memory(plan), cluster))]
+    fitting = [
+        plan for plan in plans if all(fit.fits for fit in check_fit(count_memory(plan), cluster))
+    ]
     if not fitting:
         return f"| {cluster.ranks} | does not fit |" + " |" * 11
     plan = min(fitting, key=lambda plan: sum(seconds for seconds, _ in times(plan).values()))
@@ -356,26 +397,41 @@ def read_hostfile(path: str) -> tuple[int, int]:
     try:
         lines = [line.partition("#")[0].split() for line in Path(path).read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The hostfile '{path}' cannot be read ({error}); check --hostfile.") from None
+        raise InputError(
+            f"The hostfile '{path}' cannot be read ({error}); check --hostfile."
+        ) from None
     slots = set()
     hosts = [words for words in lines if words]
     for words in hosts:
         key, _, count = words[1].partition("=") if len(words) == 2 else ("", "", "")
         if key != "slots" or not count.isdecimal() or int(count) < 1:
-            raise InputError(f"The hostfile '{path}' holds {' '.join(words)!r}; its lines are written 'host slots=N'.")
+            raise InputError(
+                f"The hostfile '{path}' holds {' '.join(words)!r}; its lines are written 'host "
+                "slots=N'."
+            )
         slots.add(int(count))
     if len(slots) != 1:
-        raise InputError(f"The hostfile '{path}' must name hosts that all have the same number of slots.")
+        raise InputError(
+            f"The hostfile '{path}' must name hosts that all have the same number of slots."
+        )
     return len(hosts), slots.pop()
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", help="the recipe")
     parser.add_argument("--hostfile", help="nodes and GPUs from a DeepSpeed hostfile")
     parser.add_argument("--table", action="store_true", help="print the 70B -> 8B table and stop")
-    parser.add_argument("--prompt_tokens", type=int, help="expected length of a prompt (default: the longest)")
-    parser.add_argument("--completion_tokens", type=int, help="expected length of a completion (default: the longest)")
+    parser.add_argument(
+        "--prompt_tokens", type=int, help="expected length of a prompt (default: the longest)"
+    )
+    parser.add_argument(
+        "--completion_tokens",
+        type=int,
+        help="expected length of a completion (default: the longest)",
+    )
     group = parser.add_argument_group("the cluster")
     for field in fields(Cluster):
         group.add_argument(f"--{field.name}", type=field.type, help=f"default {field.default:g}")
@@ -392,14 +448,24 @@ def main(argv: list[str] | None = None) -> int:
         given = {field.name: getattr(known, field.name) for field in fields(Cluster)}
         if known.hostfile:
             given["nodes"], given["gpus"] = read_hostfile(known.hostfile)
-        cluster = dataclasses.replace(Cluster(), **{name: value for name, value in given.items() if value is not None})
+        cluster = dataclasses.replace(
+            Cluster(), **{name: value for name, value in given.items() if value is not None}
+        )
         if any(getattr(cluster, field.name) <= 0 for field in fields(Cluster)):
             raise InputError("Every number that describes the cluster must be above 0.")
-        config = GKDConfig(**{**(read_recipe(known.config) if known.config else {}), **read_flags(rest)})
+        config = GKDConfig(
+            **{**(read_recipe(known.config) if known.config else {}), **read_flags(rest)}
+        )
         if config.model_name_or_path is None or config.teacher_model_name_or_path is None:
-            raise InputError("model_name_or_path and teacher_model_name_or_path are needed; set them in the recipe.")
+            raise InputError(
+                "model_name_or_path and teacher_model_name_or_path are needed; set them in the "
+                "recipe."
+            )
         half = config.bf16 is not False or config.fp16
-        expected = {"prompt_tokens": known.prompt_tokens, "completion_tokens": known.completion_tokens}
+        expected = {
+            "prompt_tokens": known.prompt_tokens,
+            "completion_tokens": known.completion_tokens,
+        }
         plan = make_plan(config, cluster.ranks, weight_bytes=2 if half else 4, **expected)
     except InputError as error:
         print(f"plan: error: {' '.join(str(error).split())}", file=sys.stderr)

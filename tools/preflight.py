@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""Checks every node before a job starts: same software, code and recipe, paths, space, NVMe, network, clocks.
+"""Checks every node before a job starts: same software, code and recipe, paths, space, NVMe,
+network, clocks.
 
     python tools/preflight.py --config recipe.yaml                              # this machine
-    python tools/preflight.py --hostfile H --config recipe.yaml [--any_field value]
-    python tools/preflight.py --slurm --config recipe.yaml                      # all nodes of this Slurm job
+    python tools/preflight.py --hostfile H --config recipe.yaml [--any_field value] python
+    tools/preflight.py --slurm --config recipe.yaml                      # all nodes of this Slurm
+    job
 
-One table with a line per node, then the problems, then a verdict. Exit code 0: start the job; 1: do not;
-2: the preflight itself was called wrongly. Takes a few seconds, whatever the number of nodes.
+One table with a line per node, then the problems, then a verdict. Exit code 0: start the job; 1: do
+not; 2: the preflight itself was called wrongly. Takes a few seconds, whatever the number of nodes.
 
-How it works: this file is sent to every node over ssh or srun and run there with `--probe`, by the Python
-that training would use. A probe needs nothing but the standard library, and prints one line of JSON.
+How it works: this file is sent to every node over ssh or srun and run there with `--probe`, by the
+Python that training would use. A probe needs nothing but the standard library, and prints one line
+of JSON.
 """
 
 import argparse
@@ -32,7 +35,16 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-LIBRARIES = ["torch", "deepspeed", "transformers", "datasets", "tokenizers", "safetensors", "numpy", "wandb"]
+LIBRARIES = [
+    "torch",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "wandb",
+]
 MARK = "GKD_PREFLIGHT "
 CLOCK_LIMIT = 2.0  # seconds by which a clock may differ from the first node's
 TRANSFER = 256 << 20  # bytes written and read to measure a disk, in blocks of BLOCK
@@ -76,26 +88,44 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", help="the recipe that will be trained")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hostfile", help="check the hosts of this DeepSpeed hostfile, over ssh")
-    where.add_argument("--slurm", action="store_true", help="check the nodes of this Slurm job, with srun")
+    where.add_argument(
+        "--slurm", action="store_true", help="check the nodes of this Slurm job, with srun"
+    )
     parser.add_argument("--ssh_port", type=int, help="port of the hosts' sshd")
     parser.add_argument("--master_addr", help="address of the first node (default: its name)")
     parser.add_argument("--master_port", type=int, default=29500)
-    parser.add_argument("--timeout", type=float, default=9.0, help="seconds within which a node must answer")
-    parser.add_argument("--min_disk_gb", type=float, default=10.0, help="free space wanted for output_dir")
-    parser.add_argument("--min_shm_gb", type=float, default=0.5, help="free space wanted in /dev/shm")
-    parser.add_argument("--min_nvme_gbps", type=float, default=0.0, help="GB/s wanted from every NVMe path")
+    parser.add_argument(
+        "--timeout", type=float, default=9.0, help="seconds within which a node must answer"
+    )
+    parser.add_argument(
+        "--min_disk_gb", type=float, default=10.0, help="free space wanted for output_dir"
+    )
+    parser.add_argument(
+        "--min_shm_gb", type=float, default=0.5, help="free space wanted in /dev/shm"
+    )
+    parser.add_argument(
+        "--min_nvme_gbps", type=float, default=0.0, help="GB/s wanted from every NVMe path"
+    )
     parser.add_argument("--probe", help=argparse.SUPPRESS)
     return parser.parse_known_args()
 
 
 def read_fields(config: str | None, flags: list[str]) -> dict:
-    """The recipe's fields, those of the command line on top, as the trainer reads both, and `files`: what it opens."""
+    """The recipe's fields, those of the command line on top, as the trainer reads both, and
+    `files`: what it opens.
+    """
     from gkd_ds.config.recipe import read_flags, read_recipe  # not at the top: a probe does without
 
     recipe = read_recipe(config) if config else {}
     recipe |= read_flags(flags)
-    included = [recipe.get("deepspeed"), recipe.get("teacher_deepspeed"), recipe.get("chat_template_path")]
-    recipe["files"] = [config] * bool(config) + [f for f in included if isinstance(f, str) and f and f[0] != "{"]
+    included = [
+        recipe.get("deepspeed"),
+        recipe.get("teacher_deepspeed"),
+        recipe.get("chat_template_path"),
+    ]
+    recipe["files"] = [config] * bool(config) + [
+        f for f in included if isinstance(f, str) and f and f[0] != "{"
+    ]
     return recipe
 
 
@@ -104,7 +134,9 @@ def read_hosts(args: argparse.Namespace) -> dict[str, int | None]:
     if args.slurm:
         nodes = os.environ.get("SLURM_JOB_NODELIST")
         if not nodes:
-            raise ValueError("--slurm works inside a Slurm job only: use it in an sbatch script or under salloc")
+            raise ValueError(
+                "--slurm works inside a Slurm job only: use it in an sbatch script or under salloc"
+            )
         listing = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True)
         return dict.fromkeys(listing.split())
     if not args.hostfile:
@@ -145,7 +177,11 @@ def what_to_check(args: argparse.Namespace, recipe: dict, hosts: dict[str, int |
 
 def looks_like_path(name: str) -> bool:
     """A path, and not a name on the hub."""
-    return name[:1] in "/.~" or os.path.exists(name) or Path(name).suffix in (".json", ".jsonl", ".parquet")
+    return (
+        name[:1] in "/.~"
+        or os.path.exists(name)
+        or Path(name).suffix in (".json", ".jsonl", ".parquet")
+    )
 
 
 def nvme_paths(recipe: dict) -> set[str]:
@@ -173,7 +209,10 @@ class shared_file:
         try:
             self.path.touch()
         except OSError as problem:
-            print(f"preflight: cannot write to {self.path.parent}: {problem.strerror}", file=sys.stderr)
+            print(
+                f"preflight: cannot write to {self.path.parent}: {problem.strerror}",
+                file=sys.stderr,
+            )
 
     def __exit__(self, *exception) -> None:
         self.path.unlink(missing_ok=True)
@@ -182,8 +221,12 @@ class shared_file:
 # ---- Asking ------------------------------------------------------------------------------------------------
 
 
-def ask_hosts(args: argparse.Namespace, spec: dict, hosts: dict[str, int | None]) -> dict[str, dict]:
-    """Every host's answer, asked at the same time over ssh; this machine alone is asked without ssh."""
+def ask_hosts(
+    args: argparse.Namespace, spec: dict, hosts: dict[str, int | None]
+) -> dict[str, dict]:
+    """Every host's answer, asked at the same time over ssh; this machine alone is asked without
+    ssh.
+    """
     ssh = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5"]
     ssh += ["-p", str(args.ssh_port)] if args.ssh_port else []
 
@@ -199,7 +242,9 @@ def ask_hosts(args: argparse.Namespace, spec: dict, hosts: dict[str, int | None]
         return dict(zip(hosts, pool.map(ask, enumerate(hosts)), strict=True))
 
 
-def ask_slurm(args: argparse.Namespace, spec: dict, hosts: dict[str, int | None]) -> dict[str, dict]:
+def ask_slurm(
+    args: argparse.Namespace, spec: dict, hosts: dict[str, int | None]
+) -> dict[str, dict]:
     """Every node's answer, through one srun; a node's rank is its SLURM_NODEID."""
     nodes = str(len(hosts))
     srun = ["srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--cpu-bind=none"]
@@ -210,10 +255,14 @@ def ask_slurm(args: argparse.Namespace, spec: dict, hosts: dict[str, int | None]
 
 
 def run_probes(command: list[str], seconds: float) -> list[dict]:
-    """Run a command that runs probes, this file on its standard input; what they printed, or the error."""
+    """Run a command that runs probes, this file on its standard input; what they printed, or the
+    error.
+    """
     try:
         source = Path(__file__).read_text()
-        done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(
+            command, input=source, capture_output=True, text=True, timeout=seconds
+        )
     except subprocess.TimeoutExpired:
         return [{"error": f"gave no answer within {seconds:g} s"}]
     lines = [line.partition(MARK)[2] for line in done.stdout.splitlines() if MARK in line]
@@ -231,7 +280,9 @@ def encode(spec: dict) -> str:
 
 
 def probe(spec: dict) -> dict:
-    """Everything about this node, as JSON-able values; what is wrong is in `wrong`, one sentence each."""
+    """Everything about this node, as JSON-able values; what is wrong is in `wrong`, one sentence
+    each.
+    """
     os.chdir(spec["directory"])
     sys.path.insert(0, spec["directory"])
     rank = spec.get("rank", int(os.environ.get("SLURM_NODEID", 0)))
@@ -303,7 +354,9 @@ def check_output(spec: dict, answer: dict, wrong: list[str]) -> None:
     answer["output"] = "shared"
     if not (directory / f".preflight-{spec['token']}").exists():
         answer["output"] = "NOT SHARED"
-        wrong.append(f"output_dir {spec['output_dir']} is not the directory that the other nodes see")
+        wrong.append(
+            f"output_dir {spec['output_dir']} is not the directory that the other nodes see"
+        )
     mine = directory / f".preflight-{spec['token']}-{answer['node']}"
     try:
         mine.touch()
@@ -326,7 +379,9 @@ def check_nvme(path: str, answer: dict, wrong: list[str]) -> None:
 
 
 def disk_bandwidth(directory: Path) -> tuple[float, float]:
-    """GB/s of large sequential writes and reads with O_DIRECT (without it where the file system has none)."""
+    """GB/s of large sequential writes and reads with O_DIRECT (without it where the file system has
+    none).
+    """
     path = directory / f".preflight-{os.getpid()}-{time.time_ns()}"
     block = mmap.mmap(-1, BLOCK)  # page-aligned, as O_DIRECT wants it
     direct = os.O_DIRECT
@@ -355,7 +410,9 @@ def disk_bandwidth(directory: Path) -> tuple[float, float]:
 
 
 def check_network(spec: dict, rank: int, answer: dict) -> None:
-    """The first node opens the master port and a random one; the others reach both and compare clocks."""
+    """The first node opens the master port and a random one; the others reach both and compare
+    clocks.
+    """
     address = (spec["master_addr"], spec["master_port"])
     end = time.monotonic() + spec["meeting_seconds"]
     answer["port"] = "ok"
@@ -394,10 +451,15 @@ def wait_readable(sockets: list[socket.socket], end: float) -> socket.socket | N
 
 
 def call(address: tuple[str, int], token: str, end: float) -> float:
-    """Reach both ports of the first node; seconds by which this node's clock is ahead of its clock."""
+    """Reach both ports of the first node; seconds by which this node's clock is ahead of its
+    clock.
+    """
     while True:
         try:
-            with socket.create_connection(address, timeout=2) as line, line.makefile("rb") as replies:
+            with (
+                socket.create_connection(address, timeout=2) as line,
+                line.makefile("rb") as replies,
+            ):
                 greeting = replies.readline().decode(errors="replace").split()
                 if not greeting or greeting[0] != token:
                     raise OSError(f"something else answers there ({' '.join(greeting)[:40]!r})")
@@ -411,7 +473,9 @@ def call(address: tuple[str, int], token: str, end: float) -> float:
         with socket.create_connection((address[0], int(greeting[1])), timeout=2) as line:
             line.recv(1)
     except OSError as problem:
-        raise OSError(f"it answers, but its port {greeting[1]} does not ({problem}): open all ports") from None
+        raise OSError(
+            f"it answers, but its port {greeting[1]} does not ({problem}): open all ports"
+        ) from None
     return offset
 
 
@@ -440,16 +504,24 @@ def free_gb(path: Path) -> float:
 # ---- Judging -----------------------------------------------------------------------------------------------
 
 
-def find_problems(answers: dict[str, dict], args: argparse.Namespace, hosts: dict[str, int | None]) -> list:
-    """One sentence per problem, beginning with the node's name. The first that answered is the reference."""
-    problems = [f"{host}: {answer['error']}" for host, answer in answers.items() if "error" in answer]
+def find_problems(
+    answers: dict[str, dict], args: argparse.Namespace, hosts: dict[str, int | None]
+) -> list:
+    """One sentence per problem, beginning with the node's name. The first that answered is the
+    reference.
+    """
+    problems = [
+        f"{host}: {answer['error']}" for host, answer in answers.items() if "error" in answer
+    ]
     good = {host: answer for host, answer in answers.items() if "error" not in answer}
     for host, answer in good.items():
         problems += [f"{host}: {sentence}" for sentence in answer["wrong"]]
         problems += too_little(host, answer, args)
         slots = hosts[host]
         if slots and answer["gpus"] and len(answer["gpus"]) < slots:
-            problems.append(f"{host}: slots={slots} in the hostfile, but {len(answer['gpus'])} GPU(s)")
+            problems.append(
+                f"{host}: slots={slots} in the hostfile, but {len(answer['gpus'])} GPU(s)"
+            )
     if good:
         problems += differences(good)
     return problems
@@ -465,9 +537,14 @@ def too_little(host: str, answer: dict, args: argparse.Namespace) -> list[str]:
         if key in answer and answer[key] < wanted:
             problems.append(f"{host}: {answer[key]:.2f} {what}, {wanted:g} wanted")
     if abs(answer.get("clock_s", 0.0)) > CLOCK_LIMIT:
-        problems.append(f"{host}: its clock differs from the first node's by {answer['clock_s']:+.1f} s")
-    problems += [f"{host}: {name} is missing" for name in ("torch", "deepspeed", "transformers", "datasets")
-                 if answer["versions"][name] == "missing"]
+        problems.append(
+            f"{host}: its clock differs from the first node's by {answer['clock_s']:+.1f} s"
+        )
+    problems += [
+        f"{host}: {name} is missing"
+        for name in ("torch", "deepspeed", "transformers", "datasets")
+        if answer["versions"][name] == "missing"
+    ]
     if answer["code"] == "missing":
         problems.append(f"{host}: the package gkd_ds cannot be imported there")
     return problems
@@ -480,33 +557,58 @@ def differences(answers: dict[str, dict]) -> list[str]:
     for host, answer in others:
         for name, version in answer["versions"].items():
             if version != reference["versions"][name]:
-                problems.append(f"{host}: {name} {version}, but {first} has {reference['versions'][name]}")
-        for key, what in [("code", "another code of gkd_ds"), ("recipe", "another recipe or DeepSpeed file")]:
+                problems.append(
+                    f"{host}: {name} {version}, but {first} has {reference['versions'][name]}"
+                )
+        for key, what in [
+            ("code", "another code of gkd_ds"),
+            ("recipe", "another recipe or DeepSpeed file"),
+        ]:
             if answer[key] != reference[key]:
                 problems.append(f"{host}: {what} ({answer[key]}) than {first} ({reference[key]})")
         if sorted(set(answer["gpus"])) != sorted(set(reference["gpus"])):
-            problems.append(f"{host}: GPUs {set(answer['gpus'])}, but {first} has {set(reference['gpus'])}")
+            problems.append(
+                f"{host}: GPUs {set(answer['gpus'])}, but {first} has {set(reference['gpus'])}"
+            )
     return problems
 
 
 def table(answers: dict[str, dict]) -> str:
     """One line per node, columns aligned."""
     names = ["python", "torch", "deepspeed", "transformers"]
-    facts = ["gpus", "code", "recipe", "output_dir", "disk", "shm", "memory", "nvme w/r", "port", "clock"]
+    facts = [
+        "gpus",
+        "code",
+        "recipe",
+        "output_dir",
+        "disk",
+        "shm",
+        "memory",
+        "nvme w/r",
+        "port",
+        "clock",
+    ]
     rows = [["node", *names, *facts]]
     for host, answer in answers.items():
         if "error" in answer:
             rows.append([host, "NO ANSWER"] + ["-"] * (len(rows[0]) - 2))
             continue
         rows.append(
-            [host, *(answer["versions"][name] for name in names), str(len(answer["gpus"])), answer["code"]]
+            [
+                host,
+                *(answer["versions"][name] for name in names),
+                str(len(answer["gpus"])),
+                answer["code"],
+            ]
             + [answer["recipe"], answer["output"]]
             + [f"{answer[key]:.0f} GB" for key in ("disk_gb", "shm_gb", "memory_gb")]
             + [f"{answer['nvme']} GB/s" if "nvme" in answer else "-", answer["port"]]
             + [f"{answer['clock_s'] * 1000:+.0f} ms" if "clock_s" in answer else "-"]
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 if __name__ == "__main__":

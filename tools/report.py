@@ -1,10 +1,11 @@
 """One self-contained page about a run: what it learned, how fast it was, what it says now.
 
-    python tools/report.py runs/quickstart                      # writes report.html and report.png there
-    python tools/report.py runs/quickstart --output first.html  # and first.png beside it
+    python tools/report.py runs/quickstart                      # writes report.html and report.png
+    there python tools/report.py runs/quickstart --output first.html  # and first.png beside it
 
 Reads metrics.jsonl and, where they exist, rollouts.jsonl, config.resolved.json and answers.json
-({"prompts": [...], "before": [...], "after": [...], "teacher": [...]}). A run may still be going on.
+({"prompts": [...], "before": [...], "after": [...], "teacher": [...]}). A run may still be going
+on.
 """
 
 import argparse
@@ -41,8 +42,19 @@ class NothingToReport(Exception):
 
 
 # Okabe and Ito's colours, told apart by nearly everybody.
-BLUE, RED, GREEN, ORANGE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#9AA0A6"
-SOURCES = {"student": (BLUE, "student's own"), "teacher": (RED, "teacher's"), "data": (GREEN, "reference")}
+BLUE, RED, GREEN, ORANGE, SKY, GREY = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#E69F00",
+    "#56B4E9",
+    "#9AA0A6",
+)
+SOURCES = {
+    "student": (BLUE, "student's own"),
+    "teacher": (RED, "teacher's"),
+    "data": (GREEN, "reference"),
+}
 PHASES = {"rollout": SKY, "score": ORANGE, "learn": GREEN, "update": BLUE}
 STYLE = {
     "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -93,7 +105,9 @@ def write_report(run_dir: Path, output: Path | None = None) -> tuple[Path, Path]
         ),
         config_section(config),
     ]
-    page.write_text(PAGE.format(title=escape(title(run_dir, config)), body="\n".join(body)), encoding="utf-8")
+    page.write_text(
+        PAGE.format(title=escape(title(run_dir, config)), body="\n".join(body)), encoding="utf-8"
+    )
     return page, picture
 
 
@@ -109,7 +123,9 @@ def read_rows(path: Path) -> list[Row]:
             rows.extend([json.loads(line)] if line else [])
         except ValueError as problem:
             if number < len(lines):
-                raise NothingToReport(f"{path} line {number} is not JSON; remove or repair it.") from problem
+                raise NothingToReport(
+                    f"{path} line {number} is not JSON; remove or repair it."
+                ) from problem
     return rows
 
 
@@ -156,7 +172,9 @@ def draw_loss(ax: Axes, updates: list[Row], evaluations: list[Row]) -> bool:
     for name, colour, label in names or [("loss", BLUE, "all completions")]:
         steps, values = series(updates, name)
         ax.plot(steps, values, ".", color=colour, alpha=0.4, markersize=5, markeredgewidth=0)
-        ax.plot(steps, smooth(values), color=colour, label=f"{label} completions" if names else label)
+        ax.plot(
+            steps, smooth(values), color=colour, label=f"{label} completions" if names else label
+        )
     decorate(ax, "Training loss", "divergence (nats per token)")
     ax.set_ylim(bottom=0)
     ax.legend(loc="upper right")
@@ -171,9 +189,19 @@ def draw_evaluation(ax: Axes, updates: list[Row], evaluations: list[Row]) -> boo
         steps, values = series(evaluations, name)
         colour = BLUE if "on_policy" in name else next(colours)
         ax.plot(
-            steps, values, "o-" if len(steps) <= 40 else "-", color=colour, label=nice(name), markersize=5
+            steps,
+            values,
+            "o-" if len(steps) <= 40 else "-",
+            color=colour,
+            label=nice(name),
+            markersize=5,
         )
-        number = {"color": colour, "fontsize": 10, "fontweight": "bold", "textcoords": "offset points"}
+        number = {
+            "color": colour,
+            "fontsize": 10,
+            "fontweight": "bold",
+            "textcoords": "offset points",
+        }
         if len(values) > 1:
             ax.annotate(f"{values[0]:.3g}", (steps[0], values[0]), xytext=(0, 7), **number)
         ends.append((values[-1], steps[-1], number))
@@ -182,7 +210,9 @@ def draw_evaluation(ax: Axes, updates: list[Row], evaluations: list[Row]) -> boo
     ax.set_ylim(0, top)
     ax.margins(x=0.1)
     lowest = -math.inf
-    for value, step, number in sorted(ends, key=lambda end: end[0]):  # from below, never on top of each other
+    for value, step, number in sorted(
+        ends, key=lambda end: end[0]
+    ):  # from below, never on top of each other
         lowest = max(value, lowest + 0.07 * top)
         ax.annotate(f"{value:.3g}", (step, lowest), xytext=(7, -3), **number)
     ax.legend(loc="best")
@@ -228,11 +258,15 @@ def draw_phases(ax: Axes, updates: list[Row], evaluations: list[Row]) -> bool:
     parts = [np.array([row.get(f"perf/{phase}_s") or 0.0 for row in rows]) for phase in PHASES]
     parts.append(np.maximum(total - sum(parts), 0))
     half = np.diff(steps).min() / 2 if len(steps) > 1 else 0.5
-    edges = np.stack([steps - half, steps + half], axis=1).ravel()  # every update as wide as it is apart
+    edges = np.stack(
+        [steps - half, steps + half], axis=1
+    ).ravel()  # every update as wide as it is apart
     ax.stackplot(edges, [part.repeat(2) for part in parts], colors=[*PHASES.values(), GREY],
                  labels=[*PHASES, "other"], linewidth=0)  # fmt: skip
     decorate(ax, "Where an update's time goes", "seconds per update")
-    ax.set_ylim(0, 1.35 * np.percentile(total, 98))  # one slow first update must not flatten the rest
+    ax.set_ylim(
+        0, 1.35 * np.percentile(total, 98)
+    )  # one slow first update must not flatten the rest
     ax.legend(loc="upper center", ncols=5, columnspacing=0.9, handlelength=0.9, handletextpad=0.4)
     return True
 
@@ -240,7 +274,9 @@ def draw_phases(ax: Axes, updates: list[Row], evaluations: list[Row]) -> bool:
 def draw_speed(ax: Axes, updates: list[Row], evaluations: list[Row]) -> bool:
     whole = [{"step": row["step"], "whole": row["completion_tokens"] / row["perf/step_s"]} for row in updates
              if row.get("perf/step_s") and row.get("completion_tokens") is not None]  # fmt: skip
-    drawn = [(series(updates, f"perf/{phase}_tokens_per_s"), PHASES[phase], phase) for phase in PHASES]
+    drawn = [
+        (series(updates, f"perf/{phase}_tokens_per_s"), PHASES[phase], phase) for phase in PHASES
+    ]
     drawn.append((series(whole, "whole"), "#202124", "whole update"))
     for (steps, values), colour, label in drawn:
         if np.any(values > 0):
@@ -298,7 +334,9 @@ def can_draw(draw: Draw, updates: list[Row], evaluations: list[Row]) -> bool:
     return drawn
 
 
-def overview(panels: list[tuple[Draw, float]], updates: list[Row], evaluations: list[Row], heading: str):
+def overview(
+    panels: list[tuple[Draw, float]], updates: list[Row], evaluations: list[Row], heading: str
+):
     lines = max(1, math.ceil(len(panels) / 2))
     figure, axes = plt.subplots(
         lines, 2, figsize=(11, 0.6 + 2.9 * lines), squeeze=False, layout="constrained"
@@ -312,7 +350,9 @@ def overview(panels: list[tuple[Draw, float]], updates: list[Row], evaluations: 
 
 
 def to_png(draw: Draw, height: float, updates: list[Row], evaluations: list[Row]) -> str:
-    """One panel as an <img> that carries its PNG; narrow, so that its letters stay readable on a phone."""
+    """One panel as an <img> that carries its PNG; narrow, so that its letters stay readable on a
+    phone.
+    """
     figure, ax = plt.subplots(figsize=(5.4, height), layout="constrained")
     draw(ax, updates, evaluations)
     file = io.BytesIO()
@@ -337,7 +377,11 @@ def lead(config: Row) -> str:
         short("model_name_or_path") and f"student {short('model_name_or_path')}",
         short("teacher_model_name_or_path") and f"teacher {short('teacher_model_name_or_path')}",
         short("dataset_name") and f"data {short('dataset_name')}",
-        *(f"{letter} {config[name]:g}" for letter, name in (("λ", "lmbda"), ("β", "beta")) if name in config),
+        *(
+            f"{letter} {config[name]:g}"
+            for letter, name in (("λ", "lmbda"), ("β", "beta"))
+            if name in config
+        ),
     ]
     return " · ".join(part for part in parts if part) or "on-policy distillation"
 
@@ -349,14 +393,18 @@ def tiles(updates: list[Row], evaluations: list[Row]) -> str:
         _, values = series(evaluations, name)
         if len(values) > 1:
             change = f"{values[-1] / values[0] - 1:+.0%}" if values[0] else ""
-            facts.append((f"{values[0]:.3g} → {values[-1]:.3g}", f"divergence, {nice(name)}", change))
+            facts.append(
+                (f"{values[0]:.3g} → {values[-1]:.3g}", f"divergence, {nice(name)}", change)
+            )
     if updates:
         seconds, tokens = (
             float(series(updates, name)[1].sum()) for name in ("perf/step_s", "completion_tokens")
         )
         facts.append((str(updates[-1]["step"]), "updates", duration(seconds) if seconds else ""))
         if seconds:
-            facts.append((f"{tokens / seconds:,.0f}", "completion tokens/s", f"{tokens:,.0f} tokens"))
+            facts.append(
+                (f"{tokens / seconds:,.0f}", "completion tokens/s", f"{tokens:,.0f} tokens")
+            )
     cells = "".join(
         f'<div class="tile"><div class="big">{escape(big)}</div><div>{escape(label)}</div>'
         f'<div class="small">{escape(small)}</div></div>'
@@ -370,7 +418,9 @@ def evaluation_table(evaluations: list[Row]) -> str:
         return ""
     first, last = evaluations[0], evaluations[-1]
     divergences = divergence_names(evaluations)
-    others = {name for row in evaluations for name in row if name.startswith("eval/")} - set(divergences)
+    others = {name for row in evaluations for name in row if name.startswith("eval/")} - set(
+        divergences
+    )
     lines = []
     for name in [*divergences, *sorted(others)]:
         _, values = series(evaluations, name)
@@ -410,7 +460,10 @@ def rollouts_section(rollouts: list[Row]) -> str:
     if not rollouts:
         return ""
     chosen = sorted(
-        {round(index) for index in np.linspace(0, len(rollouts) - 1, min(MOST_ROLLOUTS, len(rollouts)))}
+        {
+            round(index)
+            for index in np.linspace(0, len(rollouts) - 1, min(MOST_ROLLOUTS, len(rollouts)))
+        }
     )
     cards = []
     for row in (rollouts[index] for index in chosen):
@@ -424,7 +477,9 @@ def rollouts_section(rollouts: list[Row]) -> str:
                 facts.append(f"{who} <b>{math.exp(row[name]):.1%}</b> per token")
         if isinstance(row.get("divergence"), (int, float)):
             facts.append(f"divergence <b>{row['divergence']:.3g}</b>")
-        texts = f'<div class="prompt">{text_block(row["prompt"])}</div>{text_block(row["completion"])}'
+        texts = (
+            f'<div class="prompt">{text_block(row["prompt"])}</div>{text_block(row["completion"])}'
+        )
         cards.append(f'<div class="card"><div class="facts">{" · ".join(facts)}</div>{texts}</div>')
     return (
         "<h2>Sampled rollouts</h2><p class=small>Probability per token is the geometric mean over the completion.</p>"
@@ -437,14 +492,15 @@ def config_section(config: Row) -> str:
         return ""
     lines = "".join(f"<tr><td>{escape(name)}<td>{escape(json.dumps(value))}" for name, value in sorted(config.items())
                     if value is not None)  # fmt: skip
-    return (
-        f"<details><summary>Configuration</summary><div class=scroll><table>{lines}</table></div></details>"
-    )
+    return f"<details><summary>Configuration</summary><div class=scroll><table>{lines}</table></div></details>"
 
 
 def divergence_names(evaluations: list[Row]) -> list[str]:
     names = {
-        name for row in evaluations for name in row if name.startswith("eval/") and name.endswith("loss")
+        name
+        for row in evaluations
+        for name in row
+        if name.startswith("eval/") and name.endswith("loss")
     }
     return sorted(names, key=lambda name: (0 if "on_policy" in name else 1, name))
 
@@ -475,7 +531,9 @@ def text_block(text: str) -> str:
 
 
 def escape(text: object) -> str:
-    return html.escape(str(text).encode(errors="replace").decode())  # a lone surrogate cannot be written
+    return html.escape(
+        str(text).encode(errors="replace").decode()
+    )  # a lone surrogate cannot be written
 
 
 PAGE = """<!doctype html>

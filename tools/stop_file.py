@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Prints the path of the file that stops a run with a checkpoint, as soon as it exists.
 
-    python tools/stop_file.py --config recipe.yaml [--any_field value ...]
+python tools/stop_file.py --config recipe.yaml [--any_field value ...]
 """
 
 import sys
@@ -16,7 +16,11 @@ def main() -> int:
         given = read_flags(sys.argv[1:])
         recipe = given.pop("config", None)
         fields = {**(read_recipe(recipe) if recipe else {}), **given}
-        print(GKDConfig(**{name: fields[name] for name in ("output_dir", "stop_file") if name in fields}).stop_path)
+        print(
+            GKDConfig(
+                **{name: fields[name] for name in ("output_dir", "stop_file") if name in fields}
+            ).stop_path
+        )
         return 0
     except InputError as error:
         print(f"stop_file: {error}", file=sys.stderr)

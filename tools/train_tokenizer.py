@@ -1,12 +1,15 @@
-"""Train a small SentencePiece tokenizer (BPE with byte fallback, the Llama kind) that AutoTokenizer loads.
+"""Train a small SentencePiece tokenizer (BPE with byte fallback, the Llama kind) that AutoTokenizer
+loads.
 
     python tools/train_tokenizer.py corpus.txt more.jsonl --output tokenizer --vocab_size 4000
-    python tools/train_tokenizer.py train.jsonl --output tokenizer --special_tokens '<|im_start|>' '<|im_end|>' \
+    python tools/train_tokenizer.py train.jsonl --output tokenizer --special_tokens '<|im_start|>'
+    '<|im_end|>' \
         --chat_template chatml.jinja
 
-Text files give one text per line; JSONL files give every string of a row except the `role` of a message. A few
-thousand pieces take a second. The directory gets tokenizer.model, tokenizer.json, tokenizer_config.json and, with
---chat_template, the template; without one gkd_ds uses its plain template. Wrong input: one sentence, exit code 2.
+Text files give one text per line; JSONL files give every string of a row except the `role` of a
+message. A few thousand pieces take a second. The directory gets tokenizer.model, tokenizer.json,
+tokenizer_config.json and, with --chat_template, the template; without one gkd_ds uses its plain
+template. Wrong input: one sentence, exit code 2.
 """
 
 import argparse
@@ -33,10 +36,11 @@ def train_tokenizer(
     eos_token: str = EOS,
     chat_template: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """Train on texts, write the directory, and return the tokenizer as AutoTokenizer loads it from there.
+    """Train on texts, write the directory, and return the tokenizer as AutoTokenizer loads it from
+    there.
 
-    vocab_size counts everything, the 256 bytes and the special tokens included. Raises InputError where
-    SentencePiece cannot make that many (or so few) pieces of the texts.
+    vocab_size counts everything, the 256 bytes and the special tokens included. Raises InputError
+    where SentencePiece cannot make that many (or so few) pieces of the texts.
     """
     special_tokens = [token for token in special_tokens if token not in (BOS, UNK, eos_token)]
     model = io.BytesIO()
@@ -59,13 +63,22 @@ def train_tokenizer(
         )  # fmt: skip
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise InputError(f"SentencePiece cannot train {vocab_size} pieces on this text: {reason}") from error
+        raise InputError(
+            f"SentencePiece cannot train {vocab_size} pieces on this text: {reason}"
+        ) from error
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.model").write_bytes(model.getvalue())
-    (directory / "tokenizer.json").unlink(missing_ok=True)  # of an earlier training; it would be preferred
+    (directory / "tokenizer.json").unlink(
+        missing_ok=True
+    )  # of an earlier training; it would be preferred
     names = {"unk_token": UNK, "bos_token": BOS, "eos_token": eos_token, "pad_token": eos_token}
-    described = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, **names}
+    described = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        **names,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(described))
     tokenizer = AutoTokenizer.from_pretrained(directory)
     tokenizer.add_special_tokens({"extra_special_tokens": special_tokens})
@@ -104,23 +117,35 @@ def _strings(value: object) -> Iterator[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path, help="text files, or JSONL files by their suffix")
+    parser.add_argument(
+        "files", nargs="+", type=Path, help="text files, or JSONL files by their suffix"
+    )
     parser.add_argument("--output", required=True, type=Path, help="directory for the tokenizer")
-    parser.add_argument("--vocab_size", type=int, default=4000, help="all pieces, bytes and special tokens")
-    parser.add_argument("--special_tokens", nargs="*", default=[], help="further tokens that are never split")
+    parser.add_argument(
+        "--vocab_size", type=int, default=4000, help="all pieces, bytes and special tokens"
+    )
+    parser.add_argument(
+        "--special_tokens", nargs="*", default=[], help="further tokens that are never split"
+    )
     parser.add_argument("--eos_token", default=EOS, help="text of the end-of-sequence token")
-    parser.add_argument("--chat_template", type=Path, help="a Jinja file, stored with the tokenizer")
+    parser.add_argument(
+        "--chat_template", type=Path, help="a Jinja file, stored with the tokenizer"
+    )
     args = parser.parse_args(arguments)
     try:
         template = None
         if args.chat_template is not None:
             template = "\n".join(read_texts(args.chat_template))
         texts = [text for file in args.files for text in read_texts(file) if text.strip()]
-        tokenizer = train_tokenizer(texts, args.output, args.vocab_size, args.special_tokens, args.eos_token, template)
+        tokenizer = train_tokenizer(
+            texts, args.output, args.vocab_size, args.special_tokens, args.eos_token, template
+        )
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{args.output}: {len(tokenizer)} tokens from {len(texts)} texts, eos {tokenizer.eos_token}")
+    print(
+        f"{args.output}: {len(tokenizer)} tokens from {len(texts)} texts, eos {tokenizer.eos_token}"
+    )
     return 0
 
 

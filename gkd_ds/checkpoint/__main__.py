@@ -1,4 +1,6 @@
-"""Verifies every checkpoint of a run and prints what a resume would take: `python -m gkd_ds.checkpoint RUN_DIR`."""
+"""Verifies every checkpoint of a run and prints what a resume would take: `python -m
+gkd_ds.checkpoint RUN_DIR`.
+"""
 
 import sys
 

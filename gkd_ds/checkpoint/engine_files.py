@@ -1,9 +1,11 @@
-"""DeepSpeed's checkpoint files, written so that no rank is left waiting, and read without running code.
+"""DeepSpeed's checkpoint files, written so that no rank is left waiting, and read without running
+code.
 
-`engine.save_checkpoint` writes between collectives. When the disk is full on one rank only, the exception
-takes that rank out and the others wait for it until their timeout. So errors are kept until every rank is
-through. `engine.load_checkpoint` unpickles with `weights_only=False`; here only tensors, plain Python values
-and the few classes that DeepSpeed itself stores (manifest.HARMLESS_CLASSES) are let in.
+`engine.save_checkpoint` writes between collectives. When the disk is full on one rank only, the
+exception takes that rank out and the others wait for it until their timeout. So errors are kept
+until every rank is through. `engine.load_checkpoint` unpickles with `weights_only=False`; here only
+tensors, plain Python values and the few classes that DeepSpeed itself stores
+(manifest.HARMLESS_CLASSES) are let in.
 """
 
 import copyreg
@@ -28,13 +30,16 @@ from gkd_ds.runtime.errors import InputError
 TAG = "engine"  # the folder inside the checkpoint that DeepSpeed's files go to
 STUDENT = "gkd_ds student"  # the key of `_description` in the files of model states
 
-# DeepSpeed (0.19.8) only copies the swap files back: Adam's step, the learning rate and small groups stay new.
+# DeepSpeed (0.19.8) only copies the swap files back: Adam's step, the learning rate and small
+# groups stay new.
 NVME_OPTIMIZER = (
-    "a run whose optimizer is on NVMe cannot be resumed; to have checkpoints, use offload_optimizer.device cpu in the "
+    "a run whose optimizer is on NVMe cannot be resumed; to have checkpoints, use "
+    "offload_optimizer.device cpu in the "
     "DeepSpeed file, or more ranks."
 )
 
-# Python 3.11.0 to 3.11.3 pickle a member of an enumeration as a call of getattr, which no reader here lets in.
+# Python 3.11.0 to 3.11.3 pickle a member of an enumeration as a call of getattr, which no reader
+# here lets in.
 copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
@@ -49,7 +54,9 @@ class _TellingFile(io.BufferedWriter):
 
 
 class PatientFiles(CheckpointEngine):
-    """DeepSpeed's plug for reading and writing files; the first error in writing is kept in `error`."""
+    """DeepSpeed's plug for reading and writing files; the first error in writing is kept in
+    `error`.
+    """
 
     def __init__(self, alive: Callable[[], None] = lambda: None) -> None:
         super().__init__()
@@ -75,8 +82,11 @@ class PatientFiles(CheckpointEngine):
             with _TellingFile(io.FileIO(path, "wb")) as file:
                 file.alive = self.alive
                 torch.save(state_dict, file)
-        except Exception as error:  # whatever it is, this rank must get to the collectives that the others wait in
-            # torch reports a full disk as a RuntimeError about positions, with the real reason behind it
+        except (
+            Exception
+        ) as error:  # whatever it is, this rank must get to the collectives that the others wait in
+            # torch reports a full disk as a RuntimeError about positions, with the real reason
+            # behind it
             self.error = error.__context__ if isinstance(error.__context__, OSError) else error
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -90,8 +100,12 @@ class PatientFiles(CheckpointEngine):
 
 
 def read(path: str | Path, **options: Any) -> Any:
-    """torch.load for DeepSpeed's files: raises UnpicklingError for anything but data. `options` go to torch.load."""
-    with torch.serialization.safe_globals([pkgutil.resolve_name(name) for name in HARMLESS_CLASSES]):
+    """torch.load for DeepSpeed's files: raises UnpicklingError for anything but data. `options` go
+    to torch.load.
+    """
+    with torch.serialization.safe_globals(
+        [pkgutil.resolve_name(name) for name in HARMLESS_CLASSES]
+    ):
         return torch.load(path, weights_only=True, **options)
 
 
@@ -103,8 +117,8 @@ def save_engine(
 ) -> None:
     """Write the engine's files to `directory`/engine: the `write` of checkpoint.save. A collective.
 
-    `client_state` may hold tensors and plain Python values; `alive` is called while files are written. Raises this
-    rank's error after all collectives.
+    `client_state` may hold tensors and plain Python values; `alive` is called while files are
+    written. Raises this rank's error after all collectives.
     """
     if engine.zero_nvme_offload_optimizer():
         raise InputError(NVME_OPTIMIZER)
@@ -124,12 +138,16 @@ def save_engine(
 
 
 def load_engine(
-    engine: DeepSpeedEngine, directory: Path, alive: Callable[[], None] = lambda: None, **options: Any
+    engine: DeepSpeedEngine,
+    directory: Path,
+    alive: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Load what save_engine wrote, from a checkpoint that `find` has verified. A collective.
 
-    Returns the client_state. `options` go to `engine.load_checkpoint`. Raises InputError, on all ranks and before
-    anything is changed, when the checkpoint is of another student or another kind of engine.
+    Returns the client_state. `options` go to `engine.load_checkpoint`. Raises InputError, on all
+    ranks and before anything is changed, when the checkpoint is of another student or another kind
+    of engine.
     """
     require_same_student(engine, directory)
     usual, engine.checkpoint_engine = engine.checkpoint_engine, PatientFiles(alive)
@@ -141,36 +159,49 @@ def load_engine(
 
 
 def require_same_student(engine: DeepSpeedEngine, directory: Path) -> None:
-    """Raise InputError, naming what differs, unless `directory` was saved by an engine like this one.
+    """Raise InputError, naming what differs, unless `directory` was saved by an engine like this
+    one.
 
-    DeepSpeed would find out by assertions, and by sizes that do not match, some of them on one rank only.
+    DeepSpeed would find out by assertions, and by sizes that do not match, some of them on one rank
+    only.
     """
     if engine.zero_nvme_offload_optimizer():
         raise InputError(NVME_OPTIMIZER)
     file = min((directory / TAG).glob("*model_states.pt"), default=None)
     if file is None:
         raise InputError(
-            f"{directory} holds a model without the state of its training (save_only_model), so no run can go on from "
+            f"{directory} holds a model without the state of its training (save_only_model), so no "
+            "run can go on from "
             "it; name the directory as model_name_or_path to start a new one."
         )
     here, there = _description(engine), read(file, map_location="cpu", mmap=True)[STUDENT]
     for what, change in (("ZeRO stage", "deepspeed"), ("precision", "bf16 and fp16")):
         if here[what] != there[what]:
             raise InputError(
-                f"{directory} was written with {what} {there[what]}, and this run has {here[what]}; "
+                f"{directory} was written with {what} {there[what]}, and this run has "
+                f"{here[what]}; "
                 f"set {change} as it was then."
             )
     mine, saved = here["parameters"], there["parameters"]
     for name in sorted({*mine, *saved}):
         if mine.get(name) != saved.get(name):
             raise InputError(
-                f"{directory} holds another student: parameter {name} is {saved.get(name, 'nothing')} there and "
-                f"{mine.get(name, 'nothing')} here; start with the model that the checkpoint was made of."
+                f"{directory} holds another student: parameter {name} is "
+                f"{saved.get(name, 'nothing')} there and "
+                f"{mine.get(name, 'nothing')} here; start with the model that the checkpoint was "
+                "made of."
             )
 
 
 def _description(engine: DeepSpeedEngine) -> dict[str, Any]:
     """What must be the same for an engine to go on from another one's files."""
     precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
-    shapes = {name: list(zero.full_shape(parameter)) for name, parameter in engine.module.named_parameters()}
-    return {"ZeRO stage": int(engine.zero_optimization_stage()), "precision": precision, "parameters": shapes}
+    shapes = {
+        name: list(zero.full_shape(parameter))
+        for name, parameter in engine.module.named_parameters()
+    }
+    return {
+        "ZeRO stage": int(engine.zero_optimization_stage()),
+        "precision": precision,
+        "parameters": shapes,
+    }

@@ -1,11 +1,12 @@
-"""A trained student as a Hugging Face directory that never looks complete before it is, and its way to the hub.
+"""A trained student as a Hugging Face directory that never looks complete before it is, and its way
+to the hub.
 
-    export_model(model, state_dict, tokenizer, model.generation_config, "runs/first", card={"teacher": "..."})
-    AutoModelForCausalLM.from_pretrained("runs/first")
+    export_model(model, state_dict, tokenizer, model.generation_config, "runs/first",
+    card={"teacher": "..."}) AutoModelForCausalLM.from_pretrained("runs/first")
 
-Everything is written into a hidden folder inside the directory first and moved into place file by file,
-config.json last: without it nothing there loads as a model, so a crash leaves the old state, no model, or the new
-one, and never a mixture.
+Everything is written into a hidden folder inside the directory first and moved into place file by
+file, config.json last: without it nothing there loads as a model, so a crash leaves the old state,
+no model, or the new one, and never a mixture.
 """
 
 import json
@@ -26,7 +27,15 @@ from gkd_ds.runtime.redaction import HIDDEN, redact
 
 UNFINISHED = ".export"  # inside the directory: same file system, so that moving is renaming
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-NOT_FOR_THE_HUB = ["wandb/*", f"{UNFINISHED}/*", "*.tmp", "rollouts.jsonl", "STOP", "latest", ".lock"]
+NOT_FOR_THE_HUB = [
+    "wandb/*",
+    f"{UNFINISHED}/*",
+    "*.tmp",
+    "rollouts.jsonl",
+    "STOP",
+    "latest",
+    ".lock",
+]
 CHECKPOINTS = "checkpoint-*/*"
 CARD_ARGUMENTS = {  # of push_to_hub, in TRL and transformers -> of Card
     "model_name": "name",
@@ -48,18 +57,22 @@ def export_model(
     card: Card,
     max_shard_size: str = "5GB",
 ) -> Path:
-    """Write weights, configuration, tokenizer, chat template, generation config and model card; rank 0 only.
+    """Write weights, configuration, tokenizer, chat template, generation config and model card;
+    rank 0 only.
 
     Args:
-        model: the module that was trained; only its class and configuration are used, so its own parameters may
+        model: the module that was trained; only its class and configuration are used, so its own
+        parameters may
             be ZeRO-3 placeholders.
-        state_dict: every parameter and persistent buffer, whole, on the CPU, under the module's names; tied
-            weights may be there once or under each of their names. Its dtype is the dtype of the export.
+        state_dict: every parameter and persistent buffer, whole, on the CPU, under the module's
+        names; tied
+            weights may be there once or under each of their names. Its dtype is the dtype of the
+            export.
         generation_config: None means the model's own.
         directory: may hold other files of the run; an older model there is replaced.
 
-    Returns the directory. Raises OSError (disk full, no permission) with the older model still in place if the
-    new one could not be written.
+    Returns the directory. Raises OSError (disk full, no permission) with the older model still in
+    place if the new one could not be written.
     """
     directory = Path(directory)
     unfinished = directory / UNFINISHED
@@ -67,9 +80,12 @@ def export_model(
     unfinished.mkdir(parents=True)
     try:
         _write_weights(model, _untied(model, state_dict), unfinished, max_shard_size)
-        # Not through save_pretrained, which refuses combinations (do_sample=False with a temperature) that many
-        # published models carry: what the student came with goes on as it is.
-        (generation_config or model.generation_config).to_json_file(unfinished / "generation_config.json")
+        # Not through save_pretrained, which refuses combinations (do_sample=False with a
+        # temperature) that many published models carry: what the student came with goes on as it
+        # is.
+        (generation_config or model.generation_config).to_json_file(
+            unfinished / "generation_config.json"
+        )
         tokenizer.save_pretrained(unfinished)
         write_card(unfinished, card)
         for path in unfinished.rglob("*"):
@@ -86,12 +102,16 @@ def write_card(directory: str | os.PathLike, card: Card) -> None:
 
 
 def card_of_arguments(arguments: dict[str, Any]) -> Card:
-    """What TRL's and transformers' push_to_hub take for the model card, as ours spells it. Raises InputError."""
+    """What TRL's and transformers' push_to_hub take for the model card, as ours spells it. Raises
+    InputError.
+    """
     card: Card = {}
     for name, value in arguments.items():
         if name not in CARD_ARGUMENTS:
             known = ", ".join(CARD_ARGUMENTS)
-            raise InputError(f"push_to_hub does not support {name}; leave it out (the model card takes {known}).")
+            raise InputError(
+                f"push_to_hub does not support {name}; leave it out (the model card takes {known})."
+            )
         if value is None:
             continue
         several = name in ("language", "tags") and isinstance(value, (list, tuple))
@@ -111,17 +131,21 @@ def push_to_hub(
     """Upload an exported directory; returns the address of the repository. Rank 0 only.
 
     Args:
-        config: GKDConfig; read are hub_model_id, hub_token, hub_private_repo, hub_revision and hub_strategy.
-        blocking: False returns at once and uploads in a thread, which reports its own failure.
-        checkpoint: directory name of the newest checkpoint, uploaded as `last-checkpoint` when hub_strategy is
+        config: GKDConfig; read are hub_model_id, hub_token, hub_private_repo, hub_revision and
+        hub_strategy. blocking: False returns at once and uploads in a thread, which reports its own
+        failure. checkpoint: directory name of the newest checkpoint, uploaded as `last-checkpoint`
+        when hub_strategy is
             "checkpoint".
 
-    Raises RuntimeError with one sentence, without the token, when the hub refuses or cannot be reached.
+    Raises RuntimeError with one sentence, without the token, when the hub refuses or cannot be
+    reached.
     """
 
     def sentence(problem: BaseException) -> str:
         reason = " ".join(str(problem).split()).replace(config.hub_token or "\0", HIDDEN)
-        return redact(f"The push to the hub failed ({reason[:300]}); the model is complete in {directory}.")
+        return redact(
+            f"The push to the hub failed ({reason[:300]}); the model is complete in {directory}."
+        )
 
     def report(upload: Future) -> None:
         if upload.exception() is not None:
@@ -134,7 +158,9 @@ def push_to_hub(
         if config.hub_revision:
             api.create_branch(repository["repo_id"], branch=config.hub_revision, exist_ok=True)
         for upload in uploads:
-            started = api.upload_folder(repo_id=repository["repo_id"], run_as_future=not blocking, **upload)
+            started = api.upload_folder(
+                repo_id=repository["repo_id"], run_as_future=not blocking, **upload
+            )
             if not blocking:
                 started.add_done_callback(report)
     except Exception as problem:  # network, name, refusal: the client has no common class for them
@@ -147,31 +173,44 @@ def hub_uploads(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Arguments of HfApi.create_repo, and of one or two calls of HfApi.upload_folder."""
     directory = Path(directory)
-    ignored = NOT_FOR_THE_HUB if config.hub_strategy == "all_checkpoints" else [*NOT_FOR_THE_HUB, CHECKPOINTS]
+    ignored = (
+        NOT_FOR_THE_HUB
+        if config.hub_strategy == "all_checkpoints"
+        else [*NOT_FOR_THE_HUB, CHECKPOINTS]
+    )
     common = {"commit_message": redact(commit_message), "revision": config.hub_revision}
     uploads = [{"folder_path": str(directory), "ignore_patterns": ignored, **common}]
     if config.hub_strategy == "checkpoint" and checkpoint is not None:
         uploads.append(
-            {"folder_path": str(directory / checkpoint), "path_in_repo": "last-checkpoint", **common}
+            {
+                "folder_path": str(directory / checkpoint),
+                "path_in_repo": "last-checkpoint",
+                **common,
+            }
         )
     name = config.hub_model_id or directory.resolve().name
     return {"repo_id": name, "private": config.hub_private_repo, "exist_ok": True}, uploads
 
 
 def _untied(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict with every tied weight once, under the name that from_pretrained ties the others to."""
+    """The state dict with every tied weight once, under the name that from_pretrained ties the
+    others to.
+    """
     weights = dict(state_dict)
     for copy, original in model.all_tied_weights_keys.items():
         if copy not in weights:
             continue
         tensor = weights.pop(copy)
-        # Written once, they would load as one: if training let them differ, the export would be another model.
+        # Written once, they would load as one: if training let them differ, the export would be
+        # another model.
         assert original not in weights or torch.equal(tensor, weights[original]), (
             f"{copy} differs from {original}"
         )
         weights.setdefault(original, tensor)
     expected = set(model.state_dict()) - set(model.all_tied_weights_keys)
-    assert set(weights) == expected, f"not the model's parameters: {sorted(set(weights) ^ expected)[:5]}"
+    assert set(weights) == expected, (
+        f"not the model's parameters: {sorted(set(weights) ^ expected)[:5]}"
+    )
     empty = [name for name, tensor in weights.items() if tensor.numel() == 0]
     assert not empty, f"ZeRO-3 placeholders instead of parameters: {empty[:5]}"
     return weights
@@ -190,7 +229,8 @@ def _write_weights(
         model.generation_config = own_generation_config
     # It took both of these from the module, whose parameters may be placeholders of another dtype.
     _change_json(
-        directory / "config.json", lambda config: config.update(dtype=str(dtype).removeprefix("torch."))
+        directory / "config.json",
+        lambda config: config.update(dtype=str(dtype).removeprefix("torch.")),
     )
     index = directory / "model.safetensors.index.json"
     if index.exists():

@@ -1,11 +1,14 @@
-"""The manifest of a checkpoint: what its files must be, and the check that they are, before any is opened.
+"""The manifest of a checkpoint: what its files must be, and the check that they are, before any is
+opened.
 
     {"format": ..., "step": 15, "sequence": 3, "world_size": 2, "state": {...}, "versions": {...},
-     "written": ..., "files": {"engine/x.pt": {"size": 9, "sha256": ...}}, "digest": SHA-256 of all the rest}
+     "written": ..., "files": {"engine/x.pt": {"size": 9, "sha256": ...}}, "digest": SHA-256 of all
+     the rest}
 
-DeepSpeed's files are pickles, that is, programs. A reader gets to open a file only when the manifest lists
-it, its content has the listed hash, and (because a hash proves only that a file did not change, not who wrote
-it) its pickle names nothing but data. All refusals are InputErrors that name the file.
+DeepSpeed's files are pickles, that is, programs. A reader gets to open a file only when the
+manifest lists it, its content has the listed hash, and (because a hash proves only that a file did
+not change, not who wrote it) its pickle names nothing but data. All refusals are InputErrors that
+name the file.
 """
 
 import hashlib
@@ -27,7 +30,8 @@ MANIFEST = "manifest.json"
 FORMAT = "gkd_ds checkpoint 1"
 LARGEST_MANIFEST = 64 * 2**20  # bytes: 100,000 files and a generous state
 PICKLE_NAME = re.compile(r".*\.(pt|pth|bin|pkl|pickle|ckpt)", re.IGNORECASE)
-# The only classes in DeepSpeed's files that torch does not know to be harmless; engine_files lets in the same.
+# The only classes in DeepSpeed's files that torch does not know to be harmless; engine_files lets
+# in the same.
 HARMLESS_CLASSES = {
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -57,7 +61,9 @@ class Manifest:
 
 
 def verify(path: str | Path) -> Manifest:
-    """Check every file of one checkpoint in this process alone. Raises InputError naming the first bad."""
+    """Check every file of one checkpoint in this process alone. Raises InputError naming the first
+    bad.
+    """
     manifest = check_names(Path(path))
     check_contents(manifest, manifest.files)
     return manifest
@@ -77,8 +83,11 @@ def check_names(path: Path) -> Manifest:
     return manifest
 
 
-def check_contents(manifest: Manifest, names: Iterable[str], alive: Callable[[], None] = lambda: None) -> None:
-    """Compare files with their hashes, and look into pickles without running them. Raises InputError.
+def check_contents(
+    manifest: Manifest, names: Iterable[str], alive: Callable[[], None] = lambda: None
+) -> None:
+    """Compare files with their hashes, and look into pickles without running them. Raises
+    InputError.
 
     `alive` is called after every few megabytes.
     """
@@ -86,7 +95,9 @@ def check_contents(manifest: Manifest, names: Iterable[str], alive: Callable[[],
         path = manifest.path / name
         with _open_no_link(path) as file:
             if sha256(file, alive) != manifest.files[name].sha256:
-                raise InputError(f"{path} does not have the content that was saved (its SHA-256 differs)")
+                raise InputError(
+                    f"{path} does not have the content that was saved (its SHA-256 differs)"
+                )
         check_harmless(path)
 
 
@@ -98,7 +109,9 @@ def read(path: Path) -> Manifest:
         with _open_no_link(path / MANIFEST) as file:
             raw = file.read(LARGEST_MANIFEST + 1)
     except FileNotFoundError as error:
-        raise InputError(f"{path} has no {MANIFEST}, so it is no complete checkpoint of gkd_ds") from error
+        raise InputError(
+            f"{path} has no {MANIFEST}, so it is no complete checkpoint of gkd_ds"
+        ) from error
     except OSError as error:
         raise InputError(f"{path / MANIFEST} cannot be read ({error.strerror})") from error
     if len(raw) > LARGEST_MANIFEST:
@@ -107,7 +120,9 @@ def read(path: Path) -> Manifest:
 
 
 def parse(raw: bytes, path: Path) -> Manifest:
-    """The Manifest in `raw`, the content of `path`/manifest.json. Raises InputError for anything else."""
+    """The Manifest in `raw`, the content of `path`/manifest.json. Raises InputError for anything
+    else.
+    """
     try:
         body = json.loads(raw)
         stated = body.pop("digest", None) if isinstance(body, dict) else None
@@ -124,15 +139,20 @@ def parse(raw: bytes, path: Path) -> Manifest:
     for name, smallest in [("step", 0), ("sequence", 1), ("world_size", 1)]:
         value = body.get(name)
         need(
-            type(value) is int and value >= smallest, f"has no '{name}' that is a whole number >= {smallest}"
+            type(value) is int and value >= smallest,
+            f"has no '{name}' that is a whole number >= {smallest}",
         )
     for name in ("files", "state", "versions"):
         need(isinstance(body.get(name), dict), f"has no object '{name}'")
-    need(all(isinstance(text, str) for text in body["versions"].values()), "has a version that is not text")
+    need(
+        all(isinstance(text, str) for text in body["versions"].values()),
+        "has a version that is not text",
+    )
     for name, entry in body["files"].items():
         need(_is_plain_name(name), f"lists {name!r}, which is not a plain relative file name")
         need(
-            isinstance(entry, dict) and set(entry) == {"size", "sha256"}, f"has no size and hash for {name!r}"
+            isinstance(entry, dict) and set(entry) == {"size", "sha256"},
+            f"has no size and hash for {name!r}",
         )
         need(type(entry["size"]) is int and entry["size"] >= 0, f"has no proper size for {name!r}")
         digest = entry["sha256"]
@@ -147,7 +167,9 @@ def parse(raw: bytes, path: Path) -> Manifest:
 
 
 def render(body: dict[str, Any]) -> str:
-    """The text of a manifest with these fields and their digest, secrets hidden. TypeError if not JSON."""
+    """The text of a manifest with these fields and their digest, secrets hidden. TypeError if not
+    JSON.
+    """
     body = json.loads(
         json.dumps({"format": FORMAT} | redact(body))
     )  # keys become the text that a reader sees
@@ -155,7 +177,9 @@ def render(body: dict[str, Any]) -> str:
 
 
 def list_files(directory: Path) -> dict[str, int]:
-    """{relative POSIX path: bytes} of all files below. Raises InputError for links, devices and the like."""
+    """{relative POSIX path: bytes} of all files below. Raises InputError for links, devices and the
+    like.
+    """
     files = {}
     for root, folders, names in os.walk(directory):
         for name in folders + names:
@@ -164,12 +188,16 @@ def list_files(directory: Path) -> dict[str, int]:
             if stat.S_ISREG(status.st_mode):
                 files[path.relative_to(directory).as_posix()] = status.st_size
             elif not stat.S_ISDIR(status.st_mode):
-                raise InputError(f"{path} is a link or a special file, which no checkpoint contains")
+                raise InputError(
+                    f"{path} is a link or a special file, which no checkpoint contains"
+                )
     return files
 
 
 def sha256(file: BinaryIO, alive: Callable[[], None] = lambda: None) -> str:
-    """The SHA-256 of the rest of an open file, in hexadecimal; `alive` is called after every block."""
+    """The SHA-256 of the rest of an open file, in hexadecimal; `alive` is called after every
+    block.
+    """
     digest = hashlib.sha256()
     while block := file.read(2**22):
         digest.update(block)
@@ -178,12 +206,16 @@ def sha256(file: BinaryIO, alive: Callable[[], None] = lambda: None) -> str:
 
 
 def check_harmless(path: Path) -> None:
-    """Raise InputError if the file is a pickle, by its name, and not one of nothing but data. Nothing is unpickled."""
+    """Raise InputError if the file is a pickle, by its name, and not one of nothing but data.
+    Nothing is unpickled.
+    """
     if not PICKLE_NAME.fullmatch(path.name):
         return
     try:
         unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - HARMLESS_CLASSES
-    except Exception as error:  # torch raises half a dozen types for what is not a plain torch.save file
+    except (
+        Exception
+    ) as error:  # torch raises half a dozen types for what is not a plain torch.save file
         raise InputError(f"{path} is not a plain torch.save file") from error
     if unknown:
         raise InputError(
@@ -196,7 +228,9 @@ def _is_plain_name(name: str) -> bool:
 
 
 def _body_digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def _open_no_link(path: Path) -> BinaryIO:

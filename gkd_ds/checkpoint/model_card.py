@@ -1,6 +1,7 @@
 """The README.md of an exported student: how it was made, from what, and how well it did.
 
-model_card({"student": "org/base", "teacher": "org/big", "config": config.to_dict(), "metrics": {...}})
+model_card({"student": "org/base", "teacher": "org/big", "config": config.to_dict(), "metrics":
+{...}})
 """
 
 import re
@@ -9,7 +10,7 @@ from typing import Any, TypedDict
 
 import yaml
 
-from gkd_ds.provenance import provenance
+from gkd_ds.runtime.provenance import provenance
 from gkd_ds.runtime.redaction import redact
 
 HYPERPARAMETERS = {  # what decides the result, in the order of the story
@@ -128,7 +129,13 @@ generate([{"role": "user", "content": "Good morning!"}], max_new_tokens=64, retu
 
 def _metrics(metrics: dict[str, Any]) -> str:
     rows = [
-        (name, *(_number(part) for part in (value if isinstance(value, (list, tuple)) else ("", value))))
+        (
+            name,
+            *(
+                _number(part)
+                for part in (value if isinstance(value, (list, tuple)) else ("", value))
+            ),
+        )
         for name, value in metrics.items()
     ]
     return _table("Evaluation", ("", "before", "after"), rows)
@@ -136,7 +143,10 @@ def _metrics(metrics: dict[str, Any]) -> str:
 
 def _made_with() -> str:
     made = provenance()
-    versions = [*made["versions"].items(), ("git commit of gkd_ds", made["git_commit"] or "unknown")]
+    versions = [
+        *made["versions"].items(),
+        ("git commit of gkd_ds", made["git_commit"] or "unknown"),
+    ]
     return _table("Made with", ("software", "version"), versions)
 
 
@@ -144,7 +154,9 @@ def _table(title: str, header: tuple[str, ...], rows: list[tuple]) -> str:
     if not rows:
         return ""
     lines = [header, ("---",) * len(header), *rows]
-    return f"## {title}\n\n" + "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+    return f"## {title}\n\n" + "\n".join(
+        "| " + " | ".join(map(_cell, line)) + " |" for line in lines
+    )
 
 
 def _cell(value: Any) -> str:
@@ -161,4 +173,8 @@ def _name(path: str | None) -> str | None:
 
 
 def _is_hub_name(name: str | None) -> bool:
-    return bool(name) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
+    return (
+        bool(name)
+        and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+        and not Path(name).exists()
+    )

@@ -1,6 +1,7 @@
 """What a run remembers beside its weights and transformers' TrainerState.
 
-All of it is in every checkpoint, so that a run that goes on says and does what it would have said and done anyway.
+All of it is in every checkpoint, so that a run that goes on says and does what it would have said
+and done anyway.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Progress:
     """Steps are numbers of updates."""
 
     bad_updates: BadUpdates
-    epoch_ended_at: int = 0  # the step after which on_epoch_end came last; an epoch is open at any later one
+    epoch_ended_at: int = (
+        0  # the step after which on_epoch_end came last; an epoch is open at any later one
+    )
     evaluation_due: bool = False  # after this step, and not done yet
     evaluations: int = 0  # rows of metrics since the last update
     train_loss: Mean = field(default_factory=Mean)  # of the updates that were applied
@@ -117,7 +120,8 @@ def check_state(found: Manifest) -> None:
         problem = _mismatch(wanted, TRAINER_STATE, "state.trainer_state")
     if problem:
         raise InputError(
-            f"cannot resume from {found.path}: {MANIFEST} {problem}, so another version of gkd_ds wrote it; "
+            f"cannot resume from {found.path}: {MANIFEST} {problem}, so another version of gkd_ds "
+            "wrote it; "
             "go on with that version or from another checkpoint."
         )
 
@@ -129,7 +133,13 @@ def _mismatch(value: Any, shape: Any, name: str) -> str:
             return f"has no object '{name}'"
         if keys := sorted(set(value) ^ set(shape)):
             return f"{'lacks' if keys[0] in shape else 'has an unknown'} '{name}.{keys[0]}'"
-        return next(filter(None, (_mismatch(value[key], inner, f"{name}.{key}") for key, inner in shape.items())), "")
+        return next(
+            filter(
+                None,
+                (_mismatch(value[key], inner, f"{name}.{key}") for key, inner in shape.items()),
+            ),
+            "",
+        )
     if isinstance(shape, list):
         if not isinstance(value, list):
             return f"has no list '{name}'"
@@ -137,12 +147,15 @@ def _mismatch(value: Any, shape: Any, name: str) -> str:
     return "" if isinstance(value, shape) else f"has a '{name}' of the wrong type"
 
 
-# Groups of fields that do not change what a window computes; seeds are compared with the rest of the schedule.
+# Groups of fields that do not change what a window computes; seeds are compared with the rest of
+# the schedule.
 WITHOUT_INFLUENCE = ("The run", "Logging", "Checkpoints", "Hub")
 
 
 def differences(found: Manifest, config: GKDConfig) -> list[str]:
-    """One sentence for each setting or library that is not what it was when the checkpoint was written."""
+    """One sentence for each setting or library that is not what it was when the checkpoint was
+    written.
+    """
     changes, heading = [], None
     now = json.loads(json.dumps(redact(config.to_dict())))
     before = found.state["config"]

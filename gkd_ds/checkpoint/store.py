@@ -1,18 +1,20 @@
 """Checkpoints that are either complete and verified, or not there.
 
-A checkpoint is a directory `<run_dir>/checkpoint-<step>` whose manifest lists every other file (manifest.py).
-It is written beside its final name, flushed to the disk, and renamed; then `<run_dir>/latest`, a text file
-for people, is replaced. Whenever a process dies, what is called `checkpoint-<step>` is whole.
+A checkpoint is a directory `<run_dir>/checkpoint-<step>` whose manifest lists every other file
+(manifest.py). It is written beside its final name, flushed to the disk, and renamed; then
+`<run_dir>/latest`, a text file for people, is replaced. Whenever a process dies, what is called
+`checkpoint-<step>` is whole.
 
-    python -m gkd_ds.checkpoint.store RUN_DIR        # verifies everything and prints what a resume would take
+    python -m gkd_ds.checkpoint.store RUN_DIR        # verifies everything and prints what a resume
+    would take
 
-All ranks must see the run directory. `save` and `find` are collectives: every rank calls them, and every rank
-gets the same result or the same error. The names a directory can have:
+All ranks must see the run directory. `save` and `find` are collectives: every rank calls them, and
+every rank gets the same result or the same error. The names a directory can have:
 
-    checkpoint-15                complete
-    checkpoint-15.tmp-<nonce>    a save in progress, or one that died; the next save removes it
-    checkpoint-15.aside-<nonce>  what had the name before: an older checkpoint, or something that is not ours
-    checkpoint-15.trash-<nonce>  being deleted; the next save removes it
+    checkpoint-15                complete checkpoint-15.tmp-<nonce>    a save in progress, or one
+    that died; the next save removes it checkpoint-15.aside-<nonce>  what had the name before: an
+    older checkpoint, or something that is not ours checkpoint-15.trash-<nonce>  being deleted; the
+    next save removes it
 """
 
 import fcntl
@@ -47,13 +49,14 @@ PassedOver = list[tuple[Path, str]]  # what was not taken, and why
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written. Raised by every rank alike; earlier checkpoints are untouched.
+    """A checkpoint could not be written. Raised by every rank alike; earlier checkpoints are
+    untouched.
 
     The message is one sentence. Training may go on and try again at the next save.
     """
 
 
-# ---------------------------------------------------------------------------------------------- saving
+# -- saving -----------------------------------------------------------------------------------
 
 
 def save(
@@ -65,12 +68,13 @@ def save(
 ) -> Path:
     """Write `checkpoint-<step>` and return its path. A collective.
 
-    `write(directory)` runs on every rank and puts that rank's files there; an error in it must not keep this
-    rank from collectives that others wait in (engine_files.py does that for DeepSpeed's engine). `state` is
-    what JSON can hold; rank 0's is kept, with secrets hidden, and comes back as `Manifest.state`. `alive` is called
-    at every stage and while files are hashed.
+    `write(directory)` runs on every rank and puts that rank's files there; an error in it must not
+    keep this rank from collectives that others wait in (engine_files.py does that for DeepSpeed's
+    engine). `state` is what JSON can hold; rank 0's is kept, with secrets hidden, and comes back as
+    `Manifest.state`. `alive` is called at every stage and while files are hashed.
 
-    Raises CheckpointError, on all ranks, when any rank failed; the temporary directory is gone by then.
+    Raises CheckpointError, on all ranks, when any rank failed; the temporary directory is gone by
+    then.
     """
     run_dir, rank, world = Path(run_dir), ranks.rank(), ranks.world_size()
 
@@ -82,7 +86,8 @@ def save(
     try:
         stage(lambda: _check_visible(directory))
         stage(lambda: write(directory))
-        # On a shared file system one host may not see yet what another has written: all of them are asked.
+        # On a shared file system one host may not see yet what another has written: all of them are
+        # asked.
         names = sorted(set().union(*stage(lambda: set(manifest.list_files(directory)))))
         mine = [name for name in names if _owner(name, world) == rank]
         sealed = stage(lambda: _seal(directory, mine, alive))
@@ -110,34 +115,49 @@ def _check_visible(directory: Path) -> None:
     faults.point("save.write")
     if not directory.is_dir():
         raise OSError(
-            f"{directory} was made by rank 0 and is not there; output_dir must be shared by all hosts"
+            f"{directory} was made by rank 0 and is not there; output_dir must be shared by all "
+            "hosts"
         )
 
 
-def _seal(directory: Path, names: list[str], alive: Callable[[], None]) -> dict[str, dict[str, Any]]:
-    """Flush files to the disk and hash them. The rank that wrote a file does it: its host has the pages.
+def _seal(
+    directory: Path, names: list[str], alive: Callable[[], None]
+) -> dict[str, dict[str, Any]]:
+    """Flush files to the disk and hash them. The rank that wrote a file does it: its host has the
+    pages.
 
-    What a resume would refuse to read fails the save: later there may be nothing else left to go on from.
+    What a resume would refuse to read fails the save: later there may be nothing else left to go on
+    from.
     """
     entries = {}
     for name in names:
         faults.point("save.hash")
         with open(directory / name, "rb") as file:
             os.fsync(file.fileno())
-            entries[name] = Entry(os.fstat(file.fileno()).st_size, manifest.sha256(file, alive))._asdict()
+            entries[name] = Entry(
+                os.fstat(file.fileno()).st_size, manifest.sha256(file, alive)
+            )._asdict()
         manifest.check_harmless(directory / name)
     return entries
 
 
 def _commit(run_dir: Path, directory: Path, body: dict[str, Any]) -> Path:
-    """Write the manifest, give the directory its final name, and say so in `latest`. Rank 0 only."""
+    """Write the manifest, give the directory its final name, and say so in `latest`.
+
+    Rank 0 only.
+    """
     newest = max((known.sequence for known in _readable_checkpoints(run_dir)), default=0)
     faults.point("save.manifest")
     written = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     versions = {"python": platform.python_version()} | library_versions()
-    text = manifest.render(body | {"sequence": newest + 1, "versions": versions, "written": written})
+    text = manifest.render(
+        body | {"sequence": newest + 1, "versions": versions, "written": written}
+    )
     if len(text.encode()) > manifest.LARGEST_MANIFEST:
-        raise ValueError(f"its manifest would be larger than the {manifest.LARGEST_MANIFEST} bytes that a resume reads")
+        raise ValueError(
+            f"its manifest would be larger than the {manifest.LARGEST_MANIFEST} bytes that a "
+            "resume reads"
+        )
     _write_durably(directory / manifest.MANIFEST, text)
     for folder, _, _ in os.walk(directory):
         _flush_directory(Path(folder))
@@ -161,7 +181,9 @@ def _commit(run_dir: Path, directory: Path, body: dict[str, Any]) -> Path:
 
 
 def _move_aside(final: Path) -> Path | None:
-    """Free the final name, destroying nothing: `find` looks there too, should the next rename never come."""
+    """Free the final name, destroying nothing: `find` looks there too, should the next rename never
+    come.
+    """
     if not os.path.lexists(final):
         return None
     faults.point("save.aside")
@@ -177,14 +199,17 @@ def library_versions() -> dict[str, str]:
 
 
 def together(failure: str, work: Callable[[], Any]) -> list[Any]:
-    """Do `work` on this rank; return every rank's result, or raise the same CheckpointError on every rank.
+    """Do `work` on this rank; return every rank's result, or raise the same CheckpointError on
+    every rank.
 
     `failure` begins its sentence; what follows is which rank failed, and why.
     """
     cause, outcome = None, (None, None)
     try:
         outcome = (work(), None)
-    except Exception as error:  # whatever it is, the other ranks must hear of it before this one leaves
+    except (
+        Exception
+    ) as error:  # whatever it is, the other ranks must hear of it before this one leaves
         cause, outcome = error, (None, _describe(error))
     outcomes = ranks.gather(outcome)
     for rank, (_, problem) in enumerate(outcomes):
@@ -193,15 +218,17 @@ def together(failure: str, work: Callable[[], Any]) -> list[Any]:
     return [result for result, _ in outcomes]
 
 
-# ------------------------------------------------------------------------------------------ one run only
+# -- one run only -----------------------------------------------------------------------------
 
 
 @contextmanager
 def only_run(run_dir: str | Path) -> Iterator[None]:
-    """Let no other run train in `run_dir` meanwhile; two would delete and overwrite each other's files. A collective.
+    """Let no other run train in `run_dir` meanwhile; two would delete and overwrite each other's
+    files. A collective.
 
-    The ranks of a launcher that has died may still be at their last save, so it waits a little. Raises InputError on
-    all ranks when the other run goes on. The lock belongs to rank 0's process: it is gone with it, however it ends.
+    The ranks of a launcher that has died may still be at their last save, so it waits a little.
+    Raises InputError on all ranks when the other run goes on. The lock belongs to rank 0's process:
+    it is gone with it, however it ends.
     """
     lock, problem = None, ""
     if ranks.rank() == 0:
@@ -221,7 +248,11 @@ def _lock(run_dir: Path) -> tuple[int | None, str]:
         _make_durably(run_dir)
         lock = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
-        return None, f"{run_dir / LOCK} cannot be opened ({error.strerror}); remove it, or choose another output_dir."
+        return (
+            None,
+            f"{run_dir / LOCK} cannot be opened ({error.strerror}); remove it, or choose another "
+            "output_dir.",
+        )
     patient_until = time.monotonic() + PATIENCE
     while True:
         try:
@@ -230,14 +261,20 @@ def _lock(run_dir: Path) -> tuple[int | None, str]:
         except BlockingIOError:
             if time.monotonic() > patient_until:
                 os.close(lock)
-                return None, f"another run is training in {run_dir}; stop it, or choose another output_dir."
+                return (
+                    None,
+                    f"another run is training in {run_dir}; stop it, or choose another output_dir.",
+                )
             time.sleep(0.2)
         except OSError as error:  # a file system without locks
-            _warn(f"{run_dir} cannot be locked ({error.strerror}); see to it that no other run uses it")
+            _warn(
+                f"{run_dir} cannot be locked ({error.strerror}); see to it that no other run uses "
+                "it"
+            )
             return lock, ""
 
 
-# --------------------------------------------------------------------------------------------- finding
+# -- finding ----------------------------------------------------------------------------------
 
 
 def find(
@@ -245,12 +282,13 @@ def find(
 ) -> tuple[Manifest | None, PassedOver]:
     """The checkpoint to resume from, verified, and what was passed over for it. A collective.
 
-    `wanted` is True (there must be one), "auto" (None when the run has none yet, so that a first start and a
-    requeued one are the same command), a path (that one or an error), or None or False (no resume). The
-    newest is the one saved last, which is not the highest step once a run was sent back to an earlier one.
-    `alive` is called often while files are verified.
+    `wanted` is True (there must be one), "auto" (None when the run has none yet, so that a first
+    start and a requeued one are the same command), a path (that one or an error), or None or False
+    (no resume). The newest is the one saved last, which is not the highest step once a run was sent
+    back to an earlier one. `alive` is called often while files are verified.
 
-    Raises InputError on every rank: nothing to resume from, only damaged ones, or the path does not verify.
+    Raises InputError on every rank: nothing to resume from, only damaged ones, or the path does not
+    verify.
     """
     run_dir = Path(run_dir)
     if wanted is None or wanted is False:
@@ -258,9 +296,13 @@ def find(
     if wanted is not True and wanted != "auto":
         found, reason = _verify_together(Path(wanted), alive)
         if found is None:
-            raise InputError(f"cannot resume from {wanted}: {reason}; name another checkpoint or 'auto'.")
+            raise InputError(
+                f"cannot resume from {wanted}: {reason}; name another checkpoint or 'auto'."
+            )
         return found, []
-    listing, reason = ranks.broadcast(_attempt(lambda: _candidates(run_dir)) if ranks.rank() == 0 else None)
+    listing, reason = ranks.broadcast(
+        _attempt(lambda: _candidates(run_dir)) if ranks.rank() == 0 else None
+    )
     if listing is None:
         raise InputError(f"cannot look for checkpoints in {run_dir}: {reason}; correct output_dir.")
     candidates, passed_over = listing
@@ -274,17 +316,22 @@ def find(
         reasons = "; ".join(reason for _, reason in passed_over) or "there is none"
         raise InputError(
             f"no checkpoint in {run_dir} can be resumed from ({reasons}); "
-            "set resume_from_checkpoint to another path, or move damaged ones away and use 'auto' or false."
+            "set resume_from_checkpoint to another path, or move damaged ones away and use 'auto' "
+            "or false."
         )
     return None, passed_over
 
 
 def _candidates(run_dir: Path) -> tuple[list[Path], PassedOver]:
-    """Directories with a readable manifest, saved last first; and what is passed over already here."""
+    """Directories with a readable manifest, saved last first; and what is passed over already
+    here.
+    """
     readable, passed_over = [], []
     for path in sorted(run_dir.iterdir()) if run_dir.is_dir() else []:
         if LEFTOVER_NAME.fullmatch(path.name):
-            passed_over.append((path, f"{path} is left from a save or a deletion that did not finish"))
+            passed_over.append(
+                (path, f"{path} is left from a save or a deletion that did not finish")
+            )
         elif match := COMPLETE_NAME.fullmatch(path.name):
             found, reason = _attempt(lambda path=path: manifest.read(path))
             if found is None:
@@ -299,7 +346,9 @@ def _candidates(run_dir: Path) -> tuple[list[Path], PassedOver]:
     if pointer.is_file():
         named = pointer.read_bytes()[:300].decode(errors="replace").strip()
         if named not in [path.name for path in candidates]:
-            passed_over.append((pointer, f"{pointer} names {named!r}, which is no readable checkpoint"))
+            passed_over.append(
+                (pointer, f"{pointer} names {named!r}, which is no readable checkpoint")
+            )
     return candidates, passed_over
 
 
@@ -326,7 +375,9 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, str]:
 
 
 def _owner(name: str, world: int) -> int:
-    """The rank that wrote a file, by its name (`zero_pp_rank_3_...`, `random-rank3.pt`); 0 for others."""
+    """The rank that wrote a file, by its name (`zero_pp_rank_3_...`, `random-rank3.pt`); 0 for
+    others.
+    """
     match = RANK_IN_NAME.search(name)
     return int(match[1]) % world if match else 0
 
@@ -340,15 +391,16 @@ def _readable_checkpoints(run_dir: Path) -> list[Manifest]:
     return [found for path in paths if (found := _readable(path))]
 
 
-# --------------------------------------------------------------------------------------------- pruning
+# -- pruning ----------------------------------------------------------------------------------
 
 
 def prune(run_dir: str | Path, keep: int | None, protect: str | Path | None = None) -> list[Path]:
-    """Delete the oldest checkpoints until `keep` are left (None: all stay), and the leftovers of dead saves.
+    """Delete the oldest checkpoints until `keep` are left (None: all stay), and the leftovers of
+    dead saves.
 
-    The newest and `protect` (the best one) always stay, and so does every directory without a manifest of
-    ours. Rank 0 works, the others return at once. Call it after `save`, never while a save is under way. It
-    warns, instead of raising, when the disk refuses. Returns what it deleted.
+    The newest and `protect` (the best one) always stay, and so does every directory without a
+    manifest of ours. Rank 0 works, the others return at once. Call it after `save`, never while a
+    save is under way. It warns, instead of raising, when the disk refuses. Returns what it deleted.
     """
     run_dir = Path(run_dir)
     if ranks.rank() != 0 or not run_dir.is_dir():
@@ -369,11 +421,17 @@ def prune(run_dir: str | Path, keep: int | None, protect: str | Path | None = No
 
 
 def _remove_leftovers(run_dir: Path) -> list[Path]:
-    """Delete what dead saves and deletions left, and older checkpoints whose name a complete newer one has."""
+    """Delete what dead saves and deletions left, and older checkpoints whose name a complete newer
+    one has.
+    """
     deleted = []
     for path in list(run_dir.iterdir()):
         replaced = ".aside-" in path.name and _readable(path) and _readable(path.with_suffix(""))
-        if path.is_dir() and not path.is_symlink() and (replaced or LEFTOVER_NAME.fullmatch(path.name)):
+        if (
+            path.is_dir()
+            and not path.is_symlink()
+            and (replaced or LEFTOVER_NAME.fullmatch(path.name))
+        ):
             faults.point("prune.leftover")
             shutil.rmtree(path)
             deleted.append(path)
@@ -390,7 +448,7 @@ def _delete(path: Path) -> None:
     shutil.rmtree(trash)
 
 
-# ---------------------------------------------------------------------------------------- small helpers
+# -- small helpers ----------------------------------------------------------------------------
 
 
 def _make_durably(directory: Path) -> None:

@@ -3,15 +3,15 @@
     from gkd_ds import GKDConfig
     args = GKDConfig(output_dir="runs/first", per_device_train_batch_size=1, lmbda=1.0)
 
-The fields carry the names, meanings and defaults of TRL's GKDConfig, so code and recipes written for it
-keep working; our own fields stand beside the ones they belong to. What TRL has and we do not act on exists
-too, with its default, and is refused *by name* through the table NOT_SUPPORTED when it is set to anything
-else: to support a field, act on it and delete its name there.
+The fields carry the names, meanings and defaults of TRL's GKDConfig, so code and recipes written
+for it keep working; our own fields stand beside the ones they belong to. What TRL has and we do not
+act on exists too, with its default, and is refused *by name* through the table NOT_SUPPORTED when
+it is set to anything else: to support a field, act on it and delete its name there.
 
-Everything knowable without files is checked when the object is made (`validate`); files and directories by
-`validate_files`, which the command line and the trainer call before any model is loaded, and by
-`check_output_dir_is_free`, before training. All raise InputError. Nothing here imports torch, so a wrong knob answers
-at once. `python -m gkd_ds.train --help` prints the fields.
+Everything knowable without files is checked when the object is made (`validate`); files and
+directories by `validate_files`, which the command line and the trainer call before any model is
+loaded, and by `check_output_dir_is_free`, before training. All raise InputError. Nothing here
+imports torch, so a wrong knob answers at once. `python -m gkd_ds.train --help` prints the fields.
 """
 
 import dataclasses
@@ -72,7 +72,8 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# What TRL's configuration has and this project does not act on (yet): by the reason, which says what to do.
+# What TRL's configuration has and this project does not act on (yet): by the reason, which says
+# what to do.
 NOT_SUPPORTED: dict[str, str] = {
     name: reason
     for reason, names in {
@@ -108,7 +109,9 @@ NOT_SUPPORTED: dict[str, str] = {
             "dataloader_num_workers dataloader_prefetch_factor dataloader_persistent_workers dataloader_pin_memory"
         ),
         "the learn phase already packs a window's samples by length": "group_by_length length_column_name",
-        "DeepSpeed ZeRO-3 shards the student": ("fsdp fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap"),
+        "DeepSpeed ZeRO-3 shards the student": (
+            "fsdp fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap"
+        ),
         "DeepSpeed ZeRO-3 shards the student; use deepspeed": "fsdp_config",
         "the engines are DeepSpeed's own, without accelerate": "accelerator_config parallelism_config",
         "it belongs to SageMaker": "mp_parameters",
@@ -116,7 +119,9 @@ NOT_SUPPORTED: dict[str, str] = {
             "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers"
         ),
         "the teacher's whole distribution is the target": "label_smoothing_factor",
-        "noise in the embeddings would make the student differ from the one that sampled": ("neftune_noise_alpha"),
+        "noise in the embeddings would make the student differ from the one that sampled": (
+            "neftune_noise_alpha"
+        ),
         "AdamW takes its values from learning_rate, weight_decay and adam_*": "optim_args",
         "only AdamW is available": "optim_target_modules adafactor",
         "metrics go to metrics.jsonl and, with report_to: wandb, to W&B": "trackio_space_id",
@@ -126,7 +131,9 @@ NOT_SUPPORTED: dict[str, str] = {
         ),
         "there is no hyperparameter search inside a run; see launch/ for sweeps": "ray_scope",
         "perf/rollout_tokens_per_s is always in metrics.jsonl": "include_tokens_per_second",
-        "the loss is already computed chunk by chunk; see loss_memory_mb": ("use_liger_kernel liger_kernel_config"),
+        "the loss is already computed chunk by chunk; see loss_memory_mb": (
+            "use_liger_kernel liger_kernel_config"
+        ),
         "rows are always read as chat messages or prompt/completion": "dataset_kwargs dataset_text_field",
         "the learn phase packs a window's samples itself; see learn_tokens_per_micro_batch": (
             "packing packing_strategy eval_packing padding_free"
@@ -135,7 +142,9 @@ NOT_SUPPORTED: dict[str, str] = {
         "the loss is always on the completion only": "completion_only_loss",
         "the loss is always on the last assistant turn only": "assistant_only_loss",
         "the loss is always the generalized JSD; see beta": "loss_type",
-        "use gradient_checkpointing, or DeepSpeed's activation_checkpointing block": ("activation_offloading"),
+        "use gradient_checkpointing, or DeepSpeed's activation_checkpointing block": (
+            "activation_offloading"
+        ),
         "sequences of similar length are padded together, to the longest": "pad_to_multiple_of",
         "W&B's files go to output_dir; set WANDB_DIR for another place": "logging_dir",
         "completion tokens are always counted, in metrics.jsonl": "include_num_input_tokens_seen",
@@ -161,9 +170,11 @@ PATHS = (
 )
 
 
-def knob(default: Any, help: str, *, heading: str | None = None, secret: bool = False, **bounds: float) -> Any:
-    """A field: its default (`dict` and `list` mean an empty one), its meaning, and inclusive (`low`, `high`)
-    or exclusive (`above`, `below`) bounds. `heading` starts a group of fields."""
+def knob(
+    default: Any, help: str, *, heading: str | None = None, secret: bool = False, **bounds: float
+) -> Any:
+    """A field: its default (`dict` and `list` mean an empty one), its meaning, and inclusive
+    (`low`, `high`) or exclusive (`above`, `below`) bounds. `heading` starts a group of fields."""
     metadata = {"help": help, "heading": heading, "secret": secret, "bounds": bounds}
     if default in (dict, list):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -175,7 +186,8 @@ class GKDConfig:
     """All knobs of a run. See the module docstring; each field's line says what it does.
 
     Raises:
-        InputError: a value of the wrong type or out of bounds, a combination that contradicts itself, or a
+        InputError: a value of the wrong type or out of bounds, a combination that contradicts
+        itself, or a
             field of TRL's that is not supported and was changed.
     """
 
@@ -184,25 +196,50 @@ class GKDConfig:
         "Directory of the run: metrics, checkpoints, final model (default trainer_output).",
         heading="The run",
     )
-    overwrite_output_dir: bool = knob(False, "Start over in an output_dir that already holds a run.")
+    overwrite_output_dir: bool = knob(
+        False, "Start over in an output_dir that already holds a run."
+    )
     do_train: bool = knob(False, "Accepted for TRL's scripts; calling train() is what trains.")
-    do_eval: bool = knob(False, "Accepted for TRL's scripts; the command line reads the evaluation split if set.")
-    seed: int = knob(42, "Seed of the model, of every sampled token and of the source draws.", low=0, below=2**32)
-    data_seed: int | None = knob(None, "Seed of the sample order (default: seed).", low=0, below=2**32)
+    do_eval: bool = knob(
+        False, "Accepted for TRL's scripts; the command line reads the evaluation split if set."
+    )
+    seed: int = knob(
+        42, "Seed of the model, of every sampled token and of the source draws.", low=0, below=2**32
+    )
+    data_seed: int | None = knob(
+        None, "Seed of the sample order (default: seed).", low=0, below=2**32
+    )
     full_determinism: bool = knob(False, "Deterministic kernels only (slower on GPUs).")
     max_runtime: float | str | None = knob(
-        None, "Stop with a checkpoint after this time: seconds, or text such as 3h30m; all ranks agree on it."
+        None,
+        "Stop with a checkpoint after this time: seconds, or text such as 3h30m; all ranks agree on it.",
     )
-    stop_file: str | None = knob(None, "Stop with a checkpoint when this file appears (default <output_dir>/STOP).")
-    max_bad_updates: int = knob(5, "Stop with a diagnosis after this many skipped updates in a row.", low=1)
-    watchdog_timeout: float = knob(1800.0, "Seconds without progress on any rank before the run is ended.", above=0)
+    stop_file: str | None = knob(
+        None, "Stop with a checkpoint when this file appears (default <output_dir>/STOP)."
+    )
+    max_bad_updates: int = knob(
+        5, "Stop with a diagnosis after this many skipped updates in a row.", low=1
+    )
+    watchdog_timeout: float = knob(
+        1800.0, "Seconds without progress on any rank before the run is ended.", above=0
+    )
 
-    model_name_or_path: str | None = knob(None, "The student: a local directory or a hub name.", heading="Models")
-    teacher_model_name_or_path: str | None = knob(None, "The teacher: a local directory or a hub name.")
-    model_init_kwargs: dict | None = knob(None, "Keyword arguments of the student's from_pretrained.")
-    teacher_model_init_kwargs: dict | None = knob(None, "Keyword arguments of the teacher's from_pretrained.")
+    model_name_or_path: str | None = knob(
+        None, "The student: a local directory or a hub name.", heading="Models"
+    )
+    teacher_model_name_or_path: str | None = knob(
+        None, "The teacher: a local directory or a hub name."
+    )
+    model_init_kwargs: dict | None = knob(
+        None, "Keyword arguments of the student's from_pretrained."
+    )
+    teacher_model_init_kwargs: dict | None = knob(
+        None, "Keyword arguments of the teacher's from_pretrained."
+    )
     trust_remote_code: bool = knob(False, "Allow models that bring their own Python code.")
-    attn_implementation: str | None = knob(None, "Attention of both models: eager, sdpa, flash_attention_2, ...")
+    attn_implementation: str | None = knob(
+        None, "Attention of both models: eager, sdpa, flash_attention_2, ..."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = knob(
         None, "Type of the student's weights (default: float32 unless bf16 or fp16)."
     )
@@ -218,14 +255,24 @@ class GKDConfig:
     row_errors: Literal["strict", "skip"] = knob(
         "strict", "A malformed row ends the run (strict) or is counted (skip)."
     )
-    max_skipped_rows: int = knob(100, "With row_errors=skip: more malformed rows than this end the run.", low=0)
-    chat_template_path: str | None = knob(None, "Chat template: a Jinja file, or a tokenizer's directory or hub name.")
+    max_skipped_rows: int = knob(
+        100, "With row_errors=skip: more malformed rows than this end the run.", low=0
+    )
+    chat_template_path: str | None = knob(
+        None, "Chat template: a Jinja file, or a tokenizer's directory or hub name."
+    )
     eos_token: str | None = knob(None, "End-of-turn token, if not the tokenizer's.")
     pad_token: str | None = knob(None, "Padding token, if not the tokenizer's.")
-    max_length: int | None = knob(1024, "Tokens of prompt and completion together; null for no bound.", low=2)
+    max_length: int | None = knob(
+        1024, "Tokens of prompt and completion together; null for no bound.", low=2
+    )
     pad_to_multiple_of: int | None = knob(None, "Pad sequences to a multiple of this.", low=1)
-    remove_unused_columns: bool = knob(True, "Accepted for TRL's scripts; only known columns are ever read.")
-    dataloader_drop_last: bool = knob(False, "Leave out the last window of an epoch when it is not full.")
+    remove_unused_columns: bool = knob(
+        True, "Accepted for TRL's scripts; only known columns are ever read."
+    )
+    dataloader_drop_last: bool = knob(
+        False, "Leave out the last window of an epoch when it is not full."
+    )
 
     lmbda: float = knob(
         0.5,
@@ -243,17 +290,26 @@ class GKDConfig:
         high=1,
     )
     temperature: float = knob(0.9, "Temperature of sampling only; 0 decodes greedily.", low=0)
-    divergence_temperature: float = knob(1.0, "Temperature of both distributions in the divergence.", above=0)
+    divergence_temperature: float = knob(
+        1.0, "Temperature of both distributions in the divergence.", above=0
+    )
     max_new_tokens: int = knob(128, "Longest sampled completion, in tokens.", low=1)
-    seq_kd: bool = knob(False, "Micro-batches that are not on-policy use completions generated by the teacher: "
-        "one pass over its weights per token of the longest, beside the one that scores the window.")
+    seq_kd: bool = knob(
+        False,
+        "Micro-batches that are not on-policy use completions generated by the teacher: "
+        "one pass over its weights per token of the longest, beside the one that scores the window.",
+    )
     rollout_engine: Literal["auto", "hybrid", "gather", "sharded"] = knob(
         "auto",
         "How the student samples: DeepSpeed's hybrid engine, gathered once per window, or partitioned throughout.",
     )
 
-    per_device_train_batch_size: int = knob(8, "Samples per rank and micro-batch.", heading="Batches and length", low=1)
-    gradient_accumulation_steps: int = knob(1, "Micro-batches per window, that is, per update.", low=1)
+    per_device_train_batch_size: int = knob(
+        8, "Samples per rank and micro-batch.", heading="Batches and length", low=1
+    )
+    gradient_accumulation_steps: int = knob(
+        1, "Micro-batches per window, that is, per update.", low=1
+    )
     num_train_epochs: float = knob(3.0, "Passes over the data.", above=0)
     max_steps: int = knob(-1, "Updates; if positive, num_train_epochs does not count.", low=-1)
 
@@ -262,11 +318,21 @@ class GKDConfig:
     adam_beta1: float = knob(0.9, "Decay of Adam's first moment.", low=0, below=1)
     adam_beta2: float = knob(0.999, "Decay of Adam's second moment.", low=0, below=1)
     adam_epsilon: float = knob(1e-8, "Adam's epsilon.", above=0)
-    max_grad_norm: float = knob(1.0, "Norm to which gradients are clipped; 0 for no clipping.", low=0)
-    optim: Literal["adamw_torch_fused", "adamw_torch"] = knob("adamw_torch_fused", "Optimizer: AdamW, fused or not.")
-    lr_scheduler_type: str = knob("linear", "Schedule of the learning rate: " + ", ".join(SCHEDULES) + ".")
-    lr_scheduler_kwargs: dict | None = knob(dict, "Arguments of the schedule, such as num_cycles or min_lr.")
-    warmup_ratio: float = knob(0.0, "Share of the updates over which the learning rate rises from 0.", low=0, high=1)
+    max_grad_norm: float = knob(
+        1.0, "Norm to which gradients are clipped; 0 for no clipping.", low=0
+    )
+    optim: Literal["adamw_torch_fused", "adamw_torch"] = knob(
+        "adamw_torch_fused", "Optimizer: AdamW, fused or not."
+    )
+    lr_scheduler_type: str = knob(
+        "linear", "Schedule of the learning rate: " + ", ".join(SCHEDULES) + "."
+    )
+    lr_scheduler_kwargs: dict | None = knob(
+        dict, "Arguments of the schedule, such as num_cycles or min_lr."
+    )
+    warmup_ratio: float = knob(
+        0.0, "Share of the updates over which the learning rate rises from 0.", low=0, high=1
+    )
     warmup_steps: int = knob(
         0,
         "Updates over which the learning rate rises from 0; if positive, warmup_ratio does not count.",
@@ -280,7 +346,9 @@ class GKDConfig:
     )
     fp16: bool = knob(False, "float16 training with loss scaling.")
     tf32: bool | None = knob(None, "TF32 products on GPUs; null keeps torch's setting.")
-    gradient_checkpointing: bool = knob(True, "Recompute activations in the learn phase (never while sampling).")
+    gradient_checkpointing: bool = knob(
+        True, "Recompute activations in the learn phase (never while sampling)."
+    )
     gradient_checkpointing_kwargs: dict | None = knob(None, "Arguments of gradient checkpointing.")
     rollout_memory_mb: int | None = knob(
         None,
@@ -288,13 +356,18 @@ class GKDConfig:
         low=1,
     )
     offload_optimizer_states: bool = knob(
-        False, "Keep the student's optimizer states in host memory during rollouts, which then have their room."
+        False,
+        "Keep the student's optimizer states in host memory during rollouts, which then have their room.",
     )
     score_memory_mb: int = knob(1024, "MiB of activations inside a layer of the teacher.", low=1)
     targets_memory_mb: int = knob(
-        4096, "MiB of the teacher's hidden states kept on the device; beyond it they go to the host.", low=0
+        4096,
+        "MiB of the teacher's hidden states kept on the device; beyond it they go to the host.",
+        low=0,
     )
-    loss_memory_mb: int = knob(64, "MiB of the logits chunk in the loss, both models together.", low=1)
+    loss_memory_mb: int = knob(
+        64, "MiB of the logits chunk in the loss, both models together.", low=1
+    )
     learn_tokens_per_micro_batch: int | None = knob(
         None,
         "Tokens per forward of the learn phase; null: as many as the widest micro-batch would hold.",
@@ -314,8 +387,8 @@ class GKDConfig:
     )
     use_cpu: bool = knob(False, "Run on the CPU even where there is an accelerator.")
     local_rank: int = knob(-1, "Rank on this node, given by the launcher.", low=-1)
-    ddp_backend: Literal["nccl", "gloo", "mpi", "ccl", "hccl", "xccl", "cncl", "mccl"] | None = knob(
-        None, "Backend of torch.distributed; null: the accelerator's."
+    ddp_backend: Literal["nccl", "gloo", "mpi", "ccl", "hccl", "xccl", "cncl", "mccl"] | None = (
+        knob(None, "Backend of torch.distributed; null: the accelerator's.")
     )
     ddp_timeout: int = knob(1800, "Seconds after which a collective gives up.", low=1)
 
@@ -325,9 +398,13 @@ class GKDConfig:
     run_name: str | None = knob(None, "Name of the run on W&B.")
     project: str = knob("huggingface", "W&B project (the variable WANDB_PROJECT wins).")
     logging_strategy: IntervalStrategy = knob("steps", "When to log: no, steps, epoch.")
-    logging_steps: float = knob(10, "Log every so many updates; below 1: a share of all updates.", low=0)
+    logging_steps: float = knob(
+        10, "Log every so many updates; below 1: a share of all updates.", low=0
+    )
     logging_first_step: bool = knob(False, "Log the first update too.")
-    logging_nan_inf_filter: bool = knob(True, "Leave losses that are NaN or infinite out of logged averages.")
+    logging_nan_inf_filter: bool = knob(
+        True, "Leave losses that are NaN or infinite out of logged averages."
+    )
     log_rollouts: int = knob(
         4, "Sampled completions logged each time, beside the teacher's probability of them.", low=0
     )
@@ -335,49 +412,74 @@ class GKDConfig:
     log_level: Literal["passive", "detail", "debug", "info", "warning", "error", "critical"] = knob(
         "passive", "Level of our own log; passive leaves Python's logging as it is."
     )
-    disable_tqdm: bool | None = knob(None, "Plain lines instead of a progress bar; null: a bar on a terminal only.")
-    include_num_input_tokens_seen: bool | str = knob(False, "Count input tokens: all, non_padding, no.")
+    disable_tqdm: bool | None = knob(
+        None, "Plain lines instead of a progress bar; null: a bar on a terminal only."
+    )
+    include_num_input_tokens_seen: bool | str = knob(
+        False, "Count input tokens: all, non_padding, no."
+    )
     skip_memory_metrics: bool = knob(True, "Leave memory figures out of the metrics.")
 
-    eval_strategy: IntervalStrategy = knob("no", "When to evaluate: no, steps, epoch.", heading="Evaluation")
+    eval_strategy: IntervalStrategy = knob(
+        "no", "When to evaluate: no, steps, epoch.", heading="Evaluation"
+    )
     eval_steps: float | None = knob(
         None, "Evaluate every so many updates (default logging_steps); below 1: a share.", above=0
     )
     eval_delay: float = knob(0, "Updates or epochs before the first evaluation.", low=0)
     eval_on_start: bool = knob(False, "Evaluate before the first update.")
     per_device_eval_batch_size: int = knob(8, "Samples per rank and batch when evaluating.", low=1)
-    eval_on_policy: bool = knob(True, "Evaluate on the student's own samples as well as on reference completions.")
+    eval_on_policy: bool = knob(
+        True, "Evaluate on the student's own samples as well as on reference completions."
+    )
     eval_max_samples: int | None = knob(None, "Evaluate on the first so many samples only.", low=1)
     load_best_model_at_end: bool = knob(False, "End with the best checkpoint instead of the last.")
-    metric_for_best_model: str | None = knob(None, "Metric that decides which is best (default loss).")
+    metric_for_best_model: str | None = knob(
+        None, "Metric that decides which is best (default loss)."
+    )
     greater_is_better: bool | None = knob(
         None, "Whether that metric should rise (default: not for a loss or divergence)."
     )
-    prediction_loss_only: bool = knob(False, "Accepted for TRL's scripts; evaluation only ever returns losses.")
+    prediction_loss_only: bool = knob(
+        False, "Accepted for TRL's scripts; evaluation only ever returns losses."
+    )
 
     save_strategy: SaveStrategy = knob(
         "steps", "When to write a checkpoint: no, steps, epoch, best.", heading="Checkpoints"
     )
-    save_steps: float = knob(500, "Write a checkpoint every so many updates; below 1: a share of all updates.", low=0)
-    save_total_limit: int | None = knob(None, "Checkpoints to keep; older ones are deleted; null keeps all.", low=1)
+    save_steps: float = knob(
+        500, "Write a checkpoint every so many updates; below 1: a share of all updates.", low=0
+    )
+    save_total_limit: int | None = knob(
+        None, "Checkpoints to keep; older ones are deleted; null keeps all.", low=1
+    )
     save_only_model: bool = knob(
-        False, "Checkpoints without optimizer and position; they cannot be resumed. A stop writes a whole one."
+        False,
+        "Checkpoints without optimizer and position; they cannot be resumed. A stop writes a whole one.",
     )
     resume_from_checkpoint: bool | str | None = knob(
         None,
         "A checkpoint's directory; true: the newest valid one in output_dir; auto: the same, or start if "
         "there is none.",
     )
-    restore_callback_states_from_checkpoint: bool = knob(False, "Restore the state of callbacks on resume.")
-    ignore_data_skip: bool = knob(False, "On resume start at the beginning of the data instead of where it stopped.")
+    restore_callback_states_from_checkpoint: bool = knob(
+        False, "Restore the state of callbacks on resume."
+    )
+    ignore_data_skip: bool = knob(
+        False, "On resume start at the beginning of the data instead of where it stopped."
+    )
 
     push_to_hub: bool = knob(False, "Push the model to the hub when it is saved.", heading="Hub")
-    hub_model_id: str | None = knob(None, "Repository on the hub (default: the name of output_dir).")
+    hub_model_id: str | None = knob(
+        None, "Repository on the hub (default: the name of output_dir)."
+    )
     hub_strategy: Literal["every_save", "end", "checkpoint", "all_checkpoints"] = knob(
         "every_save", "What to push, and when."
     )
     hub_token: str | None = knob(
-        None, "Token of the hub (default: the one you logged in with); never written anywhere.", secret=True
+        None,
+        "Token of the hub (default: the one you logged in with); never written anywhere.",
+        secret=True,
     )
     hub_private_repo: bool | None = knob(None, "Make the repository private.")
     hub_revision: str | None = knob(None, "Branch to push to.")
@@ -433,7 +535,9 @@ class GKDConfig:
     label_smoothing_factor: float = knob(0.0, "Label smoothing.")
     neftune_noise_alpha: float | None = knob(None, "Noise in the embeddings.")
     optim_args: str | None = knob(None, "Arguments of other optimizers.")
-    optim_target_modules: str | list | None = knob(None, "Modules that other optimizers treat specially.")
+    optim_target_modules: str | list | None = knob(
+        None, "Modules that other optimizers treat specially."
+    )
     adafactor: bool = knob(False, "Use Adafactor.")
     trackio_space_id: str | None = knob("trackio", "Space of Trackio.")
     hub_always_push: bool = knob(False, "Push even when the last push has not finished.")
@@ -445,7 +549,9 @@ class GKDConfig:
     include_tokens_per_second: bool = knob(False, "Log tokens per second.")
     use_liger_kernel: bool = knob(False, "Use Liger's kernels.")
     liger_kernel_config: dict | None = knob(None, "Which of Liger's kernels.")
-    average_tokens_across_devices: bool = knob(True, "Divide the loss by the tokens of all ranks together.")
+    average_tokens_across_devices: bool = knob(
+        True, "Divide the loss by the tokens of all ranks together."
+    )
     dataset_text_field: str = knob("text", "Column with plain text.")
     dataset_kwargs: dict | None = knob(None, "Further arguments for preparing the data set.")
     packing: bool = knob(False, "Pack several samples into one sequence.")
@@ -463,7 +569,8 @@ class GKDConfig:
     # ---- What is checked without files ----
 
     def validate(self) -> None:
-        """Convert text to the fields' types and check types, bounds and combinations. Safe to call again.
+        """Convert text to the fields' types and check types, bounds and combinations. Safe to call
+        again.
 
         Raises:
             InputError: the first thing that is wrong, by field name.
@@ -493,9 +600,13 @@ class GKDConfig:
                 "must be a positive number of updates, or -1 to let num_train_epochs decide, not 0",
             )
         if self.bf16 and self.fp16:
-            raise InputError("GKDConfig fields 'bf16' and 'fp16' are both true; switch one of them off.")
+            raise InputError(
+                "GKDConfig fields 'bf16' and 'fp16' are both true; switch one of them off."
+            )
         if self.fp16 and self.use_cpu:
-            raise InputError("GKDConfig field 'fp16' does not work with 'use_cpu'; use bf16 or neither.")
+            raise InputError(
+                "GKDConfig field 'fp16' does not work with 'use_cpu'; use bf16 or neither."
+            )
         if self.dtype in ("bfloat16", "float16") and (self.bf16 is False and self.fp16 is False):
             raise wrong(
                 "dtype",
@@ -529,7 +640,9 @@ class GKDConfig:
                 )
             if steps is not None and steps >= 1:
                 if steps != int(steps):
-                    raise wrong(name, f"must be a whole number, or a share below 1, not {show(steps)}")
+                    raise wrong(
+                        name, f"must be a whole number, or a share below 1, not {show(steps)}"
+                    )
                 setattr(self, name, int(steps))
 
     def _check_best(self) -> None:
@@ -546,7 +659,9 @@ class GKDConfig:
                     "GKDConfig field 'load_best_model_at_end' needs a checkpoint for every evaluation; set "
                     f"save_strategy to {self.eval_strategy.value}, like eval_strategy."
                 )
-            if self.eval_strategy == IntervalStrategy.STEPS and not is_multiple(self.save_steps, self.eval_steps):
+            if self.eval_strategy == IntervalStrategy.STEPS and not is_multiple(
+                self.save_steps, self.eval_steps
+            ):
                 raise InputError(
                     "GKDConfig field 'load_best_model_at_end' needs save_steps to be a multiple of eval_steps, "
                     f"but they are {self.save_steps} and {self.eval_steps}."
@@ -562,15 +677,22 @@ class GKDConfig:
         """Check paths and DeepSpeed files, and that output_dir can be written.
 
         Raises:
-            InputError: a file or directory is missing, malformed, contradicts a field, or cannot be written.
+            InputError: a file or directory is missing, malformed, contradicts a field, or cannot be
+            written.
         """
         self.read_deepspeed_files()
         check_model("model_name_or_path", self.model_name_or_path, self.model_init_kwargs)
-        check_model("teacher_model_name_or_path", self.teacher_model_name_or_path, self.teacher_model_init_kwargs)
+        check_model(
+            "teacher_model_name_or_path",
+            self.teacher_model_name_or_path,
+            self.teacher_model_init_kwargs,
+        )
         check_dataset("dataset_name", self.dataset_name)
         if self.chat_template_path is not None:
             check_path_or_hub_name(
-                "chat_template_path", self.chat_template_path, "a Jinja file or a tokenizer's directory"
+                "chat_template_path",
+                self.chat_template_path,
+                "a Jinja file or a tokenizer's directory",
             )
         if isinstance(self.resume_from_checkpoint, str) and self.resume_from_checkpoint != "auto":
             if not Path(self.resume_from_checkpoint).is_dir():
@@ -586,7 +708,9 @@ class GKDConfig:
         check_stop_file(self.stop_path)
 
     def read_deepspeed_files(self) -> tuple[dict | None, dict | None]:
-        """The student's and the teacher's DeepSpeed configuration, read and checked; None if not given."""
+        """The student's and the teacher's DeepSpeed configuration, read and checked; None if not
+        given.
+        """
         student = read_deepspeed("deepspeed", self.deepspeed)
         teacher = read_deepspeed("teacher_deepspeed", self.teacher_deepspeed)
         if student is not None:
@@ -596,11 +720,13 @@ class GKDConfig:
         return student, teacher
 
     def check_output_dir_is_free(self, resume: bool | str | None) -> None:
-        """What training would write over: call it before training begins, with the value of resume_from_checkpoint that
-        counts. Whoever only evaluates may stand in an old run's directory.
+        """What training would write over: call it before training begins, with the value of
+        resume_from_checkpoint that counts. Whoever only evaluates may stand in an old run's
+        directory.
 
         Raises:
-            InputError: output_dir is one of the inputs, or holds a run that is neither continued nor given up.
+            InputError: output_dir is one of the inputs, or holds a run that is neither continued
+            nor given up.
         """
         directory = Path(self.output_dir)
         for name in ("model_name_or_path", "teacher_model_name_or_path", "dataset_name"):
@@ -715,7 +841,9 @@ def check_supported(field: dataclasses.Field, value: Any) -> None:
     switched_off = not value and not default  # "", [], None and False all say the same
     reason = NOT_SUPPORTED.get(field.name)
     if reason and value != default and not switched_off:
-        raise InputError(f"GKDConfig field '{field.name}' is not supported by gkd_ds ({reason}); remove it.")
+        raise InputError(
+            f"GKDConfig field '{field.name}' is not supported by gkd_ds ({reason}); remove it."
+        )
 
 
 def read_report_to(value: list | str | None) -> list[str]:
@@ -724,7 +852,10 @@ def read_report_to(value: list | str | None) -> list[str]:
     names = [name.strip() if is_text(name) else name for name in names]
     for name in names:
         if name not in ("wandb", "all", "none"):
-            raise wrong("report_to", f"must be wandb, all or none, not {show(name)}; metrics.jsonl is always written")
+            raise wrong(
+                "report_to",
+                f"must be wandb, all or none, not {show(name)}; metrics.jsonl is always written",
+            )
     return ["wandb"] if "wandb" in names or "all" in names else []
 
 
@@ -733,12 +864,16 @@ def read_duration(name: str, value: float | str | None) -> float | None:
     seconds = value
     if is_text(value):
         match = re.fullmatch(
-            r"(?=.)(?:(\d{1,6})d)?(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", value.strip().lower()
+            r"(?=.)(?:(\d{1,6})d)?(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?",
+            value.strip().lower(),
         )
         if not match:
             raise wrong(name, f"must be seconds or a time such as 3h30m, not {show(value)}")
         seconds = float(
-            sum(int(count or 0) * unit for count, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
+            sum(
+                int(count or 0) * unit
+                for count, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True)
+            )
         )
     if seconds is not None and seconds <= 0:
         raise wrong(name, f"must be more than no time, not {show(value)}")
@@ -746,7 +881,9 @@ def read_duration(name: str, value: float | str | None) -> float | None:
 
 
 def is_multiple(larger: float, smaller: float) -> bool:
-    return math.isclose(larger / smaller, round(larger / smaller), rel_tol=1e-9) and larger >= smaller
+    return (
+        math.isclose(larger / smaller, round(larger / smaller), rel_tol=1e-9) and larger >= smaller
+    )
 
 
 # ---- Writing ----
@@ -756,8 +893,9 @@ OPEN_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")  # tokens of an
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it, without secrets: a nested entry such as model_init_kwargs={"token": ...}
-    is left out, and the values of secret environment variables are hidden."""
+    """`value` as JSON can hold it, without secrets: a nested entry such as
+    model_init_kwargs={"token": ...} is left out, and the values of secret environment variables are
+    hidden."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, dict):

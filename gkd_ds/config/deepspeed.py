@@ -1,7 +1,9 @@
-"""Read a DeepSpeed JSON file and refuse what contradicts GKDConfig, before torch or DeepSpeed are imported.
+"""Read a DeepSpeed JSON file and refuse what contradicts GKDConfig, before torch or DeepSpeed are
+imported.
 
-One owner per knob: GKDConfig owns batch sizes, accumulation, learning rate, clipping, precision and tracking;
-the DeepSpeed file owns ZeRO, offload and communication. In it our knobs are "auto", absent, or equal to ours.
+One owner per knob: GKDConfig owns batch sizes, accumulation, learning rate, clipping, precision and
+tracking; the DeepSpeed file owns ZeRO, offload and communication. In it our knobs are "auto",
+absent, or equal to ours.
 """
 
 import difflib
@@ -13,7 +15,8 @@ from typing import Any
 from gkd_ds.config.paths import obstacle_to_writing
 from gkd_ds.runtime.errors import InputError
 
-# DeepSpeed ignores a top-level key it does not know: a misspelt "zero_optimization" would train at stage 0.
+# DeepSpeed ignores a top-level key it does not know: a misspelt "zero_optimization" would train at
+# stage 0.
 TOP_LEVEL_KEYS = """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer
 scheduler bf16 bfloat16 fp16 torch_autocast amp gradient_clipping zero_optimization
 zero_allow_untested_optimizer zero_force_ds_cpu_optimizer hybrid_engine aio
@@ -30,16 +33,26 @@ OTHER_PARALLELISM = ("sequence_parallel_size", "ulysses", "tensor_parallel", "pi
 
 MONITORS = ("wandb", "tensorboard", "csv_monitor", "comet")
 
-# What of GKDConfig the file's optimizer may repeat; the switches only choose between implementations.
+# What of GKDConfig the file's optimizer may repeat; the switches only choose between
+# implementations.
 ADAM_VALUES = {"lr": "learning_rate", "eps": "adam_epsilon", "weight_decay": "weight_decay"}
-ADAM_SWITCHES = ("torch_adam", "fused", "adam_w_mode", "bias_correction", "amsgrad", "fp32_optimizer_states")
+ADAM_SWITCHES = (
+    "torch_adam",
+    "fused",
+    "adam_w_mode",
+    "bias_correction",
+    "amsgrad",
+    "fp32_optimizer_states",
+)
 
 
 def read_deepspeed(name: str, source: dict | str | None) -> dict | None:
-    """The configuration behind GKDConfig's field `name`: a dict as it is, a path as the object in that file.
+    """The configuration behind GKDConfig's field `name`: a dict as it is, a path as the object in
+    that file.
 
     Raises:
-        InputError: the file is missing, unreadable, not JSON or not an object, or misspells a top-level key.
+        InputError: the file is missing, unreadable, not JSON or not an object, or misspells a
+        top-level key.
     """
     if source is None:
         return None
@@ -50,27 +63,40 @@ def read_deepspeed(name: str, source: dict | str | None) -> dict | None:
             with open(source, encoding="utf-8") as file:
                 text = file.read()
         except UnicodeDecodeError:
-            raise InputError(f"The DeepSpeed file {source!r} ({name}) is not UTF-8 text; it must be JSON.") from None
+            raise InputError(
+                f"The DeepSpeed file {source!r} ({name}) is not UTF-8 text; it must be JSON."
+            ) from None
         except OSError as error:
             raise InputError(
-                f"The DeepSpeed file {source!r} ({name}) cannot be read ({error.strerror}); check the path."
+                f"The DeepSpeed file {source!r} ({name}) cannot be read ({error.strerror}); check "
+                "the path."
             ) from None
         try:
-            config = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_repeated)
+            config = json.loads(
+                text, parse_constant=refuse_constant, object_pairs_hook=refuse_repeated
+            )
         except json.JSONDecodeError as error:
             raise InputError(
-                f"The DeepSpeed file {source!r} ({name}) is not valid JSON in line {error.lineno}, column "
+                f"The DeepSpeed file {source!r} ({name}) is not valid JSON in line {error.lineno}, "
+                "column "
                 f"{error.colno}: "
                 f"{error.msg}."
             ) from None
         except (ValueError, RecursionError) as error:
-            raise InputError(f"The DeepSpeed file {source!r} ({name}) is not valid JSON: {error}.") from None
+            raise InputError(
+                f"The DeepSpeed file {source!r} ({name}) is not valid JSON: {error}."
+            ) from None
     if not isinstance(config, dict):
-        raise InputError(f"The DeepSpeed configuration of {name} must be a JSON object, not {type(config).__name__}.")
+        raise InputError(
+            f"The DeepSpeed configuration of {name} must be a JSON object, not "
+            f"{type(config).__name__}."
+        )
     for key in config:
         near = difflib.get_close_matches(str(key), TOP_LEVEL_KEYS, n=1, cutoff=0.85)
         if near and key not in TOP_LEVEL_KEYS:
-            raise conflict(name, f"holds {key!r}, which DeepSpeed would ignore; did you mean {near[0]!r}?")
+            raise conflict(
+                name, f"holds {key!r}, which DeepSpeed would ignore; did you mean {near[0]!r}?"
+            )
     return config
 
 
@@ -99,13 +125,19 @@ def check_student_file(file: dict, config: Any) -> None:
     if config.rollout_engine == "sharded" and stage != 3:
         raise conflict(
             name,
-            f"has ZeRO stage {stage}, but rollout_engine: sharded keeps parameters partitioned and needs stage 3",
+            f"has ZeRO stage {stage}, but rollout_engine: sharded keeps parameters partitioned and "
+            "needs stage 3",
         )
     optimizer = block_of(name, block_of(name, file, "zero_optimization"), "offload_optimizer")
-    if optimizer.get("device") == "nvme" and config.save_strategy != "no" and not config.save_only_model:
+    if (
+        optimizer.get("device") == "nvme"
+        and config.save_strategy != "no"
+        and not config.save_only_model
+    ):
         raise conflict(
             name,
-            "keeps the optimizer on NVMe, which no checkpoint can be resumed with; set save_strategy: no or "
+            "keeps the optimizer on NVMe, which no checkpoint can be resumed with; set "
+            "save_strategy: no or "
             "save_only_model: true, or offload_optimizer.device to cpu",
         )
     if config.offload_optimizer_states and stage in (1, 2):
@@ -117,10 +149,13 @@ def check_student_file(file: dict, config: Any) -> None:
     if config.offload_optimizer_states and optimizer.get("device", "none") != "none":
         raise conflict(
             name,
-            "has an offload_optimizer block, so the states are never on the device; remove offload_optimizer_states",
+            "has an offload_optimizer block, so the states are never on the device; remove "
+            "offload_optimizer_states",
         )
     if "hybrid_engine" in file:
-        raise conflict(name, "holds a hybrid_engine block; remove it and choose with rollout_engine")
+        raise conflict(
+            name, "holds a hybrid_engine block; remove it and choose with rollout_engine"
+        )
     check_foreign_blocks(name, file)
     check_equal(
         name,
@@ -144,14 +179,22 @@ def check_student_file(file: dict, config: Any) -> None:
 
 
 def check_equal(name: str, key: str, block: dict, field: str, ours: float) -> None:
-    """`block[key]` is absent, "auto" or `ours`; `key` may show the way there, as optimizer.params.lr does."""
+    """`block[key]` is absent, "auto" or `ours`; `key` may show the way there, as
+    optimizer.params.lr does.
+    """
     theirs = block.get(key.rpartition(".")[2], "auto")
     if theirs == "auto":
         return
     if not is_number(theirs):
-        raise conflict(name, f'has {key} {theirs!r}, which is not a number; write "auto" to take {field}')
+        raise conflict(
+            name, f'has {key} {theirs!r}, which is not a number; write "auto" to take {field}'
+        )
     if not math.isclose(theirs, ours, rel_tol=1e-9):
-        raise conflict(name, f'has {key} {theirs}, but {field} is {ours}; write "auto" in the file or change {field}')
+        raise conflict(
+            name,
+            f'has {key} {theirs}, but {field} is {ours}; write "auto" in the file or change '
+            f"{field}",
+        )
 
 
 def check_train_batch_size(name: str, file: dict, config: Any) -> None:
@@ -160,10 +203,16 @@ def check_train_batch_size(name: str, file: dict, config: Any) -> None:
         return
     per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
     ranks = config.world_size if "WORLD_SIZE" in os.environ else None
-    if not is_number(theirs) or theirs <= 0 or theirs % per_rank or (ranks and theirs != per_rank * ranks):
+    if (
+        not is_number(theirs)
+        or theirs <= 0
+        or theirs % per_rank
+        or (ranks and theirs != per_rank * ranks)
+    ):
         raise conflict(
             name,
-            f"has train_batch_size {theirs!r}, but per_device_train_batch_size x gradient_accumulation_steps "
+            f"has train_batch_size {theirs!r}, but per_device_train_batch_size x "
+            "gradient_accumulation_steps "
             f"is {per_rank} "
             f'on each of {ranks or "the"} ranks; write "auto" in the file',
         )
@@ -176,7 +225,8 @@ def check_hpz(name: str, file: dict, config: Any) -> None:
     if not is_number(size) or size < 1 or ranks % size:
         raise conflict(
             name,
-            f"has zero_optimization.zero_hpz_partition_size {size!r}, which does not divide the {ranks} ranks into "
+            f"has zero_optimization.zero_hpz_partition_size {size!r}, which does not divide the "
+            f"{ranks} ranks into "
             "groups; set it to the number of accelerators in a node",
         )
 
@@ -192,12 +242,15 @@ def check_precision(name: str, file: dict, config: Any) -> None:
             state = "not set" if ours is None else str(ours).lower()
             raise conflict(
                 name,
-                f'has {key}.enabled {str(enabled).lower()}, but {key} is {state}; write "auto" in the file '
+                f'has {key}.enabled {str(enabled).lower()}, but {key} is {state}; write "auto" in '
+                "the file "
                 f"or set {key}",
             )
     for key in ("amp", "torch_autocast"):
         if block_of(name, file, key).get("enabled"):
-            raise conflict(name, f"switches {key} on; precision is set by bf16 and fp16, so remove that block")
+            raise conflict(
+                name, f"switches {key} on; precision is set by bf16 and fp16, so remove that block"
+            )
 
 
 def check_optimizer(name: str, file: dict, config: Any) -> None:
@@ -208,23 +261,40 @@ def check_optimizer(name: str, file: dict, config: Any) -> None:
     if kind not in ("Adam", "AdamW"):
         raise conflict(
             name,
-            f"has the optimizer {kind!r}, but the student is trained with AdamW; use AdamW or remove the block",
+            f"has the optimizer {kind!r}, but the student is trained with AdamW; use AdamW or "
+            "remove the block",
         )
     params = block_of(name, optimizer, "params")
     for key, value in params.items():
         if key in ADAM_VALUES:
-            check_equal(name, f"optimizer.params.{key}", params, ADAM_VALUES[key], getattr(config, ADAM_VALUES[key]))
+            check_equal(
+                name,
+                f"optimizer.params.{key}",
+                params,
+                ADAM_VALUES[key],
+                getattr(config, ADAM_VALUES[key]),
+            )
         elif key == "betas":
             ours = [config.adam_beta1, config.adam_beta2]
-            if value != "auto" and list(value if isinstance(value, (list, tuple)) else [value]) != ours:
+            if (
+                value != "auto"
+                and list(value if isinstance(value, (list, tuple)) else [value]) != ours
+            ):
                 raise conflict(
                     name,
-                    f'has optimizer.params.betas {value!r}, but adam_beta1 and adam_beta2 are {ours}; write "auto"',
+                    f"has optimizer.params.betas {value!r}, but adam_beta1 and adam_beta2 are "
+                    f'{ours}; write "auto"',
                 )
         elif key not in ADAM_SWITCHES:
-            raise conflict(name, f"has optimizer.params.{key}, which AdamW does not take here; remove it")
+            raise conflict(
+                name, f"has optimizer.params.{key}, which AdamW does not take here; remove it"
+            )
     if params.get("adam_w_mode", True) is not True:
-        raise conflict(name, "has optimizer.params.adam_w_mode off, but weight_decay is decoupled (AdamW); remove it")
+        raise conflict(
+            name,
+            "has optimizer.params.adam_w_mode off, but weight_decay is decoupled (AdamW); remove "
+            "it",
+        )
 
 
 # ---- The teacher ----
@@ -239,14 +309,20 @@ def check_teacher_file(file: dict, config: Any) -> None:
     name = "teacher_deepspeed"
     stage = check_zero(name, file)
     if stage != 3:
-        raise conflict(name, f"has ZeRO stage {stage}, but the teacher is streamed layer by layer and needs stage 3")
+        raise conflict(
+            name,
+            f"has ZeRO stage {stage}, but the teacher is streamed layer by layer and needs stage 3",
+        )
     for key in ("optimizer", "hybrid_engine"):
         if key in file:
-            raise conflict(name, f"holds a block {key!r}, but the teacher is never trained; remove it")
+            raise conflict(
+                name, f"holds a block {key!r}, but the teacher is never trained; remove it"
+            )
     if "offload_optimizer" in block_of(name, file, "zero_optimization"):
         raise conflict(
             name,
-            "holds zero_optimization.offload_optimizer, but the teacher has no optimizer; use offload_param",
+            "holds zero_optimization.offload_optimizer, but the teacher has no optimizer; use "
+            "offload_param",
         )
     check_precision(name, file, config)
     check_foreign_blocks(name, file)
@@ -267,18 +343,25 @@ def check_zero(name: str, file: dict) -> int:
         block = block_of(name, zero, key)
         device = block.get("device", "none")
         if device not in ("none", "cpu", "nvme"):
-            raise conflict(name, f"has zero_optimization.{key}.device {device!r}; it must be none, cpu or nvme")
+            raise conflict(
+                name, f"has zero_optimization.{key}.device {device!r}; it must be none, cpu or nvme"
+            )
         if device != "none" and stage < least:
-            raise conflict(name, f"has zero_optimization.{key} at stage {stage}, but it needs stage {least} or more")
+            raise conflict(
+                name,
+                f"has zero_optimization.{key} at stage {stage}, but it needs stage {least} or more",
+            )
         if device == "nvme" and not isinstance(block.get("nvme_path"), str):
             raise conflict(
                 name,
-                f"offloads to NVMe without zero_optimization.{key}.nvme_path; give a directory on the local NVMe",
+                f"offloads to NVMe without zero_optimization.{key}.nvme_path; give a directory on "
+                "the local NVMe",
             )
         if device == "nvme" and obstacle_to_writing(block["nvme_path"]):
             raise conflict(
                 name,
-                f"has zero_optimization.{key}.nvme_path {block['nvme_path']!r}, where nothing can be "
+                f"has zero_optimization.{key}.nvme_path {block['nvme_path']!r}, where nothing can "
+                "be "
                 "written; "
                 "give a directory on the local NVMe",
             )
@@ -289,11 +372,15 @@ def check_foreign_blocks(name: str, file: dict) -> None:
     for key in MONITORS:
         if key in file:
             raise conflict(
-                name, f"holds a block {key!r}, but gkd_ds owns the run's metrics; remove it and use report_to"
+                name,
+                f"holds a block {key!r}, but gkd_ds owns the run's metrics; remove it and use "
+                "report_to",
             )
     for key in OTHER_PARALLELISM:
         if file.get(key) not in (None, 1):
-            raise conflict(name, f"holds {key!r}, but every rank works on samples of its own; remove it")
+            raise conflict(
+                name, f"holds {key!r}, but every rank works on samples of its own; remove it"
+            )
     if "scheduler" in file:
         raise conflict(
             name,

@@ -1,4 +1,6 @@
-"""Paths that a user gives: what must exist, and what can be written. No torch, so that a wrong one answers at once."""
+"""Paths that a user gives: what must exist, and what can be written. No torch, so that a wrong one
+answers at once.
+"""
 
 import fcntl
 import functools
@@ -16,7 +18,9 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 def check_model(name: str, model: str | None, init_kwargs: dict | None) -> None:
-    """A local directory with a config.json (or the init kwargs' gguf_file), or a plausible hub name."""
+    """A local directory with a config.json (or the init kwargs' gguf_file), or a plausible hub
+    name.
+    """
     if model is None:
         return
     if not os.path.isdir(model):
@@ -26,7 +30,8 @@ def check_model(name: str, model: str | None, init_kwargs: dict | None) -> None:
     if is_text(needed) and not os.path.isfile(os.path.join(model, needed)):
         raise wrong(
             name,
-            f"names the directory {show(model)}, which has no {needed}; give the directory of a saved model",
+            f"names the directory {show(model)}, which has no {needed}; give the directory of a "
+            "saved model",
         )
 
 
@@ -48,12 +53,14 @@ def check_path_or_hub_name(name: str, value: str, what: str, existing_is_fine: b
     if not HUB_NAME.fullmatch(value) or os.path.exists(value):
         raise wrong(
             name,
-            f"is {show(value)}, which is neither {what} that exists nor a hub name such as org/name; check the path",
+            f"is {show(value)}, which is neither {what} that exists nor a hub name such as "
+            "org/name; check the path",
         )
 
 
 def check_stop_file(path: str | Path) -> None:
-    """Refuse what is more than the mark it should be: it is removed when a run starts, and when it was obeyed.
+    """Refuse what is more than the mark it should be: it is removed when a run starts, and when it
+    was obeyed.
 
     Raises:
         InputError: something other than an empty file has that name.
@@ -68,12 +75,15 @@ def check_stop_file(path: str | Path) -> None:
     if not stat.S_ISREG(status.st_mode) or status.st_size:
         raise wrong(
             "stop_file",
-            f"is {show(str(path))}, which exists and is no empty file; a run would remove it, so choose another name",
+            f"is {show(str(path))}, which exists and is no empty file; a run would remove it, so "
+            "choose another name",
         )
 
 
 def open_anew(path: Path) -> TextIO:
-    """A new, empty file to write text to. What had the name is replaced: through a link it could be anything."""
+    """A new, empty file to write text to. What had the name is replaced: through a link it could be
+    anything.
+    """
     path.unlink(missing_ok=True)
     return open(path, "x", encoding="utf-8")
 
@@ -94,10 +104,12 @@ def obstacle_to_writing(directory: str) -> str | None:
 
 @functools.cache
 def place_of_our_own(directory: str, rank: int) -> str:
-    """A folder of `directory` for this rank's swap files, which no other process takes until this one ends.
+    """A folder of `directory` for this rank's swap files, which no other process takes until this
+    one ends.
 
-    DeepSpeed gives the files of every run the same names: two runs at a time would read each other's weights. Folders
-    are numbered and taken again, so that runs that were killed fill no drive.
+    DeepSpeed gives the files of every run the same names: two runs at a time would read each
+    other's weights. Folders are numbered and taken again, so that runs that were killed fill no
+    drive.
     """
     for number in itertools.count():
         place = Path(directory, f"run-{number}")

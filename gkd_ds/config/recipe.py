@@ -1,7 +1,8 @@
-"""Names and values from a recipe (a flat YAML file) and from the command line; GKDConfig reads the values.
+"""Names and values from a recipe (a flat YAML file) and from the command line; GKDConfig reads the
+values.
 
-Values stay text, as they were written, except for the lists and mappings of a recipe: what a field means by
-"no" or "2e-5" is the field's business, the same for both.
+Values stay text, as they were written, except for the lists and mappings of a recipe: what a field
+means by "no" or "2e-5" is the field's business, the same for both.
 """
 
 import dataclasses
@@ -23,37 +24,50 @@ def read_recipe(path: str) -> dict[str, Any]:
     """The fields that a recipe sets.
 
     Raises:
-        InputError: the file is missing, unreadable, no flat YAML mapping, or sets an unknown name or one twice.
+        InputError: the file is missing, unreadable, no flat YAML mapping, or sets an unknown name
+        or one twice.
     """
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
     except UnicodeDecodeError:
-        raise InputError(f"The recipe '{path}' is not UTF-8 text; it must be a YAML file.") from None
+        raise InputError(
+            f"The recipe '{path}' is not UTF-8 text; it must be a YAML file."
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"The recipe {show(path)} cannot be read ({reason}); check --config.") from None
+        raise InputError(
+            f"The recipe {show(path)} cannot be read ({reason}); check --config."
+        ) from None
     try:
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
             if isinstance(token, (yaml.TagToken, yaml.AnchorToken, yaml.AliasToken)):
                 line = token.start_mark.line + 1
                 raise InputError(
-                    f"The recipe '{path}' uses a YAML tag or anchor in line {line}; write the plain value."
+                    f"The recipe '{path}' uses a YAML tag or anchor in line {line}; write the "
+                    "plain value."
                 )
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         return read_fields(path, root)
     except yaml.YAMLError as error:
-        raise InputError(f"The recipe '{path}' is not valid YAML: {first_problem(error)}.") from None
+        raise InputError(
+            f"The recipe '{path}' is not valid YAML: {first_problem(error)}."
+        ) from None
     except (RecursionError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"The recipe '{path}' holds a value that cannot be read: {show(str(error))}.") from None
+        raise InputError(
+            f"The recipe '{path}' holds a value that cannot be read: {show(str(error))}."
+        ) from None
 
 
 def read_fields(path: str, root: yaml.Node | None) -> dict[str, Any]:
     """A composed recipe's names and values."""
     if not isinstance(root, yaml.MappingNode):
-        raise InputError(f"The recipe '{path}' must be a flat YAML mapping, with lines such as 'learning_rate: 2e-5'.")
+        raise InputError(
+            f"The recipe '{path}' must be a flat YAML mapping, with lines such as 'learning_rate: "
+            "2e-5'."
+        )
     fields: dict[str, Any] = {}
     for key, node in root.value:
         name = key.value if isinstance(key, yaml.ScalarNode) else "?"
@@ -67,7 +81,9 @@ def read_fields(path: str, root: yaml.Node | None) -> dict[str, Any]:
 
 
 def read_node(node: yaml.Node) -> Any:
-    """A scalar as it was written (None for an empty or null one), a list or mapping as YAML means it."""
+    """A scalar as it was written (None for an empty or null one), a list or mapping as YAML means
+    it.
+    """
     if isinstance(node, yaml.ScalarNode):
         return None if node.tag == "tag:yaml.org,2002:null" else node.value
     return yaml.constructor.SafeConstructor().construct_document(node)
@@ -80,13 +96,15 @@ def first_problem(error: yaml.YAMLError) -> str:
 
 
 def read_flags(arguments: list[str]) -> dict[str, Any]:
-    """The fields and commands that a command line sets: `--name value`, `--name=value`, or `--name` for true.
+    """The fields and commands that a command line sets: `--name value`, `--name=value`, or `--name`
+    for true.
 
-    Dashes inside a name count as underscores; of a repeated flag the last one counts; `null` takes back what a
-    recipe sets.
+    Dashes inside a name count as underscores; of a repeated flag the last one counts; `null` takes
+    back what a recipe sets.
 
     Raises:
-        InputError: an unknown name (with the nearest known one), a value without a name, a name without a value.
+        InputError: an unknown name (with the nearest known one), a value without a name, a name
+        without a value.
     """
     given: dict[str, Any] = {}
     rest = list(arguments)
@@ -96,7 +114,8 @@ def read_flags(arguments: list[str]) -> dict[str, Any]:
             argument = "--help"
         if not argument.startswith("--") or argument == "--":
             raise InputError(
-                f"The argument {show(argument)} does not belong to any flag; flags are written --name value."
+                f"The argument {show(argument)} does not belong to any flag; flags are written "
+                "--name value."
             )
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")

@@ -1,7 +1,8 @@
 """One value: from what a recipe, a flag or a caller gave to the type that a field asks for.
 
-Recipes and flags give text, so text is read as the wanted type: "2e-5" as a number, "no" as false, '{"a": 1}'
-as a mapping, "null" as None. Whatever does not fit is an InputError that names the field and shows the value.
+Recipes and flags give text, so text is read as the wanted type: "2e-5" as a number, "no" as false,
+'{"a": 1}' as a mapping, "null" as None. Whatever does not fit is an InputError that names the field
+and shows the value.
 """
 
 import json
@@ -33,10 +34,15 @@ def convert(name: str, kind: Any, value: Any) -> Any:
     Raises:
         InputError: it cannot be read as that type.
     """
-    kinds = get_args(kind) if isinstance(kind, types.UnionType) or get_origin(kind) not in (None, Literal) else (kind,)
+    kinds = (
+        get_args(kind)
+        if isinstance(kind, types.UnionType) or get_origin(kind) not in (None, Literal)
+        else (kind,)
+    )
     optional = types.NoneType in kinds
     if optional and (
-        value is None or (str not in kinds and is_text(value) and value.strip().lower() in ("null", "none"))
+        value is None
+        or (str not in kinds and is_text(value) and value.strip().lower() in ("null", "none"))
     ):
         return None
     for one in kinds:
@@ -106,7 +112,9 @@ def read_int(value: Any) -> int:
         number = int(value)
     else:
         real = read_float(value)
-        number = int(value) if is_text(value) and re.fullmatch(r"\s*[+-]?\d+\s*", value) else int(real)
+        number = (
+            int(value) if is_text(value) and re.fullmatch(r"\s*[+-]?\d+\s*", value) else int(real)
+        )
         if number != real and abs(real) < 2**53:
             raise ValueError
     if abs(number) >= 2**63:

@@ -1,14 +1,14 @@
 """Chat rows become prompt and completion tokens, in an order that can be resumed.
 
-    rows = read_dataset("train.jsonl", "train")                      # a file, a directory or a hub name
-    examples = tokenize(rows, tokenizer, config, "train.jsonl", stop_ids)
+    rows = read_dataset("train.jsonl", "train")                      # a file, a directory or a hub
+    name examples = tokenize(rows, tokenizer, config, "train.jsonl", stop_ids)
     examples.prompt_ids[0], examples.completion_ids[0]               # two list[int]
 
-A row has `messages` (a list of {role, content}), or `prompt` and `completion` (both strings, or both lists of
-messages). The prompt is every message before the last assistant turn, rendered with the tokenizer's chat
-template and its generation prompt; the completion is that turn up to and including its end-of-turn token.
-Strings are not rendered: the prompt gets the special tokens the tokenizer puts in front of text, the
-completion an end-of-sequence token. Other columns are ignored.
+A row has `messages` (a list of {role, content}), or `prompt` and `completion` (both strings, or
+both lists of messages). The prompt is every message before the last assistant turn, rendered with
+the tokenizer's chat template and its generation prompt; the completion is that turn up to and
+including its end-of-turn token. Strings are not rendered: the prompt gets the special tokens the
+tokenizer puts in front of text, the completion an end-of-sequence token. Other columns are ignored.
 """
 
 import datetime
@@ -31,8 +31,9 @@ from gkd_ds.runtime.errors import InputError, first_line, name_list, quote, type
 
 logger = logging.getLogger(__name__)
 
-# For a tokenizer that has no chat template of its own. The space before the answer belongs to the completion,
-# because " word" is one natural token for byte-level and SentencePiece tokenizers alike.
+# For a tokenizer that has no chat template of its own. The space before the answer belongs to the
+# completion, because " word" is one natural token for byte-level and SentencePiece tokenizers
+# alike.
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ message['role'] | capitalize }}: {{ message['content'] | trim }}"
@@ -41,11 +42,29 @@ PLAIN_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
-CLOCK_CODES = ("%d", "%-d", "%m", "%-m", "%b", "%B", "%y", "%Y", "%a", "%A", "%H", "%I", "%M", "%S", "%p", "%j")
-# Some templates (Llama 3.2) print today's date. Tokens that change overnight would make a resumed run train
-# on other data, so the date is pinned to the one these templates themselves fall back to.
+CLOCK_CODES = (
+    "%d",
+    "%-d",
+    "%m",
+    "%-m",
+    "%b",
+    "%B",
+    "%y",
+    "%Y",
+    "%a",
+    "%A",
+    "%H",
+    "%I",
+    "%M",
+    "%S",
+    "%p",
+    "%j",
+)
+# Some templates (Llama 3.2) print today's date. Tokens that change overnight would make a resumed
+# run train on other data, so the date is pinned to the one these templates themselves fall back to.
 TEMPLATE_DATE = datetime.date(2024, 7, 26)
-# A template sees plain data only, no functions of ours, hence a macro in front of it that hides transformers' clock.
+# A template sees plain data only, no functions of ours, hence a macro in front of it that hides
+# transformers' clock.
 PINNED_CLOCK = (
     "{% macro strftime_now(format) %}{{ format"
     + "".join(f" | replace('{code}', '{TEMPLATE_DATE.strftime(code)}')" for code in CLOCK_CODES)
@@ -57,22 +76,27 @@ PINNED_CLOCK = (
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
-    """Give the tokenizer the tokens and the chat template of the run; changes it in place, safe to repeat.
+    """Give the tokenizer the tokens and the chat template of the run; changes it in place, safe to
+    repeat.
 
-    `eos_token` and `pad_token` of the config must exist in the vocabulary. `chat_template_path` is a Jinja
-    file (.jinja, .j2) or a tokenizer whose template is taken over. A tokenizer without a template gets
-    PLAIN_CHAT_TEMPLATE; it is saved with the student, so that whoever loads it talks to it as it was trained.
-    Raises InputError.
+    `eos_token` and `pad_token` of the config must exist in the vocabulary. `chat_template_path` is
+    a Jinja file (.jinja, .j2) or a tokenizer whose template is taken over. A tokenizer without a
+    template gets PLAIN_CHAT_TEMPLATE; it is saved with the student, so that whoever loads it talks
+    to it as it was trained. Raises InputError.
     """
     vocabulary = tokenizer.get_vocab()
     for name in ("eos_token", "pad_token"):
         token = getattr(config, name)
         if token is not None and token not in vocabulary:
-            raise InputError(f"{name} {quote(token)} is not in the tokenizer's vocabulary; name a token that is")
+            raise InputError(
+                f"{name} {quote(token)} is not in the tokenizer's vocabulary; name a token that is"
+            )
         if token is not None:
             setattr(tokenizer, name, token)
     if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no end-of-sequence token; set eos_token to one from its vocabulary")
+        raise InputError(
+            "the tokenizer has no end-of-sequence token; set eos_token to one from its vocabulary"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if config.chat_template_path is not None:
@@ -88,20 +112,26 @@ def _read_chat_template(path: str) -> str:
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"chat_template_path '{path}' cannot be read ({first_line(error)})") from error
+            raise InputError(
+                f"chat_template_path '{path}' cannot be read ({first_line(error)})"
+            ) from error
     try:
         template = AutoTokenizer.from_pretrained(path).chat_template
     except (OSError, ValueError) as error:
-        raise InputError(f"chat_template_path '{path}' is neither a .jinja file nor a tokenizer") from error
+        raise InputError(
+            f"chat_template_path '{path}' is neither a .jinja file nor a tokenizer"
+        ) from error
     if template is None:
         raise InputError(f"the tokenizer at chat_template_path '{path}' has no chat template")
     return template
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
-    """The ids that end a completion, sorted: those of the generation config, the tokenizer's end-of-sequence
-    token and the end-of-turn token of its chat template (an instruct model may stop at <|im_end|> while eos
-    is another).
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None
+) -> list[int]:
+    """The ids that end a completion, sorted: those of the generation config, the tokenizer's
+    end-of-sequence token and the end-of-turn token of its chat template (an instruct model may stop
+    at <|im_end|> while eos is another).
     """
     configured = None if generation_config is None else generation_config.eos_token_id
     ids = {configured} if isinstance(configured, int) else set(configured or ())
@@ -122,35 +152,50 @@ def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     try:
         text = _render(tokenizer, messages, generation_prompt=False)
     except InputError as error:
-        raise InputError(f"with a question and an answer as messages, {error}; mend the template") from error
+        raise InputError(
+            f"with a question and an answer as messages, {error}; mend the template"
+        ) from error
     if answer not in text:
         raise InputError(
-            "the tokenizer's chat template does not print a message's text; use one for text conversations"
+            "the tokenizer's chat template does not print a message's text; use one for text "
+            "conversations"
         )
-    # Added tokens are those that the tokenizer never splits; of two that match the longer one is meant.
+    # Added tokens are those that the tokenizer never splits; of two that match the longer one is
+    # meant.
     tail = text.rpartition(answer)[2].lstrip()
-    candidates = {token.content for token in tokenizer.added_tokens_decoder.values()} | {tokenizer.eos_token}
+    candidates = {token.content for token in tokenizer.added_tokens_decoder.values()} | {
+        tokenizer.eos_token
+    }
     matching = [token for token in candidates if token and tail.startswith(token)]
     return max(matching, key=len, default=None)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation_prompt: bool) -> str:
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation_prompt: bool
+) -> str:
     try:
         template = tokenizer.get_chat_template()
         if "strftime_now" in template:
             template = PINNED_CLOCK + template
         return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
         )
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        # A template is a program that came with the tokenizer: it may refuse these messages (roles that must
-        # alternate) or stumble over them in any of these ways.
+        # A template is a program that came with the tokenizer: it may refuse these messages (roles
+        # that must alternate) or stumble over them in any of these ways.
         raise InputError(f"the chat template fails: {first_line(error)}") from error
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of text as it stands: special tokens that are written in it count, none is added."""
-    encoded = tokenizer(text, add_special_tokens=False, padding=False, truncation=False, verbose=False)
+    """Token ids of text as it stands: special tokens that are written in it count, none is
+    added.
+    """
+    encoded = tokenizer(
+        text, add_special_tokens=False, padding=False, truncation=False, verbose=False
+    )
     return encoded["input_ids"]
 
 
@@ -162,11 +207,12 @@ def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _continuation_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> list[int]:
-    """Token ids of `text` as they follow `prompt`, such that ids(prompt) + result spells prompt + text.
+    """Token ids of `text` as they follow `prompt`, such that ids(prompt) + result spells prompt +
+    text.
 
-    Tokenising both together is how the text looks to a model that continues the prompt, but where a token
-    would cross the boundary (a prompt ending in a space, say) the text is tokenised apart, behind a line
-    break: alone, a SentencePiece tokenizer would put another space in front of it.
+    Tokenising both together is how the text looks to a model that continues the prompt, but where a
+    token would cross the boundary (a prompt ending in a space, say) the text is tokenised apart,
+    behind a line break: alone, a SentencePiece tokenizer would put another space in front of it.
     """
     for before in (prompt, "\n"):
         head, whole = _ids(tokenizer, before), _ids(tokenizer, before + text)
@@ -180,7 +226,9 @@ def _continuation_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str
 
 
 class TokenLists(Sequence):
-    """Many lists of token ids in two flat arrays (4 bytes per token instead of 36); item i is a list[int]."""
+    """Many lists of token ids in two flat arrays (4 bytes per token instead of 36); item i is a
+    list[int].
+    """
 
     def __init__(self) -> None:
         self.tokens = array("i")
@@ -205,8 +253,9 @@ class TokenLists(Sequence):
 class Examples:
     """Tokenised samples, in the order of the dataset; a sample's id is its index here.
 
-    prompt_ids, completion_ids: one list[int] per sample, neither ever empty. fingerprint: SHA-256 over all
-    ids in order, equal exactly where the data is. skipped: rows left out under row_errors="skip".
+    prompt_ids, completion_ids: one list[int] per sample, neither ever empty. fingerprint: SHA-256
+    over all ids in order, equal exactly where the data is. skipped: rows left out under
+    row_errors="skip".
     """
 
     prompt_ids: TokenLists
@@ -220,7 +269,9 @@ class Examples:
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """Turns one row into (prompt_ids, completion_ids); holds only what worker processes can be sent."""
+    """Turns one row into (prompt_ids, completion_ids); holds only what worker processes can be
+    sent.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
@@ -229,15 +280,23 @@ class RowEncoder:
     end_of_turn: str
 
     @classmethod
-    def build(cls, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int], max_length: int | None):
+    def build(
+        cls, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int], max_length: int | None
+    ):
         leading = _leading_ids(tokenizer)
-        return cls(tokenizer, frozenset(stop_ids), max_length, leading, end_of_turn_token(tokenizer) or "")
+        return cls(
+            tokenizer, frozenset(stop_ids), max_length, leading, end_of_turn_token(tokenizer) or ""
+        )
 
     def encode(self, row: object) -> tuple[list[int], list[int]]:
         """Raises InputError with a clause about the row, as parse_row does."""
         parsed = parse_row(row)
         if isinstance(parsed.prompt, str):
-            prompt_text, completion_text, leading_ids = parsed.prompt, parsed.completion, self.leading_ids
+            prompt_text, completion_text, leading_ids = (
+                parsed.prompt,
+                parsed.completion,
+                self.leading_ids,
+            )
             self._check_stops(parsed.completion)
         else:
             prompt_text, completion_text = self._render_turn(parsed)
@@ -254,9 +313,9 @@ class RowEncoder:
         whole = _render(self.tokenizer, [*row.prompt, row.completion], generation_prompt=False)
         if whole.startswith(prompt):
             return prompt, whole[len(prompt) :]
-        # The template shows a finished turn differently from one being written: R1's opens <think> for the
-        # model and deletes the thinking afterwards. Then the turn is what the model would write: text, end of
-        # turn.
+        # The template shows a finished turn differently from one being written: R1's opens <think>
+        # for the model and deletes the thinking afterwards. Then the turn is what the model would
+        # write: text, end of turn.
         content = row.completion["content"]
         if prompt.rstrip().endswith("<think>"):
             content = content.lstrip().removeprefix("<think>").removeprefix("\n")
@@ -267,7 +326,9 @@ class RowEncoder:
         known = [token_id for token_id in sorted(self.stop_ids) if token_id < len(self.tokenizer)]
         for stop in self.tokenizer.convert_ids_to_tokens(known):
             if stop in content.strip().removesuffix(stop):
-                raise InputError(f"the assistant's text has the stop token {quote(stop)} before its end")
+                raise InputError(
+                    f"the assistant's text has the stop token {quote(stop)} before its end"
+                )
 
     def _end(self, completion_ids: list[int]) -> list[int]:
         """Through the first stop token; what the template prints after it is never generated."""
@@ -284,13 +345,16 @@ class RowEncoder:
         room = self.max_length - len(prompt_ids)
         if room <= 0:
             raise InputError(
-                f"the prompt has {len(prompt_ids)} tokens, which leaves no room for a completion within "
+                f"the prompt has {len(prompt_ids)} tokens, which leaves no room for a completion "
+                "within "
                 f"max_length={self.max_length}; raise max_length or remove the row"
             )
         return prompt_ids, completion_ids[:room]
 
     def encode_batch(self, columns: dict[str, list]) -> dict[str, list]:
-        """The same for `datasets.map`: a row that cannot be used has its sentence in `problem`, else None."""
+        """The same for `datasets.map`: a row that cannot be used has its sentence in `problem`,
+        else None.
+        """
         result: dict[str, list] = {"prompt_ids": [], "completion_ids": [], "problem": []}
         for row in _rows(columns):
             prompt_ids, completion_ids, problem = [], [], None
@@ -319,19 +383,21 @@ def tokenize(
     where: str,
     stop_ids: Iterable[int],
 ) -> Examples:
-    """Tokenise a whole dataset. `where` names it in error messages; `stop_ids` as stop_token_ids() gives
-    them.
+    """Tokenise a whole dataset. `where` names it in error messages; `stop_ids` as stop_token_ids()
+    gives them.
 
-    A row that cannot be used ends the run (config.row_errors="strict") or is left out and counted ("skip", up
-    to config.max_skipped_rows). The tokenizer is prepared in place (prepare_tokenizer). Uses
-    config.max_length and config.dataset_num_proc; the result does not depend on the latter. Raises
-    InputError.
+    A row that cannot be used ends the run (config.row_errors="strict") or is left out and counted
+    ("skip", up to config.max_skipped_rows). The tokenizer is prepared in place (prepare_tokenizer).
+    Uses config.max_length and config.dataset_num_proc; the result does not depend on the latter.
+    Raises InputError.
     """
     prepare_tokenizer(tokenizer, config)
     dataset, places = _check_dataset(dataset, where)
     encoder = RowEncoder.build(tokenizer, stop_ids, config.max_length)
     prompts, completions, problems = TokenLists(), TokenLists(), []
-    for index, (prompt_ids, completion_ids, problem) in enumerate(_encode_all(dataset, encoder, config)):
+    for index, (prompt_ids, completion_ids, problem) in enumerate(
+        _encode_all(dataset, encoder, config)
+    ):
         if problem is None:
             prompts.append(prompt_ids)
             completions.append(completion_ids)
@@ -341,17 +407,26 @@ def tokenize(
             raise InputError(problems[0])
         if len(problems) > config.max_skipped_rows:
             raise InputError(
-                f"{where} has more than max_skipped_rows={config.max_skipped_rows} rows that cannot be used, "
+                f"{where} has more than max_skipped_rows={config.max_skipped_rows} rows that "
+                "cannot be used, "
                 f"the first: {problems[0]}"
             )
     if problems:
-        logger.warning("%s: %d of %d rows skipped, the first: %s", where, len(problems), len(dataset), problems[0])
+        logger.warning(
+            "%s: %d of %d rows skipped, the first: %s",
+            where,
+            len(problems),
+            len(dataset),
+            problems[0],
+        )
     if not len(prompts):
         raise InputError(f"{where} has no row that can be used, the first: {problems[0]}")
     return Examples(prompts, completions, _fingerprint(prompts, completions), skipped=len(problems))
 
 
-def _encode_all(dataset, encoder: RowEncoder, config: Any) -> Iterator[tuple[list[int], list[int], str | None]]:
+def _encode_all(
+    dataset, encoder: RowEncoder, config: Any
+) -> Iterator[tuple[list[int], list[int], str | None]]:
     workers = config.dataset_num_proc or 1
     if workers > 1 and isinstance(dataset, datasets.Dataset) and len(dataset) >= PARALLEL_ROWS:
         # In memory and under a name of its own: no cache file is written, none is picked up.
@@ -365,17 +440,27 @@ def _encode_all(dataset, encoder: RowEncoder, config: Any) -> Iterator[tuple[lis
         return
     for start in range(0, len(dataset), BATCH_ROWS):
         encoded = encoder.encode_batch(dataset[start : start + BATCH_ROWS])
-        yield from zip(encoded["prompt_ids"], encoded["completion_ids"], encoded["problem"], strict=True)
+        yield from zip(
+            encoded["prompt_ids"], encoded["completion_ids"], encoded["problem"], strict=True
+        )
 
 
 def _check_dataset(dataset, where: str) -> tuple[Any, list[str] | None]:
-    """The dataset reduced to the columns we read, and a place ("line 3") per row if the reader knew one."""
+    """The dataset reduced to the columns we read, and a place ("line 3") per row if the reader knew
+    one.
+    """
     if isinstance(dataset, datasets.DatasetDict):
-        raise InputError(f"{where} is a set of splits; pass one of them: {name_list(list(dataset))}")
+        raise InputError(
+            f"{where} is a set of splits; pass one of them: {name_list(list(dataset))}"
+        )
     if isinstance(dataset, datasets.IterableDataset):
-        raise InputError(f"{where} is a streaming dataset, which has no length; load it without streaming")
+        raise InputError(
+            f"{where} is a streaming dataset, which has no length; load it without streaming"
+        )
     if not isinstance(dataset, (datasets.Dataset, list, tuple)):
-        raise InputError(f"{where} must be a datasets.Dataset or a list of rows, not {type_name(dataset)}")
+        raise InputError(
+            f"{where} must be a datasets.Dataset or a list of rows, not {type_name(dataset)}"
+        )
     if not len(dataset):
         raise InputError(f"{where} has no rows; give at least one")
     if not isinstance(dataset, datasets.Dataset):
@@ -416,9 +501,9 @@ def _fingerprint(*token_lists: TokenLists) -> str:
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """In which order an epoch visits the samples: a pure function of (seed, epoch), so a position is all that
-    a resume needs. Hash and stable sort instead of a library's shuffle, whose result may change with its
-    version.
+    """In which order an epoch visits the samples: a pure function of (seed, epoch), so a position
+    is all that a resume needs. Hash and stable sort instead of a library's shuffle, whose result
+    may change with its version.
     """
 
     num_samples: int
@@ -426,7 +511,9 @@ class SampleOrder:
     shuffle: bool = True
 
     def permutation(self, epoch: int) -> np.ndarray:
-        """Sample indices in visiting order, int64 of length num_samples; every index exactly once."""
+        """Sample indices in visiting order, int64 of length num_samples; every index exactly
+        once.
+        """
         if not self.shuffle:
             return np.arange(self.num_samples, dtype=np.int64)
         start = hashlib.sha256(f"sample order {self.seed} {epoch}".encode()).digest()[:8]

@@ -15,21 +15,24 @@ from gkd_ds.runtime.errors import InputError, first_line, name_list
 SUFFIXES = (".jsonl", ".json", ".parquet")
 USUAL_SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 
-# JSON rows stay text until they are checked: Arrow would refuse the whole file for one row of another shape,
-# without saying which.
+# JSON rows stay text until they are checked: Arrow would refuse the whole file for one row of
+# another shape, without saying which.
 JSON_COLUMN, PLACE_COLUMN = "__json__", "__place__"
 
 
 def read_dataset(name: str, split: str, config: str | None = None) -> datasets.Dataset:
-    """One split of a file (.json, .jsonl, .parquet), a directory or a dataset on the hub (with its `config`).
+    """One split of a file (.json, .jsonl, .parquet), a directory or a dataset on the hub (with its
+    `config`).
 
     A directory holds what `save_to_disk` wrote, or files named by split (train.jsonl,
-    test-00000-of-00002.parquet, also under data/), or files of other names that together are "train". A
-    single file, and a single saved dataset, is whatever split one asks for. JSON rows arrive undecoded, for
-    tokenize() to check. Raises InputError.
+    test-00000-of-00002.parquet, also under data/), or files of other names that together are
+    "train". A single file, and a single saved dataset, is whatever split one asks for. JSON rows
+    arrive undecoded, for tokenize() to check. Raises InputError.
     """
     if not name:
-        raise InputError("the dataset's name is empty; give a file, a directory or a name on the hub")
+        raise InputError(
+            "the dataset's name is empty; give a file, a directory or a name on the hub"
+        )
     path = Path(name).expanduser()
     if path.is_file():
         _refuse_slice(name, split)
@@ -37,19 +40,28 @@ def read_dataset(name: str, split: str, config: str | None = None) -> datasets.D
     if path.is_dir():
         _refuse_slice(name, split)
         return _read_directory(path, split)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or path.suffix in SUFFIXES or name.startswith("."):
-        raise InputError(f"dataset '{name}' does not exist; give a file, a directory or a name on the hub")
+    if (
+        not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+        or path.suffix in SUFFIXES
+        or name.startswith(".")
+    ):
+        raise InputError(
+            f"dataset '{name}' does not exist; give a file, a directory or a name on the hub"
+        )
     try:
         return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # a download fails in more ways than its libraries document
         raise InputError(
-            f"'{name}' is no local file or directory, and its split '{split}' cannot be loaded from the hub: "
+            f"'{name}' is no local file or directory, and its split '{split}' cannot be loaded "
+            "from the hub: "
             f"{first_line(error)}"
         ) from error
 
 
 def dataset_splits(name: str, config: str | None = None) -> list[str]:
-    """The splits that read_dataset() finds; for a single file only "train", so no evaluation runs on it."""
+    """The splits that read_dataset() finds; for a single file only "train", so no evaluation runs
+    on it.
+    """
     path = Path(name).expanduser()
     if path.is_file() or (path / "state.json").is_file():
         return ["train"]
@@ -65,7 +77,9 @@ def dataset_splits(name: str, config: str | None = None) -> list[str]:
 
 def _refuse_slice(name: str, split: str) -> None:
     if "[" in split or "+" in split:
-        raise InputError(f"split '{split}' is hub syntax, but '{name}' is local; name a whole split")
+        raise InputError(
+            f"split '{split}' is hub syntax, but '{name}' is local; name a whole split"
+        )
 
 
 def _read_directory(path: Path, split: str) -> datasets.Dataset:
@@ -81,8 +95,16 @@ def _read_directory(path: Path, split: str) -> datasets.Dataset:
 def _load_saved(path: Path) -> datasets.Dataset | datasets.DatasetDict:
     try:
         return datasets.load_from_disk(str(path))
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"the dataset saved in '{path}' cannot be loaded: {first_line(error)}") from error
+    except (
+        datasets.exceptions.DatasetsError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+    ) as error:
+        raise InputError(
+            f"the dataset saved in '{path}' cannot be loaded: {first_line(error)}"
+        ) from error
 
 
 def _split_files(path: Path) -> dict[str, list[Path]]:
@@ -91,9 +113,13 @@ def _split_files(path: Path) -> dict[str, list[Path]]:
     files = []
     for folder in (path, path / "data"):
         if not files and folder.is_dir():
-            files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+            files = sorted(
+                file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file()
+            )
     if not files:
-        raise InputError(f"'{path}' holds no dataset: no saved one and no {', '.join(SUFFIXES)} file")
+        raise InputError(
+            f"'{path}' holds no dataset: no saved one and no {', '.join(SUFFIXES)} file"
+        )
     for file in files:
         splits.setdefault(re.sub(r"-\d+-of-\d+(-\w+)?$", "", file.stem), []).append(file)
     if not splits.keys() & USUAL_SPLITS:
@@ -104,11 +130,15 @@ def _split_files(path: Path) -> dict[str, list[Path]]:
 def _read_files(files: list[Path]) -> datasets.Dataset:
     suffixes = {file.suffix for file in files}
     if not suffixes <= set(SUFFIXES):
-        raise InputError(f"'{files[0]}' is not a dataset file; give one that ends in {', '.join(SUFFIXES)}")
+        raise InputError(
+            f"'{files[0]}' is not a dataset file; give one that ends in {', '.join(SUFFIXES)}"
+        )
     if suffixes == {".parquet"}:
         return _read_parquet(files)
     if ".parquet" in suffixes:
-        raise InputError(f"'{files[0].parent}' mixes Parquet and JSON files in one split; keep one kind")
+        raise InputError(
+            f"'{files[0].parent}' mixes Parquet and JSON files in one split; keep one kind"
+        )
     places, rows = [], []
     for file in files:
         for place, row in _read_json(file):
@@ -122,8 +152,8 @@ def _read_files(files: list[Path]) -> datasets.Dataset:
 
 
 def _read_json(file: Path) -> Iterator[tuple[str, bytes]]:
-    """Every row of a JSON file, still JSON, with its place. JSON Lines, or one array (told by its first
-    character).
+    """Every row of a JSON file, still JSON, with its place. JSON Lines, or one array (told by its
+    first character).
     """
     try:
         content = file.read_bytes()
@@ -134,7 +164,9 @@ def _read_json(file: Path) -> Iterator[tuple[str, bytes]]:
             rows = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise InputError(f"'{file}' is not valid JSON: {first_line(error)}") from error
-        yield from ((f"row index {index}", json.dumps(row).encode()) for index, row in enumerate(rows))
+        yield from (
+            (f"row index {index}", json.dumps(row).encode()) for index, row in enumerate(rows)
+        )
         return
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
@@ -156,10 +188,16 @@ def _read_parquet(files: list[Path]) -> datasets.Dataset:
         try:
             names = pyarrow.parquet.read_schema(file).names
             # With none of our columns, keep all: the complaint about it lists them.
-            tables.append(pyarrow.parquet.read_table(file, columns=[n for n in COLUMNS if n in names] or None))
+            tables.append(
+                pyarrow.parquet.read_table(file, columns=[n for n in COLUMNS if n in names] or None)
+            )
         except (OSError, pyarrow.ArrowException) as error:
-            raise InputError(f"'{file}' is not a readable Parquet file: {first_line(error)}") from error
+            raise InputError(
+                f"'{file}' is not a readable Parquet file: {first_line(error)}"
+            ) from error
     try:
         return datasets.Dataset(pyarrow.concat_tables(tables).replace_schema_metadata(None))
     except pyarrow.ArrowException as error:
-        raise InputError(f"the Parquet files in '{files[0].parent}' differ in their columns") from error
+        raise InputError(
+            f"the Parquet files in '{files[0].parent}' differ in their columns"
+        ) from error

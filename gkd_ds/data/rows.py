@@ -11,7 +11,9 @@ COLUMNS = ("messages", "prompt", "completion")
 
 @dataclass(frozen=True)
 class Row:
-    """A row that passed every check: messages and the assistant message that answers them, or two strings."""
+    """A row that passed every check: messages and the assistant message that answers them, or two
+    strings.
+    """
 
     prompt: list[dict[str, str]] | str
     completion: dict[str, str] | str
@@ -20,8 +22,8 @@ class Row:
 def parse_row(row: object) -> Row:
     """Check one row and split it into prompt and completion.
 
-    Raises InputError with a clause about the row ("messages[1] has ..."); the caller puts file and row in
-    front.
+    Raises InputError with a clause about the row ("messages[1] has ..."); the caller puts file and
+    row in front.
     """
     if not isinstance(row, Mapping):
         raise InputError(f"the row must be an object with fields, not {type_name(row)}")
@@ -31,7 +33,8 @@ def parse_row(row: object) -> Row:
     if prompt is None or completion is None:
         filled = [name for name, value in row.items() if value is not None]
         raise InputError(
-            f"the row needs 'messages', or 'prompt' and 'completion'; its non-empty fields are: {name_list(filled)}"
+            "the row needs 'messages', or 'prompt' and 'completion'; its non-empty fields are: "
+            f"{name_list(filled)}"
         )
     if isinstance(prompt, str) and isinstance(completion, str):
         for name, text in (("prompt", prompt), ("completion", completion)):
@@ -51,7 +54,9 @@ def parse_row(row: object) -> Row:
 
 
 def _split(messages: list[dict[str, str]]) -> Row:
-    """Cut a conversation at its last assistant turn; what follows it has no answer and is dropped."""
+    """Cut a conversation at its last assistant turn; what follows it has no answer and is
+    dropped.
+    """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise InputError("no message has the role 'assistant'")
@@ -73,16 +78,25 @@ def _parse_messages(messages: object, field: str) -> list[dict[str, str]]:
 
 def _parse_message(message: object, place: str) -> dict[str, str]:
     if not isinstance(message, Mapping):
-        raise InputError(f"{place} must be an object with 'role' and 'content', not {type_name(message)}")
+        raise InputError(
+            f"{place} must be an object with 'role' and 'content', not {type_name(message)}"
+        )
     role = message.get("role")
     if not isinstance(role, str):
         raise InputError(f"{place} needs a 'role' that is text, not {type_name(role)}")
     if role not in ROLES:
-        raise InputError(f"{place} has the unknown role {quote(role)}; known are {', '.join(ROLES)}")
+        raise InputError(
+            f"{place} has the unknown role {quote(role)}; known are {', '.join(ROLES)}"
+        )
     if message.get("tool_calls"):
         raise InputError(f"{place} has 'tool_calls'; write the call into 'content' as text")
-    # Templates know further text fields (name, reasoning_content, ...); what is not text is not for them.
-    texts = {key: value for key, value in message.items() if isinstance(key, str) and isinstance(value, str)}
+    # Templates know further text fields (name, reasoning_content, ...); what is not text is not for
+    # them.
+    texts = {
+        key: value
+        for key, value in message.items()
+        if isinstance(key, str) and isinstance(value, str)
+    }
     texts["content"] = _parse_content(message.get("content"), place)
     for key, text in texts.items():
         _check_text(text, f"{place}, field {quote(key)},")
@@ -96,8 +110,14 @@ def _parse_content(content: object, place: str) -> str:
         raise InputError(f"{place} needs a 'content' that is text, not {type_name(content)}")
     texts = []
     for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise InputError(f"{place} has a content part that is not {{'type': 'text', 'text': ...}}")
+        if (
+            not isinstance(part, Mapping)
+            or part.get("type") != "text"
+            or not isinstance(part.get("text"), str)
+        ):
+            raise InputError(
+                f"{place} has a content part that is not {{'type': 'text', 'text': ...}}"
+            )
         texts.append(part["text"])
     return "".join(texts)
 

@@ -1,4 +1,6 @@
-"""Which samples a window holds and who completes each of them: a pure function of (seed, step), equal on every rank."""
+"""Which samples a window holds and who completes each of them: a pure function of (seed, step),
+equal on every rank.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ _MASK = (1 << 64) - 1
 
 
 def hashed_uniform(*key: int) -> float:
-    """A uniform number in [0, 1) that depends on `key` alone (splitmix64, chained over the integers of the key)."""
+    """A uniform number in [0, 1) that depends on `key` alone (splitmix64, chained over the integers
+    of the key).
+    """
     state = 0x9E3779B97F4A7C15
     for part in key:
         state = _splitmix64(state ^ (part & _MASK))
@@ -26,12 +30,14 @@ def _splitmix64(value: int) -> int:
 
 @dataclass(frozen=True)
 class StepScheduler:
-    """Lays the epochs of a dataset out in windows of `micro_batches` x `world_size` x `micro_batch_size` samples.
+    """Lays the epochs of a dataset out in windows of `micro_batches` x `world_size` x
+    `micro_batch_size` samples.
 
-    Micro-batch m of all ranks is one contiguous stretch of the epoch's order, so the same global batch holds the
-    same samples for any number of ranks. One source is drawn per stretch of `draw_samples`: by default that is a
-    micro-batch of all ranks; a run that goes on with another layout keeps the stretches it began with, and so its
-    draws. The last window of an epoch may be short (ranks may then have fewer rows, or none) unless `drop_last`.
+    Micro-batch m of all ranks is one contiguous stretch of the epoch's order, so the same global
+    batch holds the same samples for any number of ranks. One source is drawn per stretch of
+    `draw_samples`: by default that is a micro-batch of all ranks; a run that goes on with another
+    layout keeps the stretches it began with, and so its draws. The last window of an epoch may be
+    short (ranks may then have fewer rows, or none) unless `drop_last`.
     """
 
     num_samples: int
@@ -62,7 +68,9 @@ class StepScheduler:
         return step // self.windows_per_epoch
 
     def source(self, step: int, stretch: int) -> Source:
-        """Student with probability `lmbda`; otherwise the teacher (`seq_kd`) or the dataset. lmbda=0 never samples."""
+        """Student with probability `lmbda`; otherwise the teacher (`seq_kd`) or the dataset.
+        lmbda=0 never samples.
+        """
         if hashed_uniform(self.seed, 0x50, step, stretch) < self.lmbda:
             return Source.STUDENT
         return Source.TEACHER if self.seq_kd else Source.DATA
@@ -78,8 +86,13 @@ class StepScheduler:
         return {self.source_at(step, place) for place in range(first, last, self.draw_samples)}
 
     def rows(self, step: int, micro_batch: int, rank: int) -> range:
-        """Places in the epoch's order that this rank completes in this micro-batch; may be empty at an epoch's end."""
-        first = self._first_of_window(step) + (micro_batch * self.world_size + rank) * self.micro_batch_size
+        """Places in the epoch's order that this rank completes in this micro-batch; may be empty at
+        an epoch's end.
+        """
+        first = (
+            self._first_of_window(step)
+            + (micro_batch * self.world_size + rank) * self.micro_batch_size
+        )
         last = min(first + self.micro_batch_size, self.num_samples)
         return range(min(first, last), last)
 

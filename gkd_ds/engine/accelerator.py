@@ -1,6 +1,7 @@
 """What is special to one kind of accelerator: the only file that asks which one this is.
 
-Everything here is an optimisation that leaves results alone: remove it and the same numbers come out slower.
+Everything here is an optimisation that leaves results alone: remove it and the same numbers come
+out slower.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-# The elementwise part of the loss makes about ten passes over a tile: 2^20 fp32 entries (4 MiB) stay in a CPU's
-# last-level cache.
+# The elementwise part of the loss makes about ten passes over a tile: 2^20 fp32 entries (4 MiB)
+# stay in a CPU's last-level cache.
 _CPU_TILE_ENTRIES = 1 << 20
 
-# Rows of an output matrix to multiply by at a time, so that they stay in a core's second-level cache.
+# Rows of an output matrix to multiply by at a time, so that they stay in a core's second-level
+# cache.
 _CPU_HEAD_ROWS = 1024
-# Entries left free between rows of logits: a power of two apart, they would fall into the same places of the caches.
+# Entries left free between rows of logits: a power of two apart, they would fall into the same
+# places of the caches.
 CPU_ROW_GAP = 64
 
 # Matrices of this many weights or more are packed for oneDNN while decoding.
@@ -38,7 +41,9 @@ def on_cpu() -> bool:
 
 
 def elementwise_tile_rows(logits_nV: Tensor) -> int:
-    """Rows of a logits chunk to treat at a time: a cache-sized tile on a CPU, the whole chunk elsewhere."""
+    """Rows of a logits chunk to treat at a time: a cache-sized tile on a CPU, the whole chunk
+    elsewhere.
+    """
     rows, vocabulary = logits_nV.shape
     if logits_nV.device.type != "cpu":
         return max(rows, 1)
@@ -46,22 +51,28 @@ def elementwise_tile_rows(logits_nV: Tensor) -> int:
 
 
 def logits(hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    """`hidden_nD @ weight_VD.T + bias_V`, without gradients: `[n, V]`, on the CPU with gaps between its rows.
+    """`hidden_nD @ weight_VD.T + bias_V`, without gradients: `[n, V]`, on the CPU with gaps between
+    its rows.
 
-    There it is made in blocks of the vocabulary, since MKL is up to a quarter slower at the whole of a tall matrix.
+    There it is made in blocks of the vocabulary, since MKL is up to a quarter slower at the whole
+    of a tall matrix.
     """
     if hidden_nD.device.type != "cpu" or hidden_nD.dtype != torch.float32:
         return F.linear(hidden_nD, weight_VD, bias_V)
     rows, vocabulary = hidden_nD.shape[0], weight_VD.shape[0]
     logits_nV = hidden_nD.new_empty(rows, vocabulary + CPU_ROW_GAP)[:, :vocabulary]
-    for block_nv, weight_vD in zip(logits_nV.split(_CPU_HEAD_ROWS, 1), weight_VD.split(_CPU_HEAD_ROWS), strict=True):
+    for block_nv, weight_vD in zip(
+        logits_nV.split(_CPU_HEAD_ROWS, 1), weight_VD.split(_CPU_HEAD_ROWS), strict=True
+    ):
         torch.mm(hidden_nD, weight_vD.t(), out=block_nv)
     return logits_nV if bias_V is None else logits_nV.add_(bias_V)
 
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Around the loading of weights: on the CPU, memory goes back as it is freed, and gloo's threads stay single."""
+    """Around the loading of weights: on the CPU, memory goes back as it is freed, and gloo's
+    threads stay single.
+    """
     if not on_cpu():
         yield
         return
@@ -73,9 +84,9 @@ def loading() -> Iterator[None]:
 def _single_threaded_collectives() -> Iterator[None]:
     """Keep the threads in which gloo runs collectives from having OpenMP workers of their own.
 
-    A thread asks torch for its number of workers at its first copy, which for gloo's is while weights are loaded. Had
-    they any, OpenMP would count more threads than cores and let all workers sleep after every operation: a decode step
-    of small matrices then takes 15 % longer.
+    A thread asks torch for its number of workers at its first copy, which for gloo's is while
+    weights are loaded. Had they any, OpenMP would count more threads than cores and let all workers
+    sleep after every operation: a decode step of small matrices then takes 15 % longer.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -89,10 +100,11 @@ def _single_threaded_collectives() -> Iterator[None]:
 def _freed_at_once() -> Iterator[None]:
     """Give large blocks of host memory back as soon as they are freed.
 
-    On the CPU a parameter is whole in host memory before its shard is kept. glibc keeps the room of blocks of up to
-    32 MiB in its heap, in holes between the shards, until a rank has taken nearly the size of the whole model.
-    Afterwards it is the other way round: every update takes what the last one has freed, and room that went back
-    would cost a page fault per 4 KiB, up to 5 % of an update. A user's own settings stay.
+    On the CPU a parameter is whole in host memory before its shard is kept. glibc keeps the room of
+    blocks of up to 32 MiB in its heap, in holes between the shards, until a rank has taken nearly
+    the size of the whole model. Afterwards it is the other way round: every update takes what the
+    last one has freed, and room that went back would cost a page fault per 4 KiB, up to 5 % of an
+    update. A user's own settings stay.
     """
     own = {"GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
     if platform.libc_ver()[0] != "glibc" or own:
@@ -111,16 +123,17 @@ def _freed_at_once() -> Iterator[None]:
 def fast_decoding(model: nn.Module) -> Iterator[None]:
     """Make `model` quick for products of few rows while its weights stay whole and unchanged.
 
-    torch's inference mode saves bookkeeping in every operation: of a decode step's many small ones, 7 % of the time on
-    the CPU. There, every linear layer's weight is laid out anew, too, since MKL is slow at few rows times a
-    row-major matrix. Elsewhere nothing more is done yet: a CUDA graph or `torch.compile` of the decode step would
-    start here.
+    torch's inference mode saves bookkeeping in every operation: of a decode step's many small ones,
+    7 % of the time on the CPU. There, every linear layer's weight is laid out anew, too, since MKL
+    is slow at few rows times a row-major matrix. Elsewhere nothing more is done yet: a CUDA graph
+    or `torch.compile` of the decode step would start here.
     """
     relaid = [module for module in model.modules() if _is_plain_linear(module)] if on_cpu() else []
     try:
         with torch.inference_mode():
             for module in relaid:
-                # An instance attribute shadows the class's forward; deleting it restores the module.
+                # An instance attribute shadows the class's forward; deleting it restores the
+                # module.
                 module.forward = _relaid_forward(module.weight.detach(), module.bias)
             yield
     finally:
@@ -130,7 +143,9 @@ def fast_decoding(model: nn.Module) -> Iterator[None]:
 
 
 def _make_trainable(model: nn.Module) -> None:
-    """Replace what `model` made for itself in inference mode (grown rotary tables): autograd refuses such tensors."""
+    """Replace what `model` made for itself in inference mode (grown rotary tables): autograd
+    refuses such tensors.
+    """
     for module in model.modules():
         for tensors in (module._buffers, vars(module)):
             for name, tensor in tensors.items():
@@ -146,7 +161,8 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 
 def _relaid_forward(weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """`F.linear` by a copy of the weight: column by column, or, where that takes long to make, packed for oneDNN.
+    """`F.linear` by a copy of the weight: column by column, or, where that takes long to make,
+    packed for oneDNN.
 
     oneDNN needs 20 us more per call than a small product takes.
     """

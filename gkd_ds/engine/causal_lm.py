@@ -1,7 +1,8 @@
-"""What gkd_ds assumes about a transformers causal language model: a body, an output layer, a list of decoder layers.
+"""What gkd_ds assumes about a transformers causal language model: a body, an output layer, a list
+of decoder layers.
 
-Assumptions are checked once at start-up (`check_head`), so that an architecture that breaks one is refused with a
-sentence instead of being trained on wrong logits.
+Assumptions are checked once at start-up (`check_head`), so that an architecture that breaks one is
+refused with a sentence instead of being trained on wrong logits.
 """
 
 from __future__ import annotations
@@ -23,12 +24,23 @@ def body_forward(model: PreTrainedModel, input_ids_BT: Tensor | None = None, **k
 
 
 def decoding_forward(model: PreTrainedModel, vocabulary: int) -> Forward:
-    """The decode loop's view of `model`: logits of the last position, over the shared vocabulary, `[B, V]`."""
-    body, head, transform = model.base_model, model.get_output_embeddings(), LogitTransform.of(model.config)
-    # transformers 5.24 renamed the argument; models from the hub that bring their own code may have the old name.
-    cache_name = "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
+    """The decode loop's view of `model`: logits of the last position, over the shared vocabulary,
+    `[B, V]`.
+    """
+    body, head, transform = (
+        model.base_model,
+        model.get_output_embeddings(),
+        LogitTransform.of(model.config),
+    )
+    # transformers 5.24 renamed the argument; models from the hub that bring their own code may have
+    # the old name.
+    cache_name = (
+        "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
+    )
 
-    def forward(ids_Bt: Tensor, mask_BL: Tensor | None, positions_Bt: Tensor, cache: DynamicCache) -> Tensor:
+    def forward(
+        ids_Bt: Tensor, mask_BL: Tensor | None, positions_Bt: Tensor, cache: DynamicCache
+    ) -> Tensor:
         hidden_BtD = body(
             input_ids=ids_Bt,
             attention_mask=mask_BL,
@@ -42,19 +54,27 @@ def decoding_forward(model: PreTrainedModel, vocabulary: int) -> Forward:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers inside the body. Raises InputError where there is not exactly one."""
+    """The list of decoder layers inside the body.
+
+    Raises InputError where there is not exactly one.
+    """
     depth = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    lists = [
+        m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth
+    ]
     if not lists:
         raise InputError(
-            f"{type(model).__name__} has no list of its {depth} decoder layers, which gkd_ds needs to stream a teacher "
+            f"{type(model).__name__} has no list of its {depth} decoder layers, which gkd_ds needs "
+            "to stream a teacher "
             "layer by layer; choose a decoder-only architecture."
         )
     return lists[0]
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every rate to 0: those of dropout modules, and those a module keeps for `F.dropout` (OPT) or attention."""
+    """Set every rate to 0: those of dropout modules, and those a module keeps for `F.dropout` (OPT)
+    or attention.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -67,16 +87,20 @@ def disable_dropout(model: nn.Module) -> None:
 def check_head(model: PreTrainedModel, role: str, device: torch.device) -> None:
     """Raise InputError unless transform(output layer(body(ids))) are the model's own logits.
 
-    Some architectures do more to their logits than a scale and a soft cap, or feed the output layer something other
-    than the body's last hidden state. Collective where parameters are partitioned: call inside the engine's root.
+    Some architectures do more to their logits than a scale and a soft cap, or feed the output layer
+    something other than the body's last hidden state. Collective where parameters are partitioned:
+    call inside the engine's root.
     """
-    ids_BT = torch.arange(1, 9, device=device).remainder(model.config.get_text_config().vocab_size)[None]
+    ids_BT = torch.arange(1, 9, device=device).remainder(model.config.get_text_config().vocab_size)[
+        None
+    ]
     theirs = model(input_ids=ids_BT, use_cache=False).logits.float()
     head, transform = model.get_output_embeddings(), LogitTransform.of(model.config)
     ours = transform.apply_(head(body_forward(model, ids_BT))).float()
     scale = theirs.abs().max().clamp(min=1.0)
     if theirs.shape != ours.shape or (theirs - ours).abs().max() > 0.02 * scale:
         raise InputError(
-            f"the {role} ({type(model).__name__}) computes its logits in a way gkd_ds does not know, so its divergence "
+            f"the {role} ({type(model).__name__}) computes its logits in a way gkd_ds does not "
+            "know, so its divergence "
             "would be wrong; use a model whose logits are its output layer, scaled or soft-capped."
         )

@@ -1,4 +1,6 @@
-"""From what the user gave (names or objects) to tokenizers, token lists and models; everything cheap comes first."""
+"""From what the user gave (names or objects) to tokenizers, token lists and models; everything
+cheap comes first.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ from gkd_ds.teacher import nvme
 logger = logging.getLogger(__name__)
 
 Model = str | PreTrainedModel
-# A directory without any of these has no tokenizer; transformers would make up an empty one from the model's type.
+# A directory without any of these has no tokenizer; transformers would make up an empty one from
+# the model's type.
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model", "tekken.json")
 
 
@@ -43,9 +46,12 @@ def require_causal_lm(model: Any, role: str) -> Model:
     if isinstance(model, str | PreTrainedModel):
         return model
     if model is None:
-        raise InputError(f"no {role} is given; pass the {role}'s directory or hub name, or a transformers model.")
+        raise InputError(
+            f"no {role} is given; pass the {role}'s directory or hub name, or a transformers model."
+        )
     raise InputError(
-        f"the {role} is a {type(model).__name__}; pass a transformers causal language model or the name of one."
+        f"the {role} is a {type(model).__name__}; pass a transformers causal language model or the "
+        "name of one."
     )
 
 
@@ -57,22 +63,29 @@ def refuse_ignored(model: Model, role: str, **settings: Any) -> None:
 
 
 def require_safetensors(model: Model, init_kwargs: dict | None) -> None:
-    """Raise InputError for a directory whose weights are pickles only (loading a pickle may run code) or damaged.
+    """Raise InputError for a directory whose weights are pickles only (loading a pickle may run
+    code) or damaged.
 
     Names on the hub are checked when they are loaded, by `use_safetensors`.
     """
     if isinstance(model, str) and not os.path.isdir(model) and not HUB_NAME.fullmatch(model):
-        raise InputError(f"the model {model!r} is neither a directory nor a hub name such as org/name; check the path.")
+        raise InputError(
+            f"the model {model!r} is neither a directory nor a hub name such as org/name; check "
+            "the path."
+        )
     given = init_kwargs or {}
     if given.get("use_safetensors", True) is not True:
-        raise InputError("model init kwargs set use_safetensors, but only safetensors are loaded; leave it out.")
+        raise InputError(
+            "model init kwargs set use_safetensors, but only safetensors are loaded; leave it out."
+        )
     if not isinstance(model, str) or not os.path.isdir(model) or "gguf_file" in given:
         return
     directory = Path(model, given.get("subfolder", ""))
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise InputError(
-            f"the directory {model!r} has no weights in safetensors; pickles (pytorch_model.bin) can run code and are "
+            f"the directory {model!r} has no weights in safetensors; pickles (pytorch_model.bin) "
+            "can run code and are "
             "not loaded: convert them with save_pretrained, where you trust them."
         )
     whole = directory / "model.safetensors"  # transformers prefers it to what an index lists
@@ -81,10 +94,14 @@ def require_safetensors(model: Model, init_kwargs: dict | None) -> None:
             raise InputError(f"the weights {str(directory / shard)!r} are missing; copy them, too.")
     for file in files:
         try:
-            with safe_open(file, framework="pt"):  # reads the header, and compares it with the file's size
+            with safe_open(
+                file, framework="pt"
+            ):  # reads the header, and compares it with the file's size
                 pass
         except (OSError, SafetensorError) as error:
-            raise InputError(f"the weights {str(file)!r} are damaged ({_reason(error)}); copy them again.") from error
+            raise InputError(
+                f"the weights {str(file)!r} are damaged ({_reason(error)}); copy them again."
+            ) from error
 
 
 def _shards(index: Path) -> set[str]:
@@ -95,21 +112,34 @@ def _shards(index: Path) -> set[str]:
         return set(json.loads(index.read_text())["weight_map"].values())
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = _reason(error)
-        raise InputError(f"the weights' index {str(index)!r} cannot be read ({reason}); copy it again.") from error
+        raise InputError(
+            f"the weights' index {str(index)!r} cannot be read ({reason}); copy it again."
+        ) from error
 
 
 def load_tokenizer(model: Model, given: Any, config: GKDConfig) -> PreTrainedTokenizerBase:
     """The run's tokenizer, ready to use: `given` (processing_class), or the student's own."""
     if given is not None and not isinstance(given, PreTrainedTokenizerBase):
-        raise InputError(f"processing_class is a {type(given).__name__}; pass the student's tokenizer.")
-    _model_config(model, config, config.model_init_kwargs)  # loading a tokenizer reads it: a bad one is blamed first
-    tokenizer = given if given is not None else _tokenizer_of(_name(model), config, config.model_init_kwargs)
+        raise InputError(
+            f"processing_class is a {type(given).__name__}; pass the student's tokenizer."
+        )
+    _model_config(
+        model, config, config.model_init_kwargs
+    )  # loading a tokenizer reads it: a bad one is blamed first
+    tokenizer = (
+        given
+        if given is not None
+        else _tokenizer_of(_name(model), config, config.model_init_kwargs)
+    )
     if tokenizer is None:
-        raise InputError(f"the student {_name(model)!r} comes without a tokenizer; pass processing_class.")
+        raise InputError(
+            f"the student {_name(model)!r} comes without a tokenizer; pass processing_class."
+        )
     for template in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
         if not re.fullmatch(r"\w[\w.-]*", template):
             raise InputError(
-                f"the tokenizer has a chat template named {template!r}; a template is saved as a file of its name, so "
+                f"the tokenizer has a chat template named {template!r}; a template is saved as a "
+                "file of its name, so "
                 "give it one of letters, digits, '_', '.' and '-'."
             )
     prepare_tokenizer(tokenizer, config)
@@ -118,7 +148,8 @@ def load_tokenizer(model: Model, given: Any, config: GKDConfig) -> PreTrainedTok
 
 
 def generation_config(model: Model, init_kwargs: dict | None) -> GenerationConfig | None:
-    """What the model says about its own generating: it may know more stop tokens than the tokenizer.
+    """What the model says about its own generating: it may know more stop tokens than the
+    tokenizer.
 
     None where it says nothing. Raises InputError for a file that says nothing intelligible.
     """
@@ -133,14 +164,19 @@ def generation_config(model: Model, init_kwargs: dict | None) -> GenerationConfi
         if not is_damaged:
             return None
         raise InputError(
-            f"the generation config of model {model!r} cannot be read ({_reason(error)}); get it again, or delete it."
+            f"the generation config of model {model!r} cannot be read ({_reason(error)}); get it "
+            "again, or delete it."
         ) from error
 
 
-def shared_vocabulary(student: Model, teacher: Model, tokenizer: PreTrainedTokenizerBase, config: GKDConfig) -> int:
-    """How many token ids both models score, after checking that they mean the same. No weights are loaded.
+def shared_vocabulary(
+    student: Model, teacher: Model, tokenizer: PreTrainedTokenizerBase, config: GKDConfig
+) -> int:
+    """How many token ids both models score, after checking that they mean the same. No weights are
+    loaded.
 
-    A teacher whose directory or repository has no tokenizer is taken at its word: then only sizes can be checked.
+    A teacher whose directory or repository has no tokenizer is taken at its word: then only sizes
+    can be checked.
     """
     sizes = [
         _model_config(model, config, init_kwargs).get_text_config().vocab_size
@@ -162,53 +198,85 @@ def require_known_tokens(examples: Examples | None, vocabulary: int) -> None:
         largest = max(tokens.tokens)
         if largest >= vocabulary:
             raise InputError(
-                f"the data uses token id {largest} but student and teacher score only the first {vocabulary}; use the "
+                f"the data uses token id {largest} but student and teacher score only the first "
+                f"{vocabulary}; use the "
                 "models' own tokenizer, or resize their embeddings."
             )
 
 
 def load_student(model: Model, config: GKDConfig, world_size: int) -> PreTrainedModel:
-    """The student's model; a name is loaded partitioned when its DeepSpeed configuration is ZeRO-3."""
+    """The student's model; a name is loaded partitioned when its DeepSpeed configuration is
+    ZeRO-3.
+    """
     if isinstance(model, PreTrainedModel):
         return model
     width = _model_config(model, config, config.model_init_kwargs).get_text_config().hidden_size
     ds_config = zero.student_config(config, world_size, width)
-    return zero.load(model, ds_config, _dtype(config.dtype, config), **_init_kwargs(config, config.model_init_kwargs))
+    return zero.load(
+        model,
+        ds_config,
+        _dtype(config.dtype, config),
+        **_init_kwargs(config, config.model_init_kwargs),
+    )
 
 
 def load_teacher(model: Model, config: GKDConfig) -> PreTrainedModel:
-    """The teacher's model; a name is loaded shard by shard, straight to where its DeepSpeed file wants it."""
+    """The teacher's model; a name is loaded shard by shard, straight to where its DeepSpeed file
+    wants it.
+    """
     if isinstance(model, PreTrainedModel):
         return model.to(zero.precision(config))
     model_config = _model_config(model, config, config.teacher_model_init_kwargs)
     ds_config = zero.teacher_config(config, model_config.get_text_config().hidden_size)
     if nvme.is_used(ds_config):
         with torch.device("meta"):
-            shapes = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+            shapes = AutoModelForCausalLM.from_config(
+                model_config, trust_remote_code=config.trust_remote_code
+            )
         nvme.fit_buffers(ds_config, shapes, zero.precision(config).itemsize)
-    return zero.load(model, ds_config, zero.precision(config), **_init_kwargs(config, config.teacher_model_init_kwargs))
+    return zero.load(
+        model,
+        ds_config,
+        zero.precision(config),
+        **_init_kwargs(config, config.teacher_model_init_kwargs),
+    )
 
 
 def _name(model: Model) -> str:
     return model if isinstance(model, str) else model.config._name_or_path
 
 
-def _tokenizer_of(name: str, config: GKDConfig, init_kwargs: dict | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that comes with a model; None only where there is none, and InputError where there is a bad one."""
+def _tokenizer_of(
+    name: str, config: GKDConfig, init_kwargs: dict | None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that comes with a model; None only where there is none, and InputError where
+    there is a bad one.
+    """
     where = _where(init_kwargs)
     if not os.path.isdir(name) and not HUB_NAME.fullmatch(name):
         return None  # an object that was never in a directory, or whose directory is gone
     try:
         if not _has_tokenizer(name, **where):
             return None
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, **where)
-    except Exception as error:  # tokenizers raises plain ones; and a missing library, the hub, code of the model's own
-        raise InputError(f"the tokenizer of model {name!r} cannot be read ({_reason(error)}); mend it.") from error
+        return AutoTokenizer.from_pretrained(
+            name, trust_remote_code=config.trust_remote_code, **where
+        )
+    except Exception as error:  # tokenizers raises plain ones; the hub and a model's own code, any
+        raise InputError(
+            f"the tokenizer of model {name!r} cannot be read ({_reason(error)}); mend it."
+        ) from error
 
 
-def _has_tokenizer(name: str, subfolder: str = "", revision: str | None = None, token: Any = None) -> bool:
-    """Whether the directory, or the hub's repository, has a tokenizer's files. The hub's local cache is asked first."""
-    inside = lambda place: any(any(Path(place, subfolder).glob(pattern)) for pattern in TOKENIZER_FILES)  # noqa: E731
+def _has_tokenizer(
+    name: str, subfolder: str = "", revision: str | None = None, token: Any = None
+) -> bool:
+    """Whether the directory, or the hub's repository, has a tokenizer's files. The hub's local
+    cache is asked first.
+    """
+
+    def inside(place: str) -> bool:
+        return any(any(Path(place, subfolder).glob(pattern)) for pattern in TOKENIZER_FILES)
+
     if os.path.isdir(name):
         return inside(name)
     try:
@@ -217,16 +285,26 @@ def _has_tokenizer(name: str, subfolder: str = "", revision: str | None = None, 
     except LocalEntryNotFoundError:
         pass  # nothing of it is in the cache
     files = HfApi(token=token).list_repo_files(name, revision=revision)
-    return any(fnmatch(file, str(Path(subfolder, pattern))) for file in files for pattern in TOKENIZER_FILES)
+    return any(
+        fnmatch(file, str(Path(subfolder, pattern)))
+        for file in files
+        for pattern in TOKENIZER_FILES
+    )
 
 
 def _model_config(model: Model, config: GKDConfig, init_kwargs: dict | None):
     if isinstance(model, PreTrainedModel):
         return model.config
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code, **_where(init_kwargs))
-    except Exception as error:  # an architecture's configuration may stumble over wrong content in any way
-        raise InputError(f"the configuration of model {model!r} cannot be read ({_reason(error)}); mend it.") from error
+        return AutoConfig.from_pretrained(
+            model, trust_remote_code=config.trust_remote_code, **_where(init_kwargs)
+        )
+    except (
+        Exception
+    ) as error:  # an architecture's configuration may stumble over wrong content in any way
+        raise InputError(
+            f"the configuration of model {model!r} cannot be read ({_reason(error)}); mend it."
+        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -236,7 +314,11 @@ def _reason(error: Exception) -> str:
 
 def _where(init_kwargs: dict | None) -> dict[str, Any]:
     """Those of the init kwargs that say where the model's files are."""
-    return {key: value for key, value in (init_kwargs or {}).items() if key in ("revision", "token", "subfolder")}
+    return {
+        key: value
+        for key, value in (init_kwargs or {}).items()
+        if key in ("revision", "token", "subfolder")
+    }
 
 
 def _init_kwargs(config: GKDConfig, given: dict | None) -> dict[str, Any]:
@@ -248,7 +330,9 @@ def _init_kwargs(config: GKDConfig, given: dict | None) -> dict[str, Any]:
     # TRL's name for it; a name such as "bfloat16" in either is a torch dtype.
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
     if dtype is not None:
-        kwargs["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+        kwargs["dtype"] = (
+            getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+        )
     # ZeRO-3 decides where weights are.
     kwargs.pop("device_map", None)
     kwargs.pop("use_cache", None)
@@ -256,7 +340,9 @@ def _init_kwargs(config: GKDConfig, given: dict | None) -> dict[str, Any]:
 
 
 def _dtype(name: str | None, config: GKDConfig) -> torch.dtype | str:
-    """DeepSpeed trains bf16 and fp16 models with fp32 master weights, made from what is loaded here."""
+    """DeepSpeed trains bf16 and fp16 models with fp32 master weights, made from what is loaded
+    here.
+    """
     if name in (None, "auto"):
         return zero.precision(config)
     return getattr(torch, name)

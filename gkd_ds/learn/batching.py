@@ -6,10 +6,12 @@ import numpy as np
 
 
 def length_groups(lengths: list[int], token_limit: int, overhead_tokens: int) -> list[list[int]]:
-    """Partition sequences into groups that are each padded to their longest: indices into `lengths`, longest first.
+    """Partition sequences into groups that are each padded to their longest: indices into
+    `lengths`, longest first.
 
-    Minimises padded tokens + `overhead_tokens` per group, exactly, by dynamic programming over the sorted lengths.
-    No group has more than `token_limit` padded tokens, unless it is a single sequence. Empty input gives no group.
+    Minimises padded tokens + `overhead_tokens` per group, exactly, by dynamic programming over the
+    sorted lengths. No group has more than `token_limit` padded tokens, unless it is a single
+    sequence. Empty input gives no group.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     longest = np.array([lengths[index] for index in order], dtype=np.int64)

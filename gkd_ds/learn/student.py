@@ -1,4 +1,6 @@
-"""The student: one DeepSpeed engine, two modes: rollout (decode the window) and learn (loss, backward, step)."""
+"""The student: one DeepSpeed engine, two modes: rollout (decode the window) and learn (loss,
+backward, step).
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,10 @@ logger = logging.getLogger(__name__)
 class Student:
     """Wraps `model` (whole, or partitioned by `zero.load`) in a DeepSpeed engine.
 
-    Args: `total_updates` is the length of the learning-rate schedule; `vocabulary` the number V of token ids that
-    the student and the teacher share; `optimizers` an optional (torch optimizer, scheduler) pair of the caller.
-    Raises InputError when the architecture's logits cannot be reproduced or the rollout engine is not possible.
+    Args: `total_updates` is the length of the learning-rate schedule; `vocabulary` the number V of
+    token ids that the student and the teacher share; `optimizers` an optional (torch optimizer,
+    scheduler) pair of the caller. Raises InputError when the architecture's logits cannot be
+    reproduced or the rollout engine is not possible.
     """
 
     def __init__(
@@ -40,10 +43,17 @@ class Student:
         counters: zero.Counters,
         optimizers: tuple = (None, None),
     ):
-        self.model, self.config, self.vocabulary, self.counters = model, config, vocabulary, counters
+        self.model, self.config, self.vocabulary, self.counters = (
+            model,
+            config,
+            vocabulary,
+            counters,
+        )
         self.device = zero.device()
         width = model.config.get_text_config().hidden_size
-        model.set_output_embeddings(DivergenceHead(model.get_output_embeddings(), LogitTransform.of(model.config)))
+        model.set_output_embeddings(
+            DivergenceHead(model.get_output_embeddings(), LogitTransform.of(model.config))
+        )
         if config.disable_dropout:
             causal_lm.disable_dropout(model)
         if config.gradient_checkpointing:
@@ -61,19 +71,23 @@ class Student:
             root,
             ds_config,
             optimizer=optimizer,
-            lr_scheduler=scheduler or (lambda optimizer: _schedule(optimizer, config, total_updates)),
+            lr_scheduler=scheduler
+            or (lambda optimizer: _schedule(optimizer, config, total_updates)),
         )
         if ranks.world_size() == 1 and isinstance(self.engine.optimizer, torch.optim.Optimizer):
-            # DeepSpeed would copy all gradients into one buffer and back, to average them over this rank alone.
+            # DeepSpeed would copy all gradients into one buffer and back, to average them over this
+            # rank alone.
             self.engine.enable_backward_allreduce = False
         model.eval()
         self._in_root(lambda: causal_lm.check_head(model, "student", self.device))
         if self.rollout_engine == "hybrid":
             self._check_hybrid()
-        # from_pretrained leaves a model in evaluation mode: neither dropout nor gradient checkpointing would happen.
+        # from_pretrained leaves a model in evaluation mode: neither dropout nor gradient
+        # checkpointing would happen.
         model.train()
 
-    # -- rollout ------------------------------------------------------------------------------------------------
+    # -- rollout
+    # --------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -82,7 +96,9 @@ class Student:
         max_rows: int | None = None,
         alive: Callable[[], None] = lambda: None,
     ) -> Completions:
-        """Complete the prompts of one window; `alive` is called often. Collective, also for a rank without samples."""
+        """Complete the prompts of one window; `alive` is called often. Collective, also for a rank
+        without samples.
+        """
         prompts = [sample.prompt_ids for sample in samples]
         sample_ids = [sample.sample_id for sample in samples]
         self.model.eval()
@@ -91,12 +107,23 @@ class Student:
             if self.rollout_engine == "sharded":
                 stepwise = lambda *args: self._in_root(lambda: forward(*args))  # noqa: E731
                 with self._room_for_rollout():
-                    return decode(stepwise, prompts, sample_ids, sampling, self.device, max_rows, ranks.any_rank, alive)
+                    return decode(
+                        stepwise,
+                        prompts,
+                        sample_ids,
+                        sampling,
+                        self.device,
+                        max_rows,
+                        ranks.any_rank,
+                        alive,
+                    )
             with self._room_for_rollout(), zero.whole_parameters(self.engine, self.counters):
                 if self.rollout_engine == "hybrid":
                     return hybrid.generate(self.engine, self.model, prompts, sample_ids, sampling)
                 with accelerator.fast_decoding(self.model):
-                    return decode(forward, prompts, sample_ids, sampling, self.device, max_rows, alive=alive)
+                    return decode(
+                        forward, prompts, sample_ids, sampling, self.device, max_rows, alive=alive
+                    )
         finally:
             self.model.train()
 
@@ -106,13 +133,22 @@ class Student:
         return nullcontext()
 
     def _choose_rollout_engine(self) -> str:
-        """`auto` gathers: no architecture has yet been seen to write the plain model's tokens with kernels injected."""
+        """`auto` gathers: no architecture has yet been seen to write the plain model's tokens with
+        kernels injected.
+        """
         wanted, reason = self.config.rollout_engine, hybrid.obstacle(self.model)
         if wanted == "hybrid" and reason:
-            raise InputError(f"rollout_engine 'hybrid' is not possible here: {reason}; use 'gather' or 'auto'.")
+            raise InputError(
+                f"rollout_engine 'hybrid' is not possible here: {reason}; use 'gather' or 'auto'."
+            )
         if wanted == "auto" and ranks.rank() == 0:
-            reason = reason or f"DeepSpeed has no kernels for {type(self.model).__name__}, or they are not verified"
-            logger.warning("rollout_engine auto: the student is gathered once per window, because %s.", reason)
+            reason = (
+                reason
+                or f"DeepSpeed has no kernels for {type(self.model).__name__}, or they are not verified"
+            )
+            logger.warning(
+                "rollout_engine auto: the student is gathered once per window, because %s.", reason
+            )
         return "gather" if wanted == "auto" else wanted
 
     def _check_hybrid(self) -> None:
@@ -127,10 +163,15 @@ class Student:
         self.model.train()
         hybrid.check(ours, plain)
 
-    # -- learn --------------------------------------------------------------------------------------------------
+    # -- learn
+    # --------------------------------------------------------------------------------------
 
-    def loss(self, batch: SequenceBatch, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Divergence of a micro-batch from the teacher: what `DivergenceHead` returns for it. Collective."""
+    def loss(
+        self, batch: SequenceBatch, inputs: LossInputs
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Divergence of a micro-batch from the teacher: what `DivergenceHead` returns for it.
+        Collective.
+        """
 
         def run():
             hidden_BTD = causal_lm.body_forward(self.model, batch.input_ids_BT)
@@ -140,28 +181,37 @@ class Student:
         return self.engine(run=run)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Accumulate the gradient of `loss`; on the window's last micro-batch, make it ready for `update`.
+        """Accumulate the gradient of `loss`; on the window's last micro-batch, make it ready for
+        `update`.
 
-        DeepSpeed averages gradients over ranks and would divide by the accumulation steps. The loss is a sum over
-        the window's tokens, already divided by their number, so the first is undone here and the second left out.
+        DeepSpeed averages gradients over ranks and would divide by the accumulation steps. The loss
+        is a sum over the window's tokens, already divided by their number, so the first is undone
+        here and the second left out.
         """
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss * ranks.world_size(), scale_wrt_gas=False)
 
     def update(self) -> bool:
-        """Apply the accumulated gradient. False when it was not finite on some rank: then nothing has changed."""
+        """Apply the accumulated gradient. False when it was not finite on some rank: then nothing
+        has changed.
+        """
         if isinstance(self.engine.optimizer, torch.optim.Optimizer):
-            # Stage 0 in fp32: the gradient is whole on every rank. DeepSpeed would neither look for NaN nor tell the
-            # norm, and would clip by a norm that is summed in fp32: a thousandth off for a large vocabulary.
+            # Stage 0 in fp32: the gradient is whole on every rank. DeepSpeed would neither look for
+            # NaN nor tell the norm, and would clip by a norm that is summed in fp32: a thousandth
+            # off for a large vocabulary.
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             # Rows in fp32, their norms in fp64: no copy of a whole gradient in fp64.
-            norms = [torch.linalg.vector_norm(gradient, dim=-1).double().norm() for gradient in gradients]
+            norms = [
+                torch.linalg.vector_norm(gradient, dim=-1).double().norm() for gradient in gradients
+            ]
             self._whole_norm = float(torch.stack(norms).norm())
             if not math.isfinite(self._whole_norm):
                 self.engine.zero_grad()
                 return False
             if 0 < self.config.max_grad_norm < self._whole_norm:
-                torch._foreach_mul_(gradients, self.config.max_grad_norm / (self._whole_norm + 1e-6))
+                torch._foreach_mul_(
+                    gradients, self.config.max_grad_norm / (self._whole_norm + 1e-6)
+                )
         self.engine.step()
         return self.engine.was_step_applied()
 
@@ -194,10 +244,15 @@ class Student:
 
 
 def _optimizer(model: PreTrainedModel, config: GKDConfig) -> torch.optim.Optimizer:
-    """AdamW over all trainable parameters; vectors (biases, norms) are not decayed, as in transformers."""
+    """AdamW over all trainable parameters; vectors (biases, norms) are not decayed, as in
+    transformers.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trainable if len(zero.full_shape(p)) > 1], "weight_decay": config.weight_decay},
+        {
+            "params": [p for p in trainable if len(zero.full_shape(p)) > 1],
+            "weight_decay": config.weight_decay,
+        },
         {"params": [p for p in trainable if len(zero.full_shape(p)) <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
@@ -212,5 +267,9 @@ def _optimizer(model: PreTrainedModel, config: GKDConfig) -> torch.optim.Optimiz
 def _schedule(optimizer, config: GKDConfig, total_updates: int):
     warmup = config.warmup_steps or int(-(-total_updates * config.warmup_ratio // 1))
     return get_scheduler(
-        config.lr_scheduler_type, optimizer, warmup, total_updates, scheduler_specific_kwargs=config.lr_scheduler_kwargs
+        config.lr_scheduler_type,
+        optimizer,
+        warmup,
+        total_updates,
+        scheduler_specific_kwargs=config.lr_scheduler_kwargs,
     )

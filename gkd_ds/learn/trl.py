@@ -1,4 +1,6 @@
-"""The two static methods of TRL's GKDTrainer, for code written against it. gkd_ds itself uses neither."""
+"""The two static methods of TRL's GKDTrainer, for code written against it. gkd_ds itself uses
+neither.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,12 @@ def generalized_jsd_loss(
     reduction: str = "batchmean",
     num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
-    """The dense generalized JSD (eq. 1 of arXiv 2306.13649) of logits `[B, T, V]`, as TRL reduces it.
+    """The dense generalized JSD (eq. 1 of arXiv 2306.13649) of logits `[B, T, V]`, as TRL reduces
+    it.
 
-    `labels [B, T]` leave out positions that are -100. `num_items_in_batch` divides the sum if given; otherwise
-    `reduction` is "batchmean" (sum / number of labelled positions, or / B without labels), "sum", "mean" (over
-    positions and vocabulary) or anything else for no reduction.
+    `labels [B, T]` leave out positions that are -100. `num_items_in_batch` divides the sum if
+    given; otherwise `reduction` is "batchmean" (sum / number of labelled positions, or / B without
+    labels), "sum", "mean" (over positions and vocabulary) or anything else for no reduction.
     """
     divergence = generalized_jsd(student_logits, teacher_logits, beta, temperature)
     if labels is not None:
@@ -38,13 +41,16 @@ def generate_on_policy_outputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Complete `inputs["prompts"] [B, P]`, padded on the left, with `model.generate`.
 
-    Returns token ids, attention mask and labels, all `[B, P + C]`: the mask ends after the first stop token, and
-    labels are -100 on the prompt and after the end. Padding is told by position, since pad may equal eos: it is what
-    `inputs["prompt_attention_mask"]` leaves out or, without one, the `pad_token_id`s before a prompt's first token.
+    Returns token ids, attention mask and labels, all `[B, P + C]`: the mask ends after the first
+    stop token, and labels are -100 on the prompt and after the end. Padding is told by position,
+    since pad may equal eos: it is what `inputs["prompt_attention_mask"]` leaves out or, without
+    one, the `pad_token_id`s before a prompt's first token.
     """
     prompts, prompt_mask = inputs["prompts"], inputs.get("prompt_attention_mask")
     if prompt_mask is None:
-        is_token = torch.ones_like(prompts) if pad_token_id is None else (prompts != pad_token_id).long()
+        is_token = (
+            torch.ones_like(prompts) if pad_token_id is None else (prompts != pad_token_id).long()
+        )
         prompt_mask = (is_token.cumsum(-1) > 0).long()
     generated = model.generate(
         input_ids=prompts,

@@ -1,9 +1,10 @@
 """Signs that a distillation is going wrong, read from numbers that every window has anyway.
 
-Two kinds. A bad update (NaN or Inf in loss, gradients or teacher targets) is skipped by all ranks; BadUpdates
-counts them and stops a run that does nothing else. The other signs are no errors: completions that get much
-shorter or longer, loops, no end-of-turn token, a student that has become certain of everything. `findings`
-turns them into sentences, and RateLimit keeps a sign from filling the log.
+Two kinds. A bad update (NaN or Inf in loss, gradients or teacher targets) is skipped by all ranks;
+BadUpdates counts them and stops a run that does nothing else. The other signs are no errors:
+completions that get much shorter or longer, loops, no end-of-turn token, a student that has become
+certain of everything. `findings` turns them into sentences, and RateLimit keeps a sign from filling
+the log.
 
 Everything here is arithmetic on plain numbers that all ranks share; nothing communicates.
 """
@@ -19,33 +20,40 @@ LOOPING_SHARE = 0.3
 UNFINISHED_SHARE = 0.8
 ENTROPY_COLLAPSE, LOWEST_ENTROPY = 0.1, 0.02  # of the reference; nats per token
 
-# Where a NaN or Inf can be, in the order in which one causes the next, and what to do about many of them.
+# Where a NaN or Inf can be, in the order in which one causes the next, and what to do about many of
+# them.
 BAD_KINDS = {
     "teacher targets": "check the teacher's weights and precision (bf16 instead of fp16)",
-    "loss": "resume from an earlier checkpoint with a lower learning_rate, and look at the logged samples",
+    "loss": "resume from an earlier checkpoint with a lower learning_rate, and look at the logged "
+    "samples",
     "gradients": "lower learning_rate or max_grad_norm, or use bf16 instead of fp16",
 }
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot go on by itself; the message is one sentence of diagnosis. Exit code 65 (DIVERGED)."""
+    """The run cannot go on by itself; the message is one sentence of diagnosis. Exit code 65
+    (DIVERGED).
+    """
 
 
 @dataclass(frozen=True)
 class WindowStats:
     """What is measured of the completions that the student sampled in one window, over all ranks.
 
-    Leave out windows without student completions. `looping_share` is the share for which `loops` holds.
+    Leave out windows without student completions. `looping_share` is the share for which `loops`
+    holds.
     """
 
     step: int
     mean_length: float  # tokens, stop token included
     finished_share: float  # with a stop token, in [0, 1]
     looping_share: float  # in [0, 1]
-    entropy: float | None = None  # nats per token of the student's own distribution, where it is measured
+    entropy: float | None = (
+        None  # nats per token of the student's own distribution, where it is measured
+    )
 
 
-# --------------------------------------------------------------------------------------- bad updates
+# -- bad updates ------------------------------------------------------------------------------
 
 
 @dataclass
@@ -60,8 +68,9 @@ class BadUpdates:
     def record(self, step: int, bad: str | None) -> str | None:
         """Count the update of `step`; return the sentence to log if it was skipped.
 
-        `bad` is None for a good update, else where the NaN or Inf was: "loss", "gradients" or "teacher
-        targets". All ranks must pass the same (agreed) value. Raises TrainingStopped at the limit.
+        `bad` is None for a good update, else where the NaN or Inf was: "loss", "gradients" or
+        "teacher targets". All ranks must pass the same (agreed) value. Raises TrainingStopped at
+        the limit.
         """
         if bad is None:
             self.in_a_row, self.kinds = 0, []
@@ -77,7 +86,8 @@ class BadUpdates:
     def _diagnosis(self, step: int) -> str:
         worst = next((kind for kind in BAD_KINDS if kind in self.kinds), "loss")
         return (
-            f"{self.in_a_row} updates in a row up to step {step} were skipped because of NaN or Inf in the "
+            f"{self.in_a_row} updates in a row up to step {step} were skipped because of NaN or "
+            "Inf in the "
             f"{worst} ({self.total} skipped in the whole run); {BAD_KINDS[worst]}."
         )
 
@@ -90,8 +100,9 @@ def loops(
 ) -> bool:
     """Whether a completion (token ids without the stop token) ends in a repeated n-gram.
 
-    The tail must be one n-gram of at most `longest_period` tokens, repeated `least_rounds` times or more, over
-    at least `least_tokens` tokens: "no, no, no" is language, "no, " a dozen times is a loop.
+    The tail must be one n-gram of at most `longest_period` tokens, repeated `least_rounds` times or
+    more, over at least `least_tokens` tokens: "no, no, no" is language, "no, " a dozen times is a
+    loop.
     """
     for period in range(1, longest_period + 1):
         length = max(least_tokens, least_rounds * period)
@@ -109,7 +120,9 @@ def looping_share(completions: Sequence[Sequence[int]]) -> float:
 
 
 def findings(history: Sequence[WindowStats]) -> dict[str, str]:
-    """{sign: sentence} for the last windows of `history` (oldest first), compared with its first ones."""
+    """{sign: sentence} for the last windows of `history` (oldest first), compared with its first
+    ones.
+    """
     if len(history) < 2 * RECENT_WINDOWS:
         return {}
     recent, reference = (
@@ -142,10 +155,16 @@ def trimmed(history: Sequence[WindowStats]) -> list[WindowStats]:
     return [*history[:REFERENCE_WINDOWS], *history[REFERENCE_WINDOWS:][-RECENT_WINDOWS:]]
 
 
-def _entropy_finding(recent: Sequence[WindowStats], reference: Sequence[WindowStats]) -> dict[str, str]:
+def _entropy_finding(
+    recent: Sequence[WindowStats], reference: Sequence[WindowStats]
+) -> dict[str, str]:
     now = [s.entropy for s in recent if s.entropy is not None]
     before = [s.entropy for s in reference if s.entropy is not None]
-    if not now or not before or median(now) >= max(ENTROPY_COLLAPSE * median(before), LOWEST_ENTROPY):
+    if (
+        not now
+        or not before
+        or median(now) >= max(ENTROPY_COLLAPSE * median(before), LOWEST_ENTROPY)
+    ):
         return {}
     change = f"{median(now):.3f} nats per token, at first {median(before):.3f}"
     return {"entropy collapse": f"the student has become certain of nearly every token: {change}"}
@@ -156,7 +175,9 @@ class RateLimit:
     """Lets each sign through when it appears, and then once in `every` steps while it stays."""
 
     every: int = 50
-    last: dict[str, int] = field(default_factory=dict)  # sign: the step at which it was reported last
+    last: dict[str, int] = field(
+        default_factory=dict
+    )  # sign: the step at which it was reported last
 
     def allow(self, sign: str, step: int) -> bool:
         """Whether the sign may be reported at `step`; if so, it counts as reported."""
@@ -167,6 +188,12 @@ class RateLimit:
 
 
 def warnings(history: Sequence[WindowStats], limit: RateLimit) -> list[str]:
-    """The sentences to log after the last window of `history`: findings that have not been told lately."""
+    """The sentences to log after the last window of `history`: findings that have not been told
+    lately.
+    """
     step = history[-1].step if history else 0
-    return [f"step {step}: {text}" for sign, text in findings(history).items() if limit.allow(sign, step)]
+    return [
+        f"step {step}: {text}"
+        for sign, text in findings(history).items()
+        if limit.allow(sign, step)
+    ]

@@ -18,9 +18,9 @@ Row = dict[str, Any]
 class JsonLines:
     """An append-only file with one JSON object per line and no torn lines.
 
-    Every row has an integer `step`. A last line torn by a crash is removed on opening. When the disk is full,
-    rows wait in memory and are written with the next one that fits. NaN and infinities become null, because
-    strict readers refuse the words.
+    Every row has an integer `step`. A last line torn by a crash is removed on opening. When the
+    disk is full, rows wait in memory and are written with the next one that fits. NaN and
+    infinities become null, because strict readers refuse the words.
     """
 
     def __init__(self, path: Path):
@@ -28,7 +28,9 @@ class JsonLines:
         self._open()
 
     def append(self, row: Row) -> None:
-        """Write one row through to the operating system (no fsync); a closed file is opened again."""
+        """Write one row through to the operating system (no fsync); a closed file is opened
+        again.
+        """
         assert isinstance(row["step"], int), row["step"]
         if self._file.closed:
             self._open()
@@ -37,10 +39,13 @@ class JsonLines:
         try:
             self._write_waiting()
         except OSError as problem:
-            print(f"{self.path}: {problem.strerror}; rows wait in memory for room.", file=sys.stderr)
+            print(
+                f"{self.path}: {problem.strerror}; rows wait in memory for room.", file=sys.stderr
+            )
 
     def truncate(self, step: int, at_step: int | None = None) -> int:
-        """Keep the rows up to `step`, atomically; returns how many unreadable lines were dropped as well.
+        """Keep the rows up to `step`, atomically; returns how many unreadable lines were dropped as
+        well.
 
         Of the rows of `step` itself, the first `at_step` are kept (None: all).
         """
@@ -70,7 +75,10 @@ class JsonLines:
             self._write_waiting()
             os.fsync(self._file.fileno())
         except OSError as problem:
-            print(f"{self.path}: {problem.strerror}; its last rows are not on the disk.", file=sys.stderr)
+            print(
+                f"{self.path}: {problem.strerror}; its last rows are not on the disk.",
+                file=sys.stderr,
+            )
 
     def close(self) -> None:
         """Safe to call twice. Rows that still find no room are lost, with a message."""
@@ -100,7 +108,9 @@ class JsonLines:
         # Unbuffered: a row is either handed to the operating system or it raises here.
         self._file = open(self.path, "r+b" if self.path.exists() else "x+b", buffering=0)
         whole = self._file.read()
-        while whole and not (whole.endswith(b"\n") and _parsed(whole[whole.rfind(b"\n", 0, -1) + 1 :])):
+        while whole and not (
+            whole.endswith(b"\n") and _parsed(whole[whole.rfind(b"\n", 0, -1) + 1 :])
+        ):
             whole = whole[: whole.rfind(b"\n", 0, -1) + 1]
         self._end = len(whole)
         self._file.truncate(self._end)

@@ -15,12 +15,17 @@ from gkd_ds.runtime import ranks
 
 
 def update_row(
-    rollouts: list[Rollout], learned: Learned, pipeline: Pipeline, counters: Counters, before: Counters
+    rollouts: list[Rollout],
+    learned: Learned,
+    pipeline: Pipeline,
+    counters: Counters,
+    before: Counters,
 ) -> dict[str, Any]:
-    """Everything about one window but its step, epoch, learning rate, gradient norm and total time. Collective.
+    """Everything about one window but its step, epoch, learning rate, gradient norm and total time.
+    Collective.
 
-    Divergences, log-probabilities and entropies are means per completion token in nats; lengths are in tokens.
-    Times are this rank's seconds, counts this rank's; all else is over all ranks.
+    Divergences, log-probabilities and entropies are means per completion token in nats; lengths are
+    in tokens. Times are this rank's seconds, counts this rank's; all else is over all ranks.
     """
     local = _local_sums(rollouts, learned)
     local["decoded_rows"] = pipeline.decoded_rows
@@ -39,7 +44,9 @@ def update_row(
     }
     for source in Source:
         if sums[f"{source.value}/tokens"]:
-            row[f"loss/{source.value}"] = sums[f"{source.value}/divergence"] / sums[f"{source.value}/tokens"]
+            row[f"loss/{source.value}"] = (
+                sums[f"{source.value}/divergence"] / sums[f"{source.value}/tokens"]
+            )
     own = max(sums["student/completions"], 1)
     row["student/mean_length"] = sums["student/tokens"] / own
     row["student/finished_share"] = sums["student/stopped"] / own
@@ -53,7 +60,8 @@ def update_row(
         "perf/rollout_tokens_per_s": generated / seconds["rollout"] if generated else 0.0,
         "perf/score_tokens_per_s": sums["tokens"] / seconds["score"],
         "perf/learn_tokens_per_s": sums["tokens"] / seconds["learn"],
-        # Every token but a completion's first is decoded; the first comes out of the prompt's forward.
+        # Every token but a completion's first is decoded; the first comes out of the prompt's
+        # forward.
         "perf/decoded_rows_per_token": sums["decoded_rows"] / max(generated, 1),
         "perf/micro_batches": learned.micro_batches,
         "perf/padded_tokens": learned.padded_tokens,
@@ -99,10 +107,16 @@ def window_stats(row: dict[str, Any]) -> guards.WindowStats:
 def suspects(
     rollouts: list[Rollout], learned: Learned, tokenizer: PreTrainedTokenizerBase, count: int
 ) -> list[dict[str, Any]]:
-    """Up to `count` rollouts of each rank whose divergence is not finite, or else the first of rank 0. Collective."""
-    bad = [row for row, divergence in enumerate(learned.divergence) if not math.isfinite(divergence)]
+    """Up to `count` rollouts of each rank whose divergence is not finite, or else the first of rank
+    0. Collective.
+    """
+    bad = [
+        row for row, divergence in enumerate(learned.divergence) if not math.isfinite(divergence)
+    ]
     mine = rollout_rows(rollouts, learned, tokenizer, count, bad)
-    return [row for rows in ranks.gather(mine) for row in rows] or rollout_rows(rollouts, learned, tokenizer, count)
+    return [row for rows in ranks.gather(mine) for row in rows] or rollout_rows(
+        rollouts, learned, tokenizer, count
+    )
 
 
 def rollout_rows(
@@ -114,11 +128,13 @@ def rollout_rows(
 ) -> list[dict[str, Any]]:
     """Up to `count` rollouts of this rank as text, beside what both models think of them.
 
-    Those at `places`, or else what the student sampled first, then the teacher's, then the data's. Log-probabilities
-    and divergence are means per token, in nats.
+    Those at `places`, or else what the student sampled first, then the teacher's, then the data's.
+    Log-probabilities and divergence are means per token, in nats.
     """
     if places is None:
-        places = sorted(range(len(rollouts)), key=lambda row: list(Source).index(rollouts[row].source))
+        places = sorted(
+            range(len(rollouts)), key=lambda row: list(Source).index(rollouts[row].source)
+        )
     rows = []
     for row in places[:count]:
         rollout = rollouts[row]

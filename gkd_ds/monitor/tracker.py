@@ -4,9 +4,10 @@
     tracker.log_update({"step": 1, "loss": 0.5, ...})
     tracker.close(exit_code=0)
 
-`metrics.jsonl` is the truth: every row is in it, whole, whatever the console and W&B do. W&B is a courtesy:
-when it fails, one sentence says so and training goes on. Rows hold plain Python numbers, so logging never
-waits for a device. Every text that leaves this file has its secrets removed (secrets.py).
+`metrics.jsonl` is the truth: every row is in it, whole, whatever the console and W&B do. W&B is a
+courtesy: when it fails, one sentence says so and training goes on. Rows hold plain Python numbers,
+so logging never waits for a device. Every text that leaves this file has its secrets removed
+(secrets.py).
 """
 
 import math
@@ -19,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gkd_ds.monitor.jsonl import JsonLines, Row
-from gkd_ds.provenance import provenance
+from gkd_ds.runtime.provenance import provenance
 from gkd_ds.runtime.redaction import redact, redact_argv
 
 METRICS_FILE = "metrics.jsonl"
@@ -30,15 +31,16 @@ class Tracker:
     """What rank 0 tells the world about a run; on every other rank all methods do nothing.
 
     Args:
-        config: GKDConfig; read are report_to, project, run_name, logging_*, disable_tqdm and to_dict().
-        rank: global rank of this process.
-        run_dir: directory of the run; gets metrics.jsonl, rollouts.jsonl and W&B's own folder.
-        total_steps: number of updates of the whole run, for the progress bar and the remaining time.
-        resume_run_id: `run_id` of the run that is continued, from its checkpoint.
+        config: GKDConfig; read are report_to, project, run_name, logging_*, disable_tqdm and
+        to_dict(). rank: global rank of this process. run_dir: directory of the run; gets
+        metrics.jsonl, rollouts.jsonl and W&B's own folder. total_steps: number of updates of the
+        whole run, for the progress bar and the remaining time. resume_run_id: `run_id` of the run
+        that is continued, from its checkpoint.
 
     Attributes:
-        run_id: W&B id of the run (also without W&B, so that a resume may turn it on); None on other ranks.
-        where: where to look at the W&B run: an address or a local directory; None without W&B.
+        run_id: W&B id of the run (also without W&B, so that a resume may turn it on); None on other
+        ranks. where: where to look at the W&B run: an address or a local directory; None without
+        W&B.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class Tracker:
         self._bar: tqdm | None = None
         self._wandb_run = None
         self._unlogged: list[Row] = []  # rows since the last one that was shown
-        self._first: tuple[int, float] | None = None  # step and start time of this process's first update
+        self._first: tuple[int, float] | None = (
+            None  # step and start time of this process's first update
+        )
         self._epoch = 0
         if not self._writes:
             return
@@ -70,7 +74,9 @@ class Tracker:
             self._start_wandb()
 
     def log_update(self, row: Row) -> None:
-        """Record one optimizer update: `step` (1 for the first) and plain numbers, None for unknown."""
+        """Record one optimizer update: `step` (1 for the first) and plain numbers, None for
+        unknown.
+        """
         if not self._writes:
             return
         row = redact(row)
@@ -106,8 +112,9 @@ class Tracker:
     def log_rollouts(self, step: int, rows: list[Row]) -> None:
         """Record sampled completions beside what both models think of them.
 
-        Each row: prompt, completion, source (texts); teacher_logprob, student_logprob (mean log-probability
-        per completion token) and divergence (mean per completion token), in nats, None if unknown.
+        Each row: prompt, completion, source (texts); teacher_logprob, student_logprob (mean
+        log-probability per completion token) and divergence (mean per completion token), in nats,
+        None if unknown.
         """
         if not self._writes or not rows:
             return
@@ -120,8 +127,8 @@ class Tracker:
     def truncate(self, step: int, evaluations: int | None = None) -> None:
         """Forget every row after update `step` (call it once on resume; -1 forgets everything).
 
-        `evaluations` is how many of the evaluations after that very update count (None: all): one that came after
-        the checkpoint was written is made again.
+        `evaluations` is how many of the evaluations after that very update count (None: all): one
+        that came after the checkpoint was written is made again.
         """
         if self._writes:
             rows_of_step = None if evaluations is None else evaluations + (step > 0)
@@ -143,14 +150,18 @@ class Tracker:
             sys.stdout.flush()
 
     def close(self, exit_code: int = 0) -> None:
-        """Finish the bar, the files and the W&B run (failed unless `exit_code` is 0). Safe to call twice."""
+        """Finish the bar, the files and the W&B run (failed unless `exit_code` is 0). Safe to call
+        twice.
+        """
         if not self._writes:
             return
         if self._bar is not None:
             self._bar.close()
             self._bar = None
         if self._wandb_run is not None:
-            self._guard_wandb(lambda: self._wandb_run.finish(exit_code=exit_code), "was not closed properly")
+            self._guard_wandb(
+                lambda: self._wandb_run.finish(exit_code=exit_code), "was not closed properly"
+            )
             self._wandb_run = None
         self._metrics.close()
         self._rollouts.close()
@@ -167,7 +178,9 @@ class Tracker:
         if strategy == "epoch":
             return self._epoch > epoch_before
         every = self._config.logging_steps
-        every = math.ceil(every * self._total) if every < 1 else int(every)  # below 1: a share of the run
+        every = (
+            math.ceil(every * self._total) if every < 1 else int(every)
+        )  # below 1: a share of the run
         return step % max(every, 1) == 0
 
     def _on_terminal(self) -> bool:
@@ -175,7 +188,9 @@ class Tracker:
 
     def _advance_bar(self, row: Row) -> None:
         if self._bar is None:
-            knows_size = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # some containers say 0
+            knows_size = (
+                os.get_terminal_size(sys.stderr.fileno()).columns > 0
+            )  # some containers say 0
             size = {"dynamic_ncols": True} if knows_size else {"ncols": 100, "nrows": 25}
             self._bar = tqdm(
                 total=self._total,
@@ -186,7 +201,9 @@ class Tracker:
                 **size,
             )
             # The bar appears after the first update: for the time that is left, it began before it.
-            self._bar.start_t = self._bar.last_print_t = time.time() - (row.get("perf/step_s") or 0.0)
+            self._bar.start_t = self._bar.last_print_t = time.time() - (
+                row.get("perf/step_s") or 0.0
+            )
         self._bar.set_postfix_str(
             f"loss {_short(row.get('loss'))}, {_short(_tokens_per_s(row))} tokens/s", refresh=False
         )
@@ -212,27 +229,38 @@ class Tracker:
     # ---- W&B
 
     def _start_wandb(self) -> None:
-        """Open the run; without a server or a key it is recorded offline and can be uploaded later."""
+        """Open the run; without a server or a key it is recorded offline and can be uploaded
+        later.
+        """
         try:
             import wandb
         except ImportError:
             self.say("W&B is not used: the package 'wandb' is not installed.")
             return
         if os.environ.get("WANDB_MODE", "online") != "online" or self._has_credentials(wandb):
-            if not self._guard_wandb(lambda: self._open_wandb(wandb), "did not start and records offline"):
-                self._guard_wandb(wandb.teardown, "did not stop")  # the failed attempt still owns the run id
+            if not self._guard_wandb(
+                lambda: self._open_wandb(wandb), "did not start and records offline"
+            ):
+                self._guard_wandb(
+                    wandb.teardown, "did not stop"
+                )  # the failed attempt still owns the run id
         if self._wandb_run is None:
             self._guard_wandb(lambda: self._open_wandb(wandb, mode="offline"), "did not start")
         run = self._wandb_run
         if run is not None and run.offline:
             self.where = str(Path(run.dir).parent)
-            self.say(f"W&B run {self.run_id} is recorded offline; upload it with: wandb sync {self.where}")
+            self.say(
+                f"W&B run {self.run_id} is recorded offline; upload it with: wandb sync "
+                f"{self.where}"
+            )
         elif run is not None and not run.disabled:
             self.where = run.url
             self.say(f"W&B run {self.run_id}: {self.where}")
 
     def _has_credentials(self, wandb) -> bool:
-        """Asked before wandb.init, which would ask for a key on a terminal and so block every rank."""
+        """Asked before wandb.init, which would ask for a key on a terminal and so block every
+        rank.
+        """
         found = []
 
         def ask() -> None:
@@ -241,7 +269,10 @@ class Tracker:
 
         self._guard_wandb(ask, "refused its key")
         if found == [False]:
-            self.say("W&B has no API key (set WANDB_API_KEY or run `wandb login`), so it records offline.")
+            self.say(
+                "W&B has no API key (set WANDB_API_KEY or run `wandb login`), so it records "
+                "offline."
+            )
         return found == [True]
 
     def _open_wandb(self, wandb, **forced) -> None:
@@ -251,7 +282,9 @@ class Tracker:
             console=environment("WANDB_CONSOLE", "off"),  # a captured traceback could hold a secret
             disable_git=True,  # it records the remote's address, user name included; we record the commit
             init_timeout=float(environment("WANDB_INIT_TIMEOUT", 60)),
-            finish_timeout=float(environment("WANDB_FINISH_TIMEOUT", 20)),  # the rest waits for wandb sync
+            finish_timeout=float(
+                environment("WANDB_FINISH_TIMEOUT", 20)
+            ),  # the rest waits for wandb sync
             **forced,
         )
         argv, sys.argv = sys.argv, redact_argv(sys.argv)  # W&B records the command line
@@ -267,7 +300,8 @@ class Tracker:
             )
         finally:
             sys.argv = argv
-        # Our own step, not W&B's: after a resume from an older checkpoint W&B would refuse smaller steps.
+        # Our own step, not W&B's: after a resume from an older checkpoint W&B would refuse smaller
+        # steps.
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         self._wandb_run = run
@@ -282,17 +316,25 @@ class Tracker:
         """Run `action`; a failure of any kind inside W&B costs one sentence, never the training."""
         try:
             action()
-        except Exception as problem:  # its service, its network and its server all fail in their own ways
+        except (
+            Exception
+        ) as problem:  # its service, its network and its server all fail in their own ways
             reason = " ".join(str(problem).split())[:200] or type(problem).__name__
-            self.say(f"W&B {what_happened} ({reason}); training goes on and {METRICS_FILE} is complete.")
+            self.say(
+                f"W&B {what_happened} ({reason}); training goes on and {METRICS_FILE} is complete."
+            )
             return False
         return True
 
 
 def _averaged(rows: list[Row], only_finite: bool) -> Row:
-    """The last row with its losses averaged over `rows`: the loss of one window is too noisy to show."""
+    """The last row with its losses averaged over `rows`: the loss of one window is too noisy to
+    show.
+    """
     shown = dict(rows[-1])
-    for name in {name for row in rows for name in row if name == "loss" or name.startswith("loss/")}:
+    for name in {
+        name for row in rows for name in row if name == "loss" or name.startswith("loss/")
+    }:
         values = [row[name] for row in rows if row.get(name) is not None]
         values = [value for value in values if math.isfinite(value) or not only_finite]
         shown[name] = sum(values) / len(values) if values else None
@@ -300,11 +342,15 @@ def _averaged(rows: list[Row], only_finite: bool) -> Row:
 
 
 def _flat(row: Row) -> Row:
-    """{"source": {"student": 3}} as {"source/student": 3}, without what is neither a number nor a text."""
+    """{"source": {"student": 3}} as {"source/student": 3}, without what is neither a number nor a
+    text.
+    """
     flat = {}
     for name, value in row.items():
         inner = value if isinstance(value, dict) else {}
-        flat.update({f"{name}/{key}": item for key, item in inner.items()} if inner else {name: value})
+        flat.update(
+            {f"{name}/{key}": item for key, item in inner.items()} if inner else {name: value}
+        )
     return {name: value for name, value in flat.items() if isinstance(value, (int, float, str))}
 
 

@@ -1,4 +1,6 @@
-"""The text that `--dry_run` prints: the resolved configuration, the batches, the memory of a rank."""
+"""The text that `--dry_run` prints: the resolved configuration, the batches, the memory of a
+rank.
+"""
 
 import torch
 import yaml
@@ -10,7 +12,8 @@ from gkd_ds.plan.run import MIB, PHASES, Batches, ModelCounts, count_batches, ma
 
 
 def dry_run_report(config: GKDConfig, num_samples: int) -> str:
-    """The resolved configuration (itself a recipe), the batch arithmetic and the memory estimate, as text.
+    """The resolved configuration (itself a recipe), the batch arithmetic and the memory estimate,
+    as text.
 
     Raises:
         InputError: an empty data set, or a model configuration that cannot be read.
@@ -19,7 +22,9 @@ def dry_run_report(config: GKDConfig, num_samples: int) -> str:
     half = zero.precision(config) != torch.float32
     batches = count_batches(config, num_samples, config.world_size)
     plan = make_plan(config, config.world_size, weight_bytes=2 if half else 4, on_cpu=on_cpu)
-    settings = {name: value for name, value in config.to_dict().items() if name not in NOT_SUPPORTED}
+    settings = {
+        name: value for name, value in config.to_dict().items() if name not in NOT_SUPPORTED
+    }
     return "\n".join(
         [
             "# Resolved configuration",
@@ -28,7 +33,8 @@ def dry_run_report(config: GKDConfig, num_samples: int) -> str:
             "# Batches",
             batch_table(config, batches),
             "",
-            f"# Memory of one of {plan.ranks} ranks, {'fp32' if plan.weight_bytes == 4 else '16 bit'}, at "
+            f"# Memory of one of {plan.ranks} ranks, "
+            f"{'fp32' if plan.weight_bytes == 4 else '16 bit'}, at "
             "its longest sequences" + (" (no GPU here: the device is the host)" if on_cpu else ""),
             model_line("student", plan.student),
             model_line("teacher", plan.teacher),
@@ -51,9 +57,7 @@ def batch_table(config: GKDConfig, batches: Batches) -> str:
 
 
 def model_line(role: str, counts: ModelCounts) -> str:
-    return (
-        f"{role}: {counts.total / 1e6:,.1f} M parameters, {counts.layers} layers, {counts.vocabulary} vocabulary rows"
-    )
+    return f"{role}: {counts.total / 1e6:,.1f} M parameters, {counts.layers} layers, {counts.vocabulary} vocabulary rows"
 
 
 def memory_table(lines: list[Memory]) -> str:
@@ -62,9 +66,13 @@ def memory_table(lines: list[Memory]) -> str:
     for phase in ("always", *PHASES):
         for line in (line for line in lines if line.phase == phase):
             sizes = " ".join(
-                f"{size / MIB:11,.1f}" if size else f"{'-':>11}" for size in (line.device, line.host, line.nvme)
+                f"{size / MIB:11,.1f}" if size else f"{'-':>11}"
+                for size in (line.device, line.host, line.nvme)
             )
             rows.append(f"{phase:8} {line.what:30} {sizes}")
     peaks = [peak(lines, place) for place in ("device", "host", "nvme")]
-    rows.append(f"{'peak':8} {'(in ' + peaks[0][1] + ')':30} " + " ".join(f"{size / MIB:11,.1f}" for size, _ in peaks))
+    rows.append(
+        f"{'peak':8} {'(in ' + peaks[0][1] + ')':30} "
+        + " ".join(f"{size / MIB:11,.1f}" for size, _ in peaks)
+    )
     return "\n".join(rows)

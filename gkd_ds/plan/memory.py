@@ -1,7 +1,8 @@
 """The memory that a planned run takes on one rank, by phase, in bytes.
 
-"Device" is where the engines compute, which on a CPU run is the host. It is the worst case: every sequence as long as
-it may be. What DeepSpeed allocates was read in deepspeed 0.19.8; tests/dist/test_plan_dist.py compares it with runs.
+"Device" is where the engines compute, which on a CPU run is the host. It is the worst case: every
+sequence as long as it may be. What DeepSpeed allocates was read in deepspeed 0.19.8;
+tests/dist/test_plan_dist.py compares it with runs.
 """
 
 import math
@@ -46,26 +47,62 @@ def student_states(plan: Plan) -> list[Memory]:
     fp32_grad = 4 * (states if engine.optimizer_on == "cpu" else min(states, engine.sub_group))
     offload = 'stage 3 with "offload_optimizer" in the student\'s DeepSpeed file, or more ranks'
     lines = [
-        placed("always", "student parameters", params * b, engine.params_on, "ZeRO stage 3, or more ranks"),
-        placed("always", "student gradients", grads * b, "none" if engine.optimizer_on == "none" else "cpu", offload),
+        placed(
+            "always",
+            "student parameters",
+            params * b,
+            engine.params_on,
+            "ZeRO stage 3, or more ranks",
+        ),
+        placed(
+            "always",
+            "student gradients",
+            grads * b,
+            "none" if engine.optimizer_on == "none" else "cpu",
+            offload,
+        ),
         placed("always", "optimizer states", states * (master + 8), engine.optimizer_on, offload),
     ]
     if engine.stage > 0:
         # A GPU allocates the bucket; on the CPU only the pages that are written become memory.
         bucket = min(engine.bucket, n) if plan.on_cpu else engine.bucket
-        lines.append(Memory("always", "gradient bucket", device=bucket * b, remedy="a smaller reduce_bucket_size"))
+        lines.append(
+            Memory(
+                "always",
+                "gradient bucket",
+                device=bucket * b,
+                remedy="a smaller reduce_bucket_size",
+            )
+        )
     if engine.hpz > 1:
         second = math.ceil(n / engine.hpz) * b
         lines.append(
-            Memory("always", "student, second copy (hpZ)", device=second, remedy="a larger zero_hpz_partition_size")
+            Memory(
+                "always",
+                "student, second copy (hpZ)",
+                device=second,
+                remedy="a larger zero_hpz_partition_size",
+            )
         )
     if engine.params_on == "nvme":
-        buffers = (engine.buffer_count or 5) * (engine.buffer_size or 100_000_000) * b  # DeepSpeed's own numbers
-        lines.append(Memory("always", "NVMe buffers, parameters", host=buffers, remedy="smaller buffer_size"))
+        buffers = (
+            (engine.buffer_count or 5) * (engine.buffer_size or 100_000_000) * b
+        )  # DeepSpeed's own numbers
+        lines.append(
+            Memory("always", "NVMe buffers, parameters", host=buffers, remedy="smaller buffer_size")
+        )
     if engine.optimizer_on == "nvme":
         buffers = engine.nvme_optimizer_buffers * min(states, engine.sub_group) * 4
-        lines.append(Memory("always", "NVMe buffers, optimizer", host=buffers, remedy="a smaller sub_group_size"))
-        on_nvme = sum(swapped((*plan.student.matrices, plan.student.head), plan.ranks, 4)) * 4 // plan.ranks
+        lines.append(
+            Memory(
+                "always", "NVMe buffers, optimizer", host=buffers, remedy="a smaller sub_group_size"
+            )
+        )
+        on_nvme = (
+            sum(swapped((*plan.student.matrices, plan.student.head), plan.ranks, 4))
+            * 4
+            // plan.ranks
+        )
         lines.append(Memory("always", "gradients in fp32", nvme=on_nvme))
     elif b == 2 or engine.stage > 0:
         # On the host they are kept from one update to the next.
@@ -89,7 +126,9 @@ def teacher_states(plan: Plan) -> list[Memory]:
         count = engine.buffer_count or 2 * max(1, matrices)  # nvme.py's "auto"
         size = engine.buffer_size or math.ceil(teacher.largest_matrix / plan.ranks)
         remedy = '"auto" for buffer_count and buffer_size, or more ranks'
-        lines.append(Memory("always", "NVMe buffers, teacher", host=count * size * b, remedy=remedy))
+        lines.append(
+            Memory("always", "NVMe buffers, teacher", host=count * size * b, remedy=remedy)
+        )
     return lines
 
 
@@ -113,14 +152,21 @@ def rollout_memory(plan: Plan) -> list[Memory]:
         Memory("rollout", "KV cache, room ahead", device=ahead, remedy="rollout_memory_mb"),
         Memory("rollout", "next-token logits", device=logits, remedy="rollout_memory_mb"),
     ]
-    if plan.config.offload_optimizer_states:  # at stage 0 or 3, in the place of their room among what stays
+    if (
+        plan.config.offload_optimizer_states
+    ):  # at stage 0 or 3, in the place of their room among what stays
         moved = 8 * math.ceil(student.total / (plan.ranks if plan.student_engine.stage == 3 else 1))
         lines.append(Memory("rollout", "optimizer states, moved", device=-moved, host=moved))
     if plan.config.rollout_engine == "sharded":
-        live = min(student.total, student.largest_layer + max(student.embedding, plan.student_engine.prefetch))
+        live = min(
+            student.total,
+            student.largest_layer + max(student.embedding, plan.student_engine.prefetch),
+        )
         lines.append(Memory("rollout", "student layers, gathered", device=live * b))
     elif not plan.is_whole(plan.student_engine):
-        lines.append(Memory("rollout", "student, gathered", device=whole, remedy="rollout_engine: sharded"))
+        lines.append(
+            Memory("rollout", "student, gathered", device=whole, remedy="rollout_engine: sharded")
+        )
     if plan.on_cpu and b == 4 and plan.config.rollout_engine != "sharded":
         copied = (student.layers_total + student.embedding) * b
         lines.append(Memory("rollout", "student, in another layout", device=copied))
@@ -133,13 +179,24 @@ def score_memory(plan: Plan) -> list[Memory]:
     if plan.is_whole(plan.teacher_engine):
         layers = 0
     else:
-        # What is prefetched is gathered into one buffer, from which each parameter is copied. Nothing is from NVMe.
+        # What is prefetched is gathered into one buffer, from which each parameter is copied.
+        # Nothing is from NVMe.
         ahead = 0 if plan.teacher_engine.params_on == "nvme" else 2 * plan.teacher_engine.prefetch
         live = min(teacher.largest_layer + ahead, 2 * teacher.layers_total)
         layers = max(teacher.embedding, live) * b
     return [
-        Memory("score", "teacher layers, fetched", device=layers, remedy="a smaller stage3_prefetch_bucket_size"),
-        Memory("score", "window between layers", device=3 * tokens * teacher.hidden * b, remedy="targets_memory_mb"),
+        Memory(
+            "score",
+            "teacher layers, fetched",
+            device=layers,
+            remedy="a smaller stage3_prefetch_bucket_size",
+        ),
+        Memory(
+            "score",
+            "window between layers",
+            device=3 * tokens * teacher.hidden * b,
+            remedy="targets_memory_mb",
+        ),
         Memory(
             "score",
             "activations in a layer",
@@ -161,7 +218,11 @@ def learn_memory(plan: Plan) -> list[Memory]:
     student, teacher, b, config = plan.student, plan.teacher, plan.weight_bytes, plan.config
     tokens = min(plan.learn_tokens, plan.rows * plan.longest)
     one = one_layer(student, tokens, b)
-    kept = tokens * student.hidden * b * student.layers if config.gradient_checkpointing else one * student.layers
+    kept = (
+        tokens * student.hidden * b * student.layers
+        if config.gradient_checkpointing
+        else one * student.layers
+    )
     smaller = "learn_tokens_per_micro_batch, or gradient_checkpointing: true"
     chunk = min(config.loss_memory_mb * MIB, 2 * tokens * student.vocabulary * b)
     head = 0 if plan.is_whole(plan.teacher_engine) else teacher.vocabulary * teacher.hidden * b
@@ -174,21 +235,34 @@ def learn_memory(plan: Plan) -> list[Memory]:
         targets(plan, "learn"),
     ]
     if not plan.is_whole(plan.student_engine):
-        live = min(student.total, max(plan.student_engine.max_live, student.largest_layer + student.embedding))
+        live = min(
+            student.total,
+            max(plan.student_engine.max_live, student.largest_layer + student.embedding),
+        )
         lines.append(
-            Memory("learn", "student layers, gathered", device=live * b, remedy="a smaller stage3_max_live_parameters")
+            Memory(
+                "learn",
+                "student layers, gathered",
+                device=live * b,
+                remedy="a smaller stage3_max_live_parameters",
+            )
         )
     return lines
 
 
 def one_layer(model: ModelCounts, tokens: int, b: int) -> int:
-    """Bytes of the activations that one decoder layer keeps for its backward, attention without its matrix."""
+    """Bytes of the activations that one decoder layer keeps for its backward, attention without its
+    matrix.
+    """
     return tokens * (8 * model.hidden + 2 * model.attention_width + 3 * model.intermediate) * b
 
 
 def peak(lines: list[Memory], place: str) -> tuple[int, str]:
     """The largest sum over phases at `place` (device, host or nvme), and the phase."""
     always = sum(getattr(line, place) for line in lines if line.phase == "always")
-    sums = {phase: sum(getattr(line, place) for line in lines if line.phase == phase) for phase in PHASES}
+    sums = {
+        phase: sum(getattr(line, place) for line in lines if line.phase == phase)
+        for phase in PHASES
+    }
     phase = max(PHASES, key=lambda name: sums[name])
     return always + sums[phase], phase

@@ -1,7 +1,9 @@
-"""What a run will be, from configurations alone: the models' sizes, the batches, where the engines keep what.
+"""What a run will be, from configurations alone: the models' sizes, the batches, where the engines
+keep what.
 
-    python -m gkd_ds.train --config recipe.yaml --dry_run         # memory on this machine: plan_memory.py, dry_run.py
-    python tools/plan.py --config recipe.yaml --hostfile hosts    # work (plan_work.py) and times for a whole cluster
+    python -m gkd_ds.train --config recipe.yaml --dry_run         # memory on this machine:
+    plan_memory.py, dry_run.py python tools/plan.py --config recipe.yaml --hostfile hosts    # work
+    (plan_work.py) and times for a whole cluster
 
 No weight is read: models are built on torch's meta device.
 """
@@ -54,20 +56,28 @@ class ModelCounts:
         return self.layer_matrices * self.layers + (self.embedding,)
 
 
-def count_model(source: str, init_kwargs: dict[str, Any] | None = None, trust_remote_code: bool = False) -> ModelCounts:
+def count_model(
+    source: str, init_kwargs: dict[str, Any] | None = None, trust_remote_code: bool = False
+) -> ModelCounts:
     """Count a model from its configuration: a directory, a hub name, or a config.json file.
 
     Raises:
         InputError: the configuration cannot be read, or is not one of a causal language model.
     """
-    known = {key: (init_kwargs or {})[key] for key in ("gguf_file", "revision") if key in (init_kwargs or {})}
+    known = {
+        key: (init_kwargs or {})[key]
+        for key in ("gguf_file", "revision")
+        if key in (init_kwargs or {})
+    }
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **known)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise InputError(f"The model configuration of '{source}' cannot be used ({reason}); check the path.") from None
+        raise InputError(
+            f"The model configuration of '{source}' cannot be used ({reason}); check the path."
+        ) from None
     return count_parameters(model)
 
 
@@ -100,7 +110,10 @@ def count_parameters(model: torch.nn.Module) -> ModelCounts:
         vocabulary=text.vocab_size,
         kv_per_token=2 * len(per_layer) * kv_heads * head_size,
         attention_width=heads * head_size,
-        layer_matrices=max((tuple(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in layers), key=len),
+        layer_matrices=max(
+            (tuple(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in layers),
+            key=len,
+        ),
         largest_matrix=max(p.numel() for p in model.parameters()),
     )
 
@@ -123,7 +136,9 @@ class Batches:
 def count_batches(config: GKDConfig, samples: int, ranks: int) -> Batches:
     """Raises InputError when there are no samples."""
     if samples < 1:
-        raise InputError(f"The data set '{config.dataset_name}' has no rows; nothing can be trained on it.")
+        raise InputError(
+            f"The data set '{config.dataset_name}' has no rows; nothing can be trained on it."
+        )
     scheduler = StepScheduler(
         num_samples=samples,
         micro_batch_size=config.per_device_train_batch_size,
@@ -135,8 +150,17 @@ def count_batches(config: GKDConfig, samples: int, ranks: int) -> Batches:
         drop_last=config.dataloader_drop_last,
     )
     windows = scheduler.windows_per_epoch
-    updates = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * windows)
-    return Batches(samples, ranks, scheduler.window_samples // ranks, scheduler.window_samples, windows, updates)
+    updates = (
+        config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * windows)
+    )
+    return Batches(
+        samples,
+        ranks,
+        scheduler.window_samples // ranks,
+        scheduler.window_samples,
+        windows,
+        updates,
+    )
 
 
 # ---- What the DeepSpeed files decide ----
@@ -174,7 +198,9 @@ class Engine:
             if value == "auto":
                 return default if auto is None else auto
             if not is_number(value):
-                raise InputError(f"The DeepSpeed configuration has {key} {value!r}, which is not a number.")
+                raise InputError(
+                    f"The DeepSpeed configuration has {key} {value!r}, which is not a number."
+                )
             return int(value)
 
         return cls(
@@ -182,7 +208,9 @@ class Engine:
             params_on=params.get("device", "none"),
             optimizer_on=optimizer.get("device", "none"),
             bucket=number(zero, "reduce_bucket_size", 500_000_000, auto=hidden * hidden),
-            prefetch=number(zero, "stage3_prefetch_bucket_size", 50_000_000, auto=int(0.9 * hidden * hidden)),
+            prefetch=number(
+                zero, "stage3_prefetch_bucket_size", 50_000_000, auto=int(0.9 * hidden * hidden)
+            ),
             max_live=number(zero, "stage3_max_live_parameters", 1_000_000_000),
             sub_group=number(zero, "sub_group_size", 1_000_000_000),
             buffer_count=number(params, "buffer_count", 0),
@@ -216,7 +244,11 @@ class Plan:
     @property
     def longest_completion(self) -> int:
         bound = self.config.max_length
-        return self.config.max_new_tokens if bound is None else min(self.config.max_new_tokens, bound - 1)
+        return (
+            self.config.max_new_tokens
+            if bound is None
+            else min(self.config.max_new_tokens, bound - 1)
+        )
 
     @property
     def longest(self) -> int:
@@ -233,7 +265,9 @@ class Plan:
 
     @property
     def student_share(self) -> float:
-        """Probability that a window has any on-policy micro-batch, and so a rollout of the student."""
+        """Probability that a window has any on-policy micro-batch, and so a rollout of the
+        student.
+        """
         return 1 - (1 - self.config.lmbda) ** self.config.gradient_accumulation_steps
 
     def is_whole(self, engine: Engine) -> bool:
@@ -260,7 +294,10 @@ class Plan:
     @property
     def pass_tokens(self) -> int:
         """Tokens of the window that one teacher pass may hold."""
-        return max(self.longest, self.config.targets_memory_mb * MIB // (self.teacher.hidden * self.weight_bytes))
+        return max(
+            self.longest,
+            self.config.targets_memory_mb * MIB // (self.teacher.hidden * self.weight_bytes),
+        )
 
     @property
     def teacher_passes(self) -> int:
@@ -268,7 +305,8 @@ class Plan:
 
 
 def make_plan(config: GKDConfig, ranks: int, weight_bytes: int, **known: Any) -> Plan:
-    """Read what `config` names: DeepSpeed files and model configurations. `known` are further fields of Plan.
+    """Read what `config` names: DeepSpeed files and model configurations. `known` are further
+    fields of Plan.
 
     Raises:
         InputError: one of them is missing or wrong.

@@ -1,4 +1,6 @@
-"""What a planned run computes and moves in one update: expected values of one rank, in operations and bytes."""
+"""What a planned run computes and moves in one update: expected values of one rank, in operations
+and bytes.
+"""
 
 import math
 from collections.abc import Iterable
@@ -12,10 +14,10 @@ class Work:
     """What a phase does on one rank in one update (expected values).
 
     Attributes:
-        flops: multiplications and additions.
-        prefill: those before them, in a rollout: of reading the prompts, which is over when decoding begins.
-        memory: bytes read from the device's own memory, where that and not `flops` may decide (decoding).
-        links: bytes over "ranks" (all-gather, reduce-scatter: what this rank receives), "pcie" and "nvme".
+        flops: multiplications and additions. prefill: those before them, in a rollout: of reading
+        the prompts, which is over when decoding begins. memory: bytes read from the device's own
+        memory, where that and not `flops` may decide (decoding). links: bytes over "ranks"
+        (all-gather, reduce-scatter: what this rank receives), "pcie" and "nvme".
     """
 
     flops: float = 0.0
@@ -45,8 +47,8 @@ def from_others(elements: float, plan: Plan) -> float:
 
 
 def fetch(engine: Engine, elements: float, matrices: Iterable[int], plan: Plan) -> dict[str, float]:
-    """Traffic of one pass over `elements` partitioned weights, `matrices` among them: each rank fetches its share, then
-    all gather."""
+    """Traffic of one pass over `elements` partitioned weights, `matrices` among them: each rank
+    fetches its share, then all gather."""
     links = {"ranks": from_others(elements, plan)}
     share = elements * plan.weight_bytes / plan.ranks
     if engine.params_on != "none" and not plan.on_cpu:
@@ -62,7 +64,11 @@ def rollout_work(plan: Plan) -> Work:
     rows = config.lmbda * plan.rows
     work = generation(student, rows, plan)
     if plan.student_engine.stage == 3:
-        steps = plan.completion * math.ceil(rows / plan.rollout_rows) if config.rollout_engine == "sharded" else 1
+        steps = (
+            plan.completion * math.ceil(rows / plan.rollout_rows)
+            if config.rollout_engine == "sharded"
+            else 1
+        )
         whole = fetch(plan.student_engine, student.total, (*student.matrices, student.head), plan)
         add_links(work, whole, steps * plan.student_share)
     if config.seq_kd and config.lmbda < 1:
@@ -74,7 +80,12 @@ def rollout_work(plan: Plan) -> Work:
             links=work.links,
         )
         teacher = plan.teacher
-        whole = fetch(plan.teacher_engine, teacher.total - teacher.glue, (*teacher.matrices, teacher.head), plan)
+        whole = fetch(
+            plan.teacher_engine,
+            teacher.total - teacher.glue,
+            (*teacher.matrices, teacher.head),
+            plan,
+        )
         add_links(work, whole, plan.completion)
     return work
 
@@ -91,10 +102,23 @@ def generation(model: ModelCounts, rows: float, plan: Plan) -> Work:
 
 
 def decode_bytes(model: ModelCounts, rows: float, plan: Plan) -> float:
-    """Memory reads of decoding `rows` completions: all weights once per step, the cache of every row."""
+    """Memory reads of decoding `rows` completions: all weights once per step, the cache of every
+    row.
+    """
     batches = math.ceil(rows / plan.rollout_rows)
-    weights = batches * plan.completion * (model.layers_total + model.vocabulary * model.hidden) * plan.weight_bytes
-    cache = rows * plan.completion * (plan.length - plan.completion / 2) * model.kv_per_token * plan.weight_bytes
+    weights = (
+        batches
+        * plan.completion
+        * (model.layers_total + model.vocabulary * model.hidden)
+        * plan.weight_bytes
+    )
+    cache = (
+        rows
+        * plan.completion
+        * (plan.length - plan.completion / 2)
+        * model.kv_per_token
+        * plan.weight_bytes
+    )
     return weights + cache
 
 
@@ -108,37 +132,50 @@ def score_work(plan: Plan) -> Work:
 def teacher_pass(plan: Plan) -> dict[str, float]:
     """Traffic of one pass over the teacher that scores: everything but its head."""
     teacher = plan.teacher
-    return fetch(plan.teacher_engine, teacher.layers_total + teacher.embedding, teacher.matrices, plan)
+    return fetch(
+        plan.teacher_engine, teacher.layers_total + teacher.embedding, teacher.matrices, plan
+    )
 
 
 def learn_work(plan: Plan) -> Work:
     student, teacher = plan.student, plan.teacher
     tokens, completions = plan.rows * plan.length, plan.rows * plan.completion
-    times = 4 if plan.config.gradient_checkpointing else 3  # forward, again, and twice for the backward
-    heads = completions * (6 * student.vocabulary * student.hidden + 2 * teacher.vocabulary * teacher.hidden)
+    times = (
+        4 if plan.config.gradient_checkpointing else 3
+    )  # forward, again, and twice for the backward
+    heads = completions * (
+        6 * student.vocabulary * student.hidden + 2 * teacher.vocabulary * teacher.hidden
+    )
     work = Work(flops=times * forward_flops(student, tokens, plan.length / 2) + heads)
     teacher_head = teacher.head or teacher.embedding
     add_links(work, fetch(plan.teacher_engine, teacher_head, (teacher_head,), plan), 1)
     gradient = {"ranks": from_others(student.total, plan)}
     if plan.student_engine.stage == 3:
-        # A layer stays gathered from its recomputation to its backward. What the backward needs within max_reuse
-        # elements of its use in the forward (both count) stays gathered from there on: small models altogether.
-        # After a rollout the first micro-batch only records what is used when, and keeps nothing.
+        # A layer stays gathered from its recomputation to its backward. What the backward needs
+        # within max_reuse elements of its use in the forward (both count) stays gathered from there
+        # on: small models altogether. After a rollout the first micro-batch only records what is
+        # used when, and keeps nothing.
         again = max(0.0, 1 - plan.student_engine.max_reuse / 2 / student.total)
         whole = fetch(plan.student_engine, student.total, (*student.matrices, student.head), plan)
         add_links(work, whole, plan.micro_batches * (1 + again) + plan.student_share * (1 - again))
         add_links(work, gradient, plan.micro_batches)
     else:
-        add_links(work, gradient, 2)  # one all-reduce, or reduce-scatter and all-gather of the new weights
+        add_links(
+            work, gradient, 2
+        )  # one all-reduce, or reduce-scatter and all-gather of the new weights
     if plan.student_engine.optimizer_on != "none" and not plan.on_cpu:
-        add_links(work, {"pcie": student.total / plan.ranks * plan.weight_bytes}, plan.micro_batches)
+        add_links(
+            work, {"pcie": student.total / plan.ranks * plan.weight_bytes}, plan.micro_batches
+        )
     return work
 
 
 def update_work(plan: Plan) -> Work:
     share = plan.student.total / (plan.ranks if plan.student_engine.stage else 1)
     where = plan.student_engine.optimizer_on
-    states = share * (12 + 12 + plan.weight_bytes)  # read and write fp32 weights and moments, write the weights
+    states = share * (
+        12 + 12 + plan.weight_bytes
+    )  # read and write fp32 weights and moments, write the weights
     if where == "none" or plan.on_cpu:
         return Work(memory=states)
     work = Work()

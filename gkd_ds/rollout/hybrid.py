@@ -1,11 +1,13 @@
-"""Rollouts through DeepSpeed's hybrid engine: its injected inference kernels where it has a policy for the model.
+"""Rollouts through DeepSpeed's hybrid engine: its injected inference kernels where it has a policy
+for the model.
 
-Injection replaces whole layers by DeepSpeed's own, which lag behind transformers: on the CPU they are missing, its
-source knows neither grouped-query attention nor scaled rotations, and users report gibberish under ZeRO-3 (DeepSpeed
-issues 4788 and 3594; read, not tried here).
-So the engine is used only when asked for, after `obstacle` found none, and after `check` saw it write the plain
-model's tokens. Sampling is ours all the same (decoding.py), so tokens do not depend on the rollout engine.
-NOT TESTED with kernels: this project has had no GPU. Without a policy (Qwen, Mistral, OPT) the engine runs natively.
+Injection replaces whole layers by DeepSpeed's own, which lag behind transformers: on the CPU they
+are missing, its source knows neither grouped-query attention nor scaled rotations, and users report
+gibberish under ZeRO-3 (DeepSpeed issues 4788 and 3594; read, not tried here). So the engine is used
+only when asked for, after `obstacle` found none, and after `check` saw it write the plain model's
+tokens. Sampling is ours all the same (decoding.py), so tokens do not depend on the rollout engine.
+NOT TESTED with kernels: this project has had no GPU. Without a policy (Qwen, Mistral, OPT) the
+engine runs natively.
 """
 
 from __future__ import annotations
@@ -22,11 +24,18 @@ from gkd_ds.engine import accelerator
 from gkd_ds.rollout.decoding import Completions, Sampling, draw, uniforms
 from gkd_ds.runtime.errors import InputError
 
-DS_BLOCK = {"enabled": True, "max_out_tokens": 512, "inference_tp_size": 1, "release_inference_cache": False}
+DS_BLOCK = {
+    "enabled": True,
+    "max_out_tokens": 512,
+    "inference_tp_size": 1,
+    "release_inference_cache": False,
+}
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
-    """Why the hybrid engine cannot serve this model on this machine, as far as one can tell before trying."""
+    """Why the hybrid engine cannot serve this model on this machine, as far as one can tell before
+    trying.
+    """
     if not _has_policy(model):
         return None  # nothing is injected, so nothing can be wrong
     text = model.config.get_text_config()
@@ -37,7 +46,9 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return "DeepSpeed's injected attention does not know grouped queries"
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
-        return f"DeepSpeed's injected attention does not know rotations of type {rope['rope_type']!r}"
+        return (
+            f"DeepSpeed's injected attention does not know rotations of type {rope['rope_type']!r}"
+        )
     return None
 
 
@@ -50,18 +61,30 @@ def _has_policy(model: PreTrainedModel) -> bool:
     return any(type(module) in known for module in model.modules())
 
 
-def generate(engine, model: PreTrainedModel, prompts: list[list[int]], sample_ids: list[int], sampling: Sampling):
-    """Complete prompts through the engine's `generate`; the parameters are whole. Returns `Completions`.
+def generate(
+    engine,
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    sample_ids: list[int],
+    sampling: Sampling,
+):
+    """Complete prompts through the engine's `generate`; the parameters are whole. Returns
+    `Completions`.
 
-    No collective, since everything is whole: a rank without prompts has nothing to do, and ranks may end at any time.
+    No collective, since everything is whole: a rank without prompts has nothing to do, and ranks
+    may end at any time.
     """
     if not prompts:
         return Completions([], [], 0, 0)
     width = max(len(prompt) for prompt in prompts)
     pads = [width - len(prompt) for prompt in prompts]
     device = next(model.parameters()).device
-    ids_BL = torch.tensor([[sampling.pad_id] * pad + ids for pad, ids in zip(pads, prompts)], device=device)
-    mask_BL = torch.tensor([[0] * pad + [1] * len(ids) for pad, ids in zip(pads, prompts)], device=device)
+    ids_BL = torch.tensor(
+        [[sampling.pad_id] * pad + ids for pad, ids in zip(pads, prompts)], device=device
+    )
+    mask_BL = torch.tensor(
+        [[0] * pad + [1] * len(ids) for pad, ids in zip(pads, prompts)], device=device
+    )
     limits = [sampling.limit(prompt) for prompt in prompts]
     uniform_BP = uniforms(sampling.seed, sample_ids, max(limits), device)
     with _inference_mode(engine):
@@ -81,7 +104,9 @@ def generate(engine, model: PreTrainedModel, prompts: list[list[int]], sample_id
 
 @contextlib.contextmanager
 def _inference_mode(engine):
-    """`engine.eval()` puts the injected layers in place and prints latencies; `engine.train()` takes them out."""
+    """`engine.eval()` puts the injected layers in place and prints latencies; `engine.train()`
+    takes them out.
+    """
     with contextlib.redirect_stdout(io.StringIO()):
         engine.eval()
     try:
@@ -97,7 +122,9 @@ def _cut(tokens: list[int], stop_ids: tuple[int, ...]) -> list[int]:
 
 
 class _InverseCdf(LogitsProcessor):
-    """Leaves one possible token: the one that the run's uniform for this sample and position draws."""
+    """Leaves one possible token: the one that the run's uniform for this sample and position
+    draws.
+    """
 
     def __init__(self, uniform_BP: Tensor, prompt_width: int, sampling: Sampling):
         self.uniform_BP, self.prompt_width, self.sampling = uniform_BP, prompt_width, sampling
@@ -113,6 +140,8 @@ def check(ours: Completions, plain: Completions) -> None:
     """Raise InputError unless the hybrid engine wrote greedily what the plain model writes."""
     if ours.token_ids != plain.token_ids:
         raise InputError(
-            "rollout_engine 'hybrid' is not possible here: with DeepSpeed's kernels the student writes other tokens "
-            f"than without ({ours.token_ids[0][:8]} instead of {plain.token_ids[0][:8]}); use 'gather' or 'auto'."
+            "rollout_engine 'hybrid' is not possible here: with DeepSpeed's kernels the student "
+            "writes other tokens "
+            f"than without ({ours.token_ids[0][:8]} instead of {plain.token_ids[0][:8]}); use "
+            "'gather' or 'auto'."
         )

@@ -1,7 +1,9 @@
-"""The key-value cache of the decode loop: transformers' own, with room behind the positions that are in use.
+"""The key-value cache of the decode loop: transformers' own, with room behind the positions that
+are in use.
 
-transformers appends by concatenation, which copies the whole cache at every step. Here a step writes one position.
-Shapes: B rows, H key-value heads, L positions in use, C >= L positions of room, D head width.
+transformers appends by concatenation, which copies the whole cache at every step. Here a step
+writes one position. Shapes: B rows, H key-value heads, L positions in use, C >= L positions of
+room, D head width.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ ROOM = 64
 
 
 def empty_cache() -> DynamicCache:
-    """A full-length cache for any attention model; its layers come into being as the model uses them."""
+    """A full-length cache for any attention model; its layers come into being as the model uses
+    them.
+    """
     cache = DynamicCache()
     cache.layer_class_to_replicate = RoomyLayer
     return cache
@@ -24,8 +28,13 @@ def empty_cache() -> DynamicCache:
 class RoomyLayer(DynamicLayer):
     """`keys` and `values` `[B, H, L, D]` are views of the first L positions of `[B, H, C, D]`."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append `[B, H, t, D]`; all keys and values. (The name and signature are transformers'.)"""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Append `[B, H, t, D]`; all keys and values.
+
+        (The name and signature are transformers'.)
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.replace(key_states, value_states)

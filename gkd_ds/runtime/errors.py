@@ -6,9 +6,9 @@ from collections.abc import Sequence
 class InputError(ValueError):
     """Something the user gave is wrong.
 
-    The message is one sentence that says what is wrong and what to change. The command line prints it on
-    stderr and exits with code 2; library users catch it as a ValueError. Raised before anything is allocated,
-    and equally on every rank.
+    The message is one sentence that says what is wrong and what to change. The command line prints
+    it on stderr and exits with code 2; library users catch it as a ValueError. Raised before
+    anything is allocated, and equally on every rank.
     """
 
 
@@ -17,7 +17,9 @@ def type_name(value: object) -> str:
 
 
 def quote(text: str, limit: int = 40) -> str:
-    """repr() escapes lone surrogates and control characters, so the sentence can always be printed."""
+    """repr() escapes lone surrogates and control characters, so the sentence can always be
+    printed.
+    """
     return repr(text if len(text) <= limit else text[:limit] + "...")
 
 

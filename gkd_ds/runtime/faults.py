@@ -1,9 +1,12 @@
-"""Faults on demand, so that tests and operators can see what a run does when it is killed at a given point.
+"""Faults on demand, so that tests and operators can see what a run does when it is killed at a
+given point.
 
-    GKD_FAULT=kill:save:3:1 deepspeed --num_accelerators 2 --module gkd_ds.train --config recipe.yaml
+    GKD_FAULT=kill:save:3:1 deepspeed --num_accelerators 2 --module gkd_ds.train --config
+    recipe.yaml
 
-does to rank 1 what a power cut would do at the third write step of its saves. `GKD_FAULT` is a list of
-`<action>:<point>:<n>[:<rank>]`, separated by commas: when a process passes the point for the n-th time, it
+does to rank 1 what a power cut would do at the third write step of its saves. `GKD_FAULT` is a list
+of `<action>:<point>:<n>[:<rank>]`, separated by commas: when a process passes the point for the
+n-th time, it
 
     kill    sends itself SIGKILL
     term    sends itself SIGTERM (an orderly stop)
@@ -11,8 +14,8 @@ does to rank 1 what a power cut would do at the third write step of its saves. `
     raise   raises RuntimeError
     full    raises OSError "No space left on device"
 
-Points have dotted names; `save` stands for each of `save.hash`, `save.rename`, and so on. Without a rank
-every rank obeys. Without the variable a point costs one look at an empty list.
+Points have dotted names; `save` stands for each of `save.hash`, `save.rename`, and so on. Without a
+rank every rank obeys. Without the variable a point costs one look at an empty list.
 """
 
 import errno
@@ -44,13 +47,18 @@ def parse(text: str) -> list[Fault]:
     for entry in filter(None, text.split(",")):
         action, _, rest = entry.partition(":")
         name, *numbers = rest.split(":")
-        well_formed = name and len(numbers) in (1, 2) and all(number.isdecimal() for number in numbers)
+        well_formed = (
+            name and len(numbers) in (1, 2) and all(number.isdecimal() for number in numbers)
+        )
         if action not in ACTIONS or not well_formed:
             raise InputError(
-                f"GKD_FAULT entry {entry!r} is not <action>:<point>:<n>[:<rank>] with one of the actions "
+                f"GKD_FAULT entry {entry!r} is not <action>:<point>:<n>[:<rank>] with one of the "
+                "actions "
                 f"{', '.join(ACTIONS)}; correct it or unset GKD_FAULT."
             )
-        faults.append(Fault(action, name, int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else None))
+        faults.append(
+            Fault(action, name, int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else None)
+        )
     return faults
 
 

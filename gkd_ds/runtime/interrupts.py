@@ -1,8 +1,8 @@
 """From a signal or a stop file to one decision that all ranks share.
 
-A scheduler's SIGTERM, a Ctrl-C or a full time budget reaches the ranks at different moments, or only one of
-them. If each acted on its own, the others would wait for it in a collective. So a signal only leaves a note,
-and at safe points the ranks agree whether to stop:
+A scheduler's SIGTERM, a Ctrl-C or a full time budget reaches the ranks at different moments, or
+only one of them. If each acted on its own, the others would wait for it in a collective. So a
+signal only leaves a note, and at safe points the ranks agree whether to stop:
 
     with Interrupts(stop_file=run_dir / "STOP", max_runtime=config.max_runtime) as interrupts:
         try:
@@ -11,15 +11,16 @@ and at safe points the ranks agree whether to stop:
         except StopAgreed as reason:
             save, close the tracker, then ranks.barrier() and sys.exit(STOPPED)
 
-A window that is abandoned between two of its phases costs nothing but time: it is a function of (seed, step), and
-the run that goes on repeats it.
+A window that is abandoned between two of its phases costs nothing but time: it is a function of
+(seed, step), and the run that goes on repeats it.
 
     touch RUN_DIR/STOP        # stops a run from any host; the file is removed when the run obeys
 
-Which signals: SIGTERM, SIGINT and SIGUSR1, sent to any rank. A launcher that is ended counts as a request, too:
-on one host `deepspeed` dies of a signal at once and tells nobody. Its second process, `deepspeed.launcher.launch`,
-passes SIGTERM and SIGINT on as SIGTERM, kills what is left after 30 s, and then exits with 1 whatever its ranks did.
-Where a phase takes longer than that, or the exit code matters, use the stop file.
+Which signals: SIGTERM, SIGINT and SIGUSR1, sent to any rank. A launcher that is ended counts as a
+request, too: on one host `deepspeed` dies of a signal at once and tells nobody. Its second process,
+`deepspeed.launcher.launch`, passes SIGTERM and SIGINT on as SIGTERM, kills what is left after 30 s,
+and then exits with 1 whatever its ranks did. Where a phase takes longer than that, or the exit code
+matters, use the stop file.
 """
 
 import signal
@@ -49,16 +50,20 @@ class StopAgreed(Exception):
 
 
 class Interrupts:
-    """Notes requests to stop on this rank; `agreed_reason` turns them into the decision of all ranks.
+    """Notes requests to stop on this rank; `agreed_reason` turns them into the decision of all
+    ranks.
 
-    Make it as early as possible: `max_runtime` (seconds) counts from here, and a stop file that is already
-    there is one that an earlier run did not get to see, so rank 0 removes it; InputError, on all ranks, if it is more
-    than an empty file. Handlers are installed on `with`
-    (in the main thread only; elsewhere Python allows none) and the previous ones restored at its end. Leave
-    the block only after a barrier: the launcher sends SIGTERM to the other ranks as soon as one has exited.
+    Make it as early as possible: `max_runtime` (seconds) counts from here, and a stop file that is
+    already there is one that an earlier run did not get to see, so rank 0 removes it; InputError,
+    on all ranks, if it is more than an empty file. Handlers are installed on `with` (in the main
+    thread only; elsewhere Python allows none) and the previous ones restored at its end. Leave the
+    block only after a barrier: the launcher sends SIGTERM to the other ranks as soon as one has
+    exited.
     """
 
-    def __init__(self, stop_file: str | Path | None = None, max_runtime: float | None = None) -> None:
+    def __init__(
+        self, stop_file: str | Path | None = None, max_runtime: float | None = None
+    ) -> None:
         self.stop_file = Path(stop_file) if stop_file is not None else None
         self.max_runtime = max_runtime
         self._launcher = Launcher()
@@ -74,7 +79,10 @@ class Interrupts:
                 self.stop_file.unlink(missing_ok=True)
 
     def __enter__(self) -> "Interrupts":
-        self._received, self._reason = 0, None  # a run that was stopped may go on in the same process
+        self._received, self._reason = (
+            0,
+            None,
+        )  # a run that was stopped may go on in the same process
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
@@ -94,14 +102,18 @@ class Interrupts:
             raise StopAgreed(reason)
 
     def agreed_reason(self, between_windows: bool = True) -> str | None:
-        """Why all ranks stop now, or None. A collective (one all-reduce of one integer) for safe points.
+        """Why all ranks stop now, or None. A collective (one all-reduce of one integer) for safe
+        points.
 
-        Once there is a reason it stays, and no more collectives are made. The time budget only counts between
-        windows: a run that begins with its budget spent must still get a window done.
+        Once there is a reason it stays, and no more collectives are made. The time budget only
+        counts between windows: a run that begins with its budget spent must still get a window
+        done.
         """
         if self._reason is None:
             world = ranks.world_size()
-            strongest = ranks.maximum([self._request(between_windows) * world + ranks.rank() % world])[0]
+            strongest = ranks.maximum(
+                [self._request(between_windows) * world + ranks.rank() % world]
+            )[0]
             request, rank = divmod(strongest, world)
             self._reason = self._sentence(request, rank)
             if self._reason and ranks.rank() == 0 and self.stop_file is not None:
@@ -109,7 +121,9 @@ class Interrupts:
         return self._reason
 
     def _request(self, between_windows: bool) -> int:
-        """0 nothing, 1 stop file, 2 time budget, 3 launcher gone, 4 on: signals. Rank 0 watches file and clock."""
+        """0 nothing, 1 stop file, 2 time budget, 3 launcher gone, 4 on: signals. Rank 0 watches
+        file and clock.
+        """
         if self._received:
             return 3 + self._received
         if self._launcher.is_gone():
@@ -126,7 +140,10 @@ class Interrupts:
         if self._previous_point is not None:
             self._longest_gap = max(self._longest_gap, now - self._previous_point)
         self._previous_point = now
-        return self.max_runtime is not None and now - self._started + self._longest_gap >= self.max_runtime
+        return (
+            self.max_runtime is not None
+            and now - self._started + self._longest_gap >= self.max_runtime
+        )
 
     def _sentence(self, request: int, rank: int) -> str | None:
         if request == 0:

@@ -1,6 +1,8 @@
-"""What the deepspeed launcher that started this process was told, where it matters and it does not pass it on.
+"""What the deepspeed launcher that started this process was told, where it matters and it does not
+pass it on.
 
-It is two processes: `deepspeed` itself, and on every host a `deepspeed.launcher.launch` that starts the ranks.
+It is two processes: `deepspeed` itself, and on every host a `deepspeed.launcher.launch` that starts
+the ranks.
 """
 
 from __future__ import annotations
@@ -14,22 +16,25 @@ from gkd_ds.runtime.errors import InputError
 def check_hostfile() -> None:
     """Raise InputError if the launcher was given a hostfile that does not exist.
 
-    It would only warn, and start on this machine alone: hours later somebody wonders about the other nodes. The
-    launcher is one of our ancestors; its command line is in /proc (elsewhere than on Linux nothing is checked).
+    It would only warn, and start on this machine alone: hours later somebody wonders about the
+    other nodes. The launcher is one of our ancestors; its command line is in /proc (elsewhere than
+    on Linux nothing is checked).
     """
     for words in _command_lines_of_ancestors():
         if not _is_deepspeed(words):
             continue
         hostfile = _option(words, "--hostfile") or _option(words, "-H")
         if hostfile and not os.path.isfile(hostfile):
-            raise InputError(f"--hostfile {hostfile} does not exist; correct its path, or leave it out.")
+            raise InputError(
+                f"--hostfile {hostfile} does not exist; correct its path, or leave it out."
+            )
 
 
 class Launcher:
     """Notices that the launcher was ended. Make it early: what is not there by then is not missed.
 
-    On one host `deepspeed` dies of a SIGTERM without a word to the process that it has started, and the ranks would
-    train on, with nobody left to stop them.
+    On one host `deepspeed` dies of a SIGTERM without a word to the process that it has started, and
+    the ranks would train on, with nobody left to stop them.
     """
 
     def __init__(self) -> None:

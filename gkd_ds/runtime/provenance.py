@@ -1,4 +1,6 @@
-"""Which code made a result: the commit of this repository and the versions of the libraries below it."""
+"""Which code made a result: the commit of this repository and the versions of the libraries below
+it.
+"""
 
 import subprocess
 import sys
@@ -10,7 +12,9 @@ LIBRARIES = ("gkd_ds", "torch", "deepspeed", "transformers", "tokenizers", "data
 
 
 def provenance() -> dict[str, Any]:
-    """Where the code comes from: git commit of gkd_ds (None outside its repository) and library versions."""
+    """Where the code comes from: git commit of gkd_ds (None outside its repository) and library
+    versions.
+    """
     versions = {"python": sys.version.split()[0]}
     for library in LIBRARIES:
         try:
@@ -21,20 +25,30 @@ def provenance() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Commit of the repository this file is tracked in, with "-dirty" when tracked files differ from it."""
+    """Commit of the repository this file is tracked in, with "-dirty" when tracked files differ
+    from it.
+    """
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, timeout=10
+                ["git", "-C", str(here.parent), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=10,
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # An installed copy may lie inside somebody else's repository: only one that tracks this file is ours.
+    # An installed copy may lie inside somebody else's repository: only one that tracks this file is
+    # ours.
     if git("ls-files", "--error-unmatch", here.name) is None:
         return None
     commit = git("rev-parse", "HEAD")
-    return f"{commit}-dirty" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
+    return (
+        f"{commit}-dirty"
+        if commit and git("status", "--porcelain", "--untracked-files=no")
+        else commit
+    )

@@ -1,7 +1,8 @@
-"""What the ranks of one run tell each other: small Python values, and decisions that all of them share.
+"""What the ranks of one run tell each other: small Python values, and decisions that all of them
+share.
 
-Everything here works in a single process without torch.distributed, too. Each function is a collective:
-every rank calls it, in the same order. None of it is meant for the hot path.
+Everything here works in a single process without torch.distributed, too. Each function is a
+collective: every rank calls it, in the same order. None of it is meant for the hot path.
 """
 
 import os
@@ -19,7 +20,9 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """The number of processes that take part in collectives: 1 until torch.distributed has started."""
+    """The number of processes that take part in collectives: 1 until torch.distributed has
+    started.
+    """
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -47,7 +50,9 @@ def barrier() -> None:
 
 
 def maximum(values: list[int]) -> list[int]:
-    """The largest of each integer over all ranks: one all-reduce of int64, and one wait for the device."""
+    """The largest of each integer over all ranks: one all-reduce of int64, and one wait for the
+    device.
+    """
     if world_size() == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.int64, device=_device())
@@ -61,7 +66,9 @@ def any_rank(flag: bool) -> bool:
 
 
 def total(values: list[float]) -> list[float]:
-    """The sum of each number over all ranks: one all-reduce of `len(values)` float64, and one host sync."""
+    """The sum of each number over all ranks: one all-reduce of `len(values)` float64, and one host
+    sync.
+    """
     if world_size() == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.float64, device=_device())
@@ -72,8 +79,8 @@ def total(values: list[float]) -> list[float]:
 def refuse_differences(fields: dict[str, str], what: str) -> None:
     """Raise the same InputError on every rank when the ranks were started with different `fields`.
 
-    `fields` maps a name (a configuration field, "training data") to its value or digest; `what` names
-    the whole for the sentence ("configuration").
+    `fields` maps a name (a configuration field, "training data") to its value or digest; `what`
+    names the whole for the sentence ("configuration").
     """
     everyone = gather(fields)
     for other, theirs in enumerate(everyone):
@@ -81,7 +88,8 @@ def refuse_differences(fields: dict[str, str], what: str) -> None:
             mine, their = everyone[0].get(name, "nothing"), theirs.get(name, "nothing")
             if mine != their:
                 raise InputError(
-                    f"the ranks were started with different {what}: '{name}' is {mine} on rank 0 and "
+                    f"the ranks were started with different {what}: '{name}' is {mine} on rank 0 "
+                    "and "
                     f"{their} on rank {other}; start all ranks with the same recipe, code and data."
                 )
 

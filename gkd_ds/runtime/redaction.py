@@ -1,11 +1,13 @@
-"""Takes secrets out of everything that is written: metrics, configuration, model card, W&B, messages.
+"""Takes secrets out of everything that is written: metrics, configuration, model card, W&B,
+messages.
 
     from gkd_ds.runtime.redaction import redact
     redact({"url": "https://me:hunter2hunter2@host/data"})   # {'url': 'https://***@host/data'}
 
-A secret is the value of an environment variable whose name says so (HF_TOKEN, WANDB_API_KEY, DB_PASSWORD), the part
-of a URL before the `@`, or a parameter of a URL that is called so (?token=...). Redacting happens where text is
-written, not where it is read, so that what a library put into a message or a path is caught as well.
+A secret is the value of an environment variable whose name says so (HF_TOKEN, WANDB_API_KEY,
+DB_PASSWORD), the part of a URL before the `@`, or a parameter of a URL that is called so
+(?token=...). Redacting happens where text is written, not where it is read, so that what a library
+put into a message or a path is caught as well.
 """
 
 import os
@@ -17,7 +19,9 @@ SECRET_NAME = re.compile(
     r"(?<![A-Z])(TOKEN|(API|ACCESS|SECRET|PRIVATE|ACCOUNT)_?KEY|SECRET|PASS|PASSWD|PASSPHRASE)$|PASSWORD$",
     re.IGNORECASE,
 )
-SHORTEST_SECRET = 8  # characters; hiding every "true" or "1234" would destroy the text and protect nothing
+SHORTEST_SECRET = (
+    8  # characters; hiding every "true" or "1234" would destroy the text and protect nothing
+)
 
 URL_CREDENTIALS = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/?#\s\"'<>]*@", re.IGNORECASE)
 URL_PARAMETERS = re.compile(
@@ -30,22 +34,29 @@ OPEN_FLAGS = ("--eos_token", "--pad_token")  # tokens of another kind
 
 
 def secret_values() -> list[str]:
-    """Values of the secret environment variables, longest first, so that no part of one survives another."""
+    """Values of the secret environment variables, longest first, so that no part of one survives
+    another.
+    """
     found = {value for name, value in os.environ.items() if SECRET_NAME.search(name)}
-    return sorted((value for value in found if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
+    return sorted(
+        (value for value in found if len(value) >= SHORTEST_SECRET), key=len, reverse=True
+    )
 
 
 def redact(value: object) -> object:
     """The same value with every secret replaced by `***`.
 
-    Strings, and strings inside dictionaries (keys too), lists, tuples and sets, are cleaned; the containers
-    are new objects of the same kind. Numbers, None and other objects are returned as they are.
+    Strings, and strings inside dictionaries (keys too), lists, tuples and sets, are cleaned; the
+    containers are new objects of the same kind. Numbers, None and other objects are returned as
+    they are.
     """
     return _redact(value, secret_values())
 
 
 def redact_argv(arguments: Sequence[str]) -> list[str]:
-    """A command line with the values of flags such as `--hub_token X` and `--hub_token=X` hidden."""
+    """A command line with the values of flags such as `--hub_token X` and `--hub_token=X`
+    hidden.
+    """
     clean, hide_next = [], False
     for argument in redact(list(arguments)):
         flag, equals, _ = argument.partition("=")

@@ -1,8 +1,9 @@
-"""A teacher on NVMe: buffers that fit its layers, reading ahead, and swap files that are still what was written.
+"""A teacher on NVMe: buffers that fit its layers, reading ahead, and swap files that are still what
+was written.
 
-DeepSpeed (read in 0.19.8) swaps a partitioned parameter when its shard has at least 1 MiB, one file each, and reads
-each into a pinned buffer of `buffer_count` equal ones. Too few or too small buffers, or a file that is gone, are
-assertions deep inside it, long after the weights were loaded.
+DeepSpeed (read in 0.19.8) swaps a partitioned parameter when its shard has at least 1 MiB, one file
+each, and reads each into a pinned buffer of `buffer_count` equal ones. Too few or too small
+buffers, or a file that is gone, are assertions deep inside it, long after the weights were loaded.
 """
 
 from __future__ import annotations
@@ -38,27 +39,37 @@ def is_used(ds_config: dict[str, Any]) -> bool:
 
 
 def fit_buffers(ds_config: dict[str, Any], model: PreTrainedModel, element_size: int) -> None:
-    """Resolve "auto" for `buffer_count` and `buffer_size` of an NVMe teacher in `ds_config`, or check the numbers.
+    """Resolve "auto" for `buffer_count` and `buffer_size` of an NVMe teacher in `ds_config`, or
+    check the numbers.
 
-    `model` may be on the meta device; `element_size` is in bytes. A whole layer is in the buffers at a time, and one
-    buffer more is the least; "auto" has room for the next layer, too, which is read meanwhile (`read_ahead`).
-    Raises InputError where the numbers given are too small. A collective.
+    `model` may be on the meta device; `element_size` is in bytes. A whole layer is in the buffers
+    at a time, and one buffer more is the least; "auto" has room for the next layer, too, which is
+    read meanwhile (`read_ahead`). Raises InputError where the numbers given are too small. A
+    collective.
     """
     if not is_used(ds_config):
         return
     check_build_lock()
     block = ds_config["zero_optimization"]["offload_param"]
-    units = [*causal_lm.decoder_layers(model), model.get_input_embeddings(), model.get_output_embeddings()]
+    units = [
+        *causal_lm.decoder_layers(model),
+        model.get_input_embeddings(),
+        model.get_output_embeddings(),
+    ]
     shards = [list(_swapped(unit.parameters(), element_size)) for unit in units]
     matrices = max(map(len, shards))
     size = max((size for unit in shards for size in unit), default=MIN_AIO_BYTES)
-    for name, least, best in (("buffer_count", matrices + 1, max(1, 2 * matrices)), ("buffer_size", size, size)):
+    for name, least, best in (
+        ("buffer_count", matrices + 1, max(1, 2 * matrices)),
+        ("buffer_size", size, size),
+    ):
         value = block.get(name, "auto")
         if value == "auto":
             block[name] = best
         elif value < least:
             raise InputError(
-                f"teacher_deepspeed sets offload_param.{name} to {value}, but this teacher needs {least}; "
+                f"teacher_deepspeed sets offload_param.{name} to {value}, but this teacher needs "
+                f"{least}; "
                 'write "auto", or at least that.'
             )
 
@@ -66,9 +77,9 @@ def fit_buffers(ds_config: dict[str, Any], model: PreTrainedModel, element_size:
 def read_ahead(parameters: Iterable[nn.Parameter]) -> None:
     """Start to read the shards of `parameters` that are on NVMe only, as far as buffers are free.
 
-    DeepSpeed itself reads ahead twice what it is gathering at that moment: one parameter, where gathering does not
-    take long. Fetching a parameter waits for all reads: this is called when what is used meanwhile is here. Not a
-    collective.
+    DeepSpeed itself reads ahead twice what it is gathering at that moment: one parameter, where
+    gathering does not take long. Fetching a parameter waits for all reads: this is called when what
+    is used meanwhile is here. Not a collective.
     """
     away = [p for p in parameters if zero.is_only_on_nvme(p)]
     if away:
@@ -77,10 +88,11 @@ def read_ahead(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def check_build_lock() -> None:
-    """Raise InputError on all ranks where a build of DeepSpeed's reader was killed on some host. A collective.
+    """Raise InputError on all ranks where a build of DeepSpeed's reader was killed on some host. A
+    collective.
 
-    DeepSpeed builds it at its first use, which takes minutes. A killed build leaves a lock file, and torch waits
-    without a word until somebody removes it.
+    DeepSpeed builds it at its first use, which takes minutes. A killed build leaves a lock file,
+    and torch waits without a word until somebody removes it.
     """
     lock = Path(cpp_extension._get_build_directory("async_io", verbose=False)) / "lock"
     try:
@@ -88,9 +100,13 @@ def check_build_lock() -> None:
     except FileNotFoundError:
         age = 0.0
     if ranks.any_rank(age > _LONGEST_BUILD_SECONDS):
-        raise InputError(f"a build of DeepSpeed's NVMe reader was interrupted; remove {lock} and start again.")
+        raise InputError(
+            f"a build of DeepSpeed's NVMe reader was interrupted; remove {lock} and start again."
+        )
     if age:
-        logger.warning("Waiting for a build of DeepSpeed's NVMe reader; if there is none, remove %s.", lock)
+        logger.warning(
+            "Waiting for a build of DeepSpeed's NVMe reader; if there is none, remove %s.", lock
+        )
 
 
 def _swapped(parameters: Iterable[nn.Parameter], element_size: int) -> Iterable[int]:
@@ -102,23 +118,32 @@ def _swapped(parameters: Iterable[nn.Parameter], element_size: int) -> Iterable[
 
 
 class SwapFiles:
-    """The swap files of a teacher, and what they were once all of them were written; then they are only read."""
+    """The swap files of a teacher, and what they were once all of them were written; then they are
+    only read.
+    """
 
     def __init__(self, model: PreTrainedModel):
         swapped = [p for p in model.parameters() if zero.is_on_nvme(p)]
-        self.written = {path: _state(path) for path in (Path(p.nvme_swapper.get_path(p)) for p in swapped)}
+        self.written = {
+            path: _state(path) for path in (Path(p.nvme_swapper.get_path(p)) for p in swapped)
+        }
         self.anywhere = ranks.any_rank(bool(self.written))
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Around what reads them: whatever happens to them before or meanwhile, nothing that was read gets further.
+        """Around what reads them: whatever happens to them before or meanwhile, nothing that was
+        read gets further.
 
-        Raises SwapFileError on all ranks when one of them misses a file, or finds another one. A collective.
+        Raises SwapFileError on all ranks when one of them misses a file, or finds another one. A
+        collective.
         """
         self._check()
         try:
             yield
-        except (RuntimeError, AssertionError) as error:  # DeepSpeed's, when it reads less than it wants
+        except (
+            RuntimeError,
+            AssertionError,
+        ) as error:  # DeepSpeed's, when it reads less than it wants
             if problem := self._problem():
                 raise SwapFileError(problem) from error
             raise
@@ -137,7 +162,8 @@ class SwapFiles:
             if found != written:
                 what = _difference(found, written)
                 return (
-                    f"the swap file {path} of the teacher on rank {ranks.rank()} {what}; something else writes to "
+                    f"the swap file {path} of the teacher on rank {ranks.rank()} {what}; something "
+                    "else writes to "
                     "offload_param.nvme_path: give this run a directory of its own and resume."
                 )
         return None
@@ -155,4 +181,8 @@ def _state(path: Path) -> tuple[int, int, int] | None:
 def _difference(found: tuple[int, int, int] | None, written: tuple[int, int, int]) -> str:
     if found is None:
         return "is gone"
-    return f"has {found[0]} bytes instead of {written[0]}" if found[0] != written[0] else "was written anew"
+    return (
+        f"has {found[0]} bytes instead of {written[0]}"
+        if found[0] != written[0]
+        else "was written anew"
+    )

@@ -1,14 +1,15 @@
 """The teacher: a ZeRO-3 engine without optimizer whose weights are streamed once per window.
 
-Its layers may live in CPU memory or on NVMe. Every decoder layer becomes one unit of fetching; while it is here it
-runs over *all* chunks of the window before the next layer comes:
+Its layers may live in CPU memory or on NVMe. Every decoder layer becomes one unit of fetching;
+while it is here it runs over *all* chunks of the window before the next layer comes:
 
-    embed the window -> for each chunk: let the model prepare (masks, rotations), stopping at each layer's door
+    embed the window -> for each chunk: let the model prepare (masks, rotations), stopping at each
+    layer's door
                      -> for each layer: fetch it, run it over every chunk, release it
                      -> for each chunk: let the model finish (final norm)
 
-The model's own forward does the preparing and finishing, so any architecture of transformers works unchanged.
-Shapes: E teacher width, N completion tokens of the window.
+The model's own forward does the preparing and finishing, so any architecture of transformers works
+unchanged. Shapes: E teacher width, N completion tokens of the window.
 """
 
 from __future__ import annotations
@@ -33,17 +34,30 @@ from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.teacher import nvme
 
-# A chunk more costs about as much as this many tokens: the weights are here already, only the calls are repeated.
+# A chunk more costs about as much as this many tokens: the weights are here already, only the calls
+# are repeated.
 CHUNK_OVERHEAD_TOKENS = 64
 
 
 class Teacher:
-    """Wraps `model` (whole, or partitioned by `zero.load`). Raises InputError for architectures it cannot stream."""
+    """Wraps `model` (whole, or partitioned by `zero.load`). Raises InputError for architectures it
+    cannot stream.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, config: GKDConfig, vocabulary: int, pad_id: int, counters: zero.Counters
+        self,
+        model: PreTrainedModel,
+        config: GKDConfig,
+        vocabulary: int,
+        pad_id: int,
+        counters: zero.Counters,
     ):
-        self.model, self.config, self.vocabulary, self.counters = model, config, vocabulary, counters
+        self.model, self.config, self.vocabulary, self.counters = (
+            model,
+            config,
+            vocabulary,
+            counters,
+        )
         self.pad_id, self.device = pad_id, zero.device()
         model.eval().requires_grad_(False)
         self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -64,11 +78,14 @@ class Teacher:
         self.swap_files = nvme.SwapFiles(model)
 
     def _keep_glue_whole(self, streamed: nn.ModuleList) -> None:
-        """Norms, position tables and the like stay whole on every rank: small, and used once per chunk.
+        """Norms, position tables and the like stay whole on every rank: small, and used once per
+        chunk.
 
         They are left out of the engine's root, so ZeRO-3 neither fetches nor releases them.
         """
-        managed = {id(p) for module in (streamed, self.embedding, self.head) for p in module.parameters()}
+        managed = {
+            id(p) for module in (streamed, self.embedding, self.head) for p in module.parameters()
+        }
         glue = [p for p in self.model.parameters() if id(p) not in managed]
         zero.keep_whole(glue)
         for parameter in glue:
@@ -77,15 +94,19 @@ class Teacher:
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
 
-    # -- score --------------------------------------------------------------------------------------------------
+    # -- score
+    # --------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def score(self, rollouts: list[Rollout], alive: Callable[[], None] = lambda: None) -> TeacherTargets:
-        """The teacher's last hidden states at the completion positions of `rollouts`, in their order.
+    def score(
+        self, rollouts: list[Rollout], alive: Callable[[], None] = lambda: None
+    ) -> TeacherTargets:
+        """The teacher's last hidden states at the completion positions of `rollouts`, in their
+        order.
 
-        One pass over the weights, or as few as `targets_memory_mb` allows for the hidden states of a whole window:
-        the same number on every rank. `alive` is called after every layer. Collective, also for a rank that has no
-        rollouts.
+        One pass over the weights, or as few as `targets_memory_mb` allows for the hidden states of
+        a whole window: the same number on every rank. `alive` is called after every layer.
+        Collective, also for a rank that has no rollouts.
         """
         with self.swap_files.in_use():
             return self._score(rollouts, alive)
@@ -96,8 +117,13 @@ class Teacher:
         hidden: list[Tensor | None] = [None] * len(rollouts)
         for number in range(count):
             chunks = passes[number] if number < len(passes) else []
-            batches = [sequence_batch([rollouts[row] for row in chunk], self.pad_id, self.device) for chunk in chunks]
-            hidden_of_chunk = self._pass(batches or [sequence_batch([], self.pad_id, self.device)], alive)
+            batches = [
+                sequence_batch([rollouts[row] for row in chunk], self.pad_id, self.device)
+                for chunk in chunks
+            ]
+            hidden_of_chunk = self._pass(
+                batches or [sequence_batch([], self.pad_id, self.device)], alive
+            )
             for chunk, hidden_NE in zip(chunks, hidden_of_chunk):
                 lengths = [len(rollouts[row].completion_ids) for row in chunk]
                 for row, part in zip(chunk, hidden_NE.split(lengths)):
@@ -105,11 +131,15 @@ class Teacher:
         return self._targets(rollouts, hidden)
 
     def _passes(self, lengths: list[int]) -> list[list[list[int]]]:
-        """Cut a window into chunks (they bound activations), and chunks into passes (they bound hidden states)."""
+        """Cut a window into chunks (they bound activations), and chunks into passes (they bound
+        hidden states).
+        """
         text = self.model.config.get_text_config()
         per_token = text.hidden_size * self.head.weight.dtype.itemsize
         widest = max(4 * text.hidden_size, getattr(text, "intermediate_size", None) or 0)
-        chunk_tokens = max(1, self.config.score_memory_mb * 2**20 // (4 * widest * self.head.weight.dtype.itemsize))
+        chunk_tokens = max(
+            1, self.config.score_memory_mb * 2**20 // (4 * widest * self.head.weight.dtype.itemsize)
+        )
         pass_tokens = max(1, self.config.targets_memory_mb * 2**20 // per_token)
         passes: list[list[list[int]]] = []
         room = 0
@@ -127,10 +157,16 @@ class Teacher:
         self.counters.teacher_bytes += _bytes([self.embedding.weight])
         return zero.run_pass(self.engine, lambda: self._stream(batches, alive))
 
-    def _stream(self, batches: list[SequenceBatch], alive: Callable[[], None] = lambda: None) -> list[Tensor]:
-        """One pass over the layers for all batches; per batch the hidden states at its completion positions."""
+    def _stream(
+        self, batches: list[SequenceBatch], alive: Callable[[], None] = lambda: None
+    ) -> list[Tensor]:
+        """One pass over the layers for all batches; per batch the hidden states at its completion
+        positions.
+        """
         sizes = [batch.input_ids_BT.numel() for batch in batches]
-        embedded_1SE = self.embedding(torch.cat([batch.input_ids_BT.flatten() for batch in batches])[None])
+        embedded_1SE = self.embedding(
+            torch.cat([batch.input_ids_BT.flatten() for batch in batches])[None]
+        )
         chunks = [
             _Chunk(embeds_SE.view(*batch.input_ids_BT.shape, -1))
             for batch, embeds_SE in zip(batches, embedded_1SE[0].split(sizes))
@@ -140,7 +176,9 @@ class Teacher:
                 causal_lm.body_forward(self.model, inputs_embeds=chunk.hidden_BTE)
             chunk.hidden_BTE = chunk.calls[0].hidden  # what the first layer was given
         for index, slot in enumerate(self.slots):
-            outputs = slot.streamed(calls=[chunk.calls[index].with_hidden(chunk.hidden_BTE) for chunk in chunks])
+            outputs = slot.streamed(
+                calls=[chunk.calls[index].with_hidden(chunk.hidden_BTE) for chunk in chunks]
+            )
             for chunk, output_BTE in zip(chunks, outputs):
                 chunk.hidden_BTE = output_BTE
                 chunk.calls[index] = None
@@ -154,7 +192,9 @@ class Teacher:
 
     @contextmanager
     def _doors(self, answer) -> Iterator[None]:
-        """While open, a layer that the model calls does not run: `answer(slot index, call)` is its output."""
+        """While open, a layer that the model calls does not run: `answer(slot index, call)` is its
+        output.
+        """
         for index, slot in enumerate(self.slots):
             slot.answer = lambda call, index=index: answer(index, call)
         try:
@@ -169,24 +209,32 @@ class Teacher:
             offsets.append(offsets[-1] + len(rollout.completion_ids))
         width = self.head.weight.shape[-1] if not hidden else hidden[0].shape[-1]
         if not hidden:
-            return TeacherTargets(torch.zeros(0, width, dtype=self.head.weight.dtype, device=self.device), offsets)
+            return TeacherTargets(
+                torch.zeros(0, width, dtype=self.head.weight.dtype, device=self.device), offsets
+            )
         hidden_NE = torch.cat(hidden)
         if hidden_NE.numel() * hidden_NE.element_size() > self.config.targets_memory_mb * 2**20:
             hidden_NE = hidden_NE.cpu()
         return TeacherTargets(hidden_NE, offsets)
 
-    # -- the head of the learn phase ----------------------------------------------------------------------------
+    # -- the head of the learn phase
+    # ----------------------------------------------------------------------------
 
     @contextmanager
     def whole_head(self) -> Iterator[TeacherHead]:
-        """The output layer whole on every rank for one learn phase: one gather per window. Collective."""
+        """The output layer whole on every rank for one learn phase: one gather per window.
+        Collective.
+        """
         parameters = [p for p in (self.head.weight, self.head.bias) if p is not None]
         with zero.gathered(parameters):
             self.counters.teacher_bytes += _bytes(parameters)
-            weight, bias = (None if p is None else p.data for p in (self.head.weight, self.head.bias))
+            weight, bias = (
+                None if p is None else p.data for p in (self.head.weight, self.head.bias)
+            )
             yield TeacherHead(weight, bias, LogitTransform.of(self.model.config))
 
-    # -- generate -----------------------------------------------------------------------------------------------
+    # -- generate
+    # --------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -195,9 +243,11 @@ class Teacher:
         max_rows: int | None = None,
         alive: Callable[[], None] = lambda: None,
     ) -> Completions:
-        """Complete prompts for sequence-level distillation. Every decode step is one pass over the weights.
+        """Complete prompts for sequence-level distillation. Every decode step is one pass over the
+        weights.
 
-        The teacher may be too large to gather, so its parameters stay where they are, and all ranks decode in step.
+        The teacher may be too large to gather, so its parameters stay where they are, and all ranks
+        decode in step.
         """
         forward = causal_lm.decoding_forward(self.model, self.vocabulary)
         prompts = [sample.prompt_ids for sample in samples]
@@ -208,20 +258,36 @@ class Teacher:
             return zero.run_pass(self.engine, lambda: forward(*args))
 
         with self.swap_files.in_use():
-            return decode(stepwise, prompts, sample_ids, sampling, self.device, max_rows, ranks.any_rank, alive)
+            return decode(
+                stepwise,
+                prompts,
+                sample_ids,
+                sampling,
+                self.device,
+                max_rows,
+                ranks.any_rank,
+                alive,
+            )
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Streaming must give the hidden states of the model's own forward, and the head its logits."""
-        probe = sequence_batch([Rollout(0, Source.DATA, [1, 2, 3, 4], [5, 6, 7], True)], self.pad_id, self.device)
+        """Streaming must give the hidden states of the model's own forward, and the head its
+        logits.
+        """
+        probe = sequence_batch(
+            [Rollout(0, Source.DATA, [1, 2, 3, 4], [5, 6, 7], True)], self.pad_id, self.device
+        )
         zero.run_pass(self.engine, lambda: causal_lm.check_head(self.model, "teacher", self.device))
         zero.forget_order(self.engine)
-        plain_BTE = zero.run_pass(self.engine, lambda: causal_lm.body_forward(self.model, probe.input_ids_BT))
+        plain_BTE = zero.run_pass(
+            self.engine, lambda: causal_lm.body_forward(self.model, probe.input_ids_BT)
+        )
         plain_NE = plain_BTE.flatten(0, 1).index_select(0, probe.index_N)
         (streamed_NE,) = zero.run_pass(self.engine, lambda: self._stream([probe]))
         if (plain_NE - streamed_NE).abs().max() > 0.02 * plain_NE.abs().max().clamp(min=1.0):
             raise InputError(
-                f"the teacher ({type(self.model).__name__}) does more between its decoder layers than gkd_ds can "
+                f"the teacher ({type(self.model).__name__}) does more between its decoder layers "
+                "than gkd_ds can "
                 "stream; use a plain decoder-only architecture."
             )
 
@@ -232,7 +298,9 @@ def _bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 @dataclass(frozen=True)
 class _Call:
-    """How the model called one of its layers: everything but the hidden states is kept as it was."""
+    """How the model called one of its layers: everything but the hidden states is kept as it
+    was.
+    """
 
     hidden: Tensor
     args: tuple[Any, ...]
@@ -256,7 +324,9 @@ class _Chunk:
 
 
 class _StreamedLayer(nn.Module):
-    """One decoder layer over all chunks: the unit that ZeRO-3 fetches and releases (a leaf module to it)."""
+    """One decoder layer over all chunks: the unit that ZeRO-3 fetches and releases (a leaf module
+    to it).
+    """
 
     def __init__(self, layer: nn.Module, following: nn.Module, counters: zero.Counters):
         super().__init__()
@@ -270,7 +340,9 @@ class _StreamedLayer(nn.Module):
 
 
 class _LayerSlot(nn.Module):
-    """Stands in the model's layer list: runs its layer, or gives the answer that streaming has put at its door."""
+    """Stands in the model's layer list: runs its layer, or gives the answer that streaming has put
+    at its door.
+    """
 
     def __init__(self, layer: nn.Module, following: nn.Module, counters: zero.Counters):
         super().__init__()

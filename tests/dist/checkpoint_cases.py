@@ -74,7 +74,9 @@ def find_and_note(run_dir: Path, wanted: bool | str = True) -> None:
 
 
 def kills(base: Path) -> None:
-    """Kill each rank at each write step of a save and of the pruning after it; then find, save again, prune."""
+    """Kill each rank at each write step of a save and of the pruning after it; then find, save
+    again, prune.
+    """
     for name, step in [("next step", 2), ("same step again", 1)]:
         template = base / "template"
         shutil.rmtree(template, ignore_errors=True)
@@ -120,7 +122,9 @@ def kill_at_every_point(base: Path, name: str, step: int, rank: int) -> None:
 
 
 def errors(base: Path) -> None:
-    """A full disk on one rank: the same error on both, the old checkpoint intact, the next save fine."""
+    """A full disk on one rank: the same error on both, the old checkpoint intact, the next save
+    fine.
+    """
     run_dir = base / "run"
 
     def fail_then_save() -> None:
@@ -155,7 +159,9 @@ def errors(base: Path) -> None:
 
 
 def damage(base: Path) -> None:
-    """Damage that only the rank that hashes the file can see: both ranks take the previous checkpoint."""
+    """Damage that only the rank that hashes the file can see: both ranks take the previous
+    checkpoint.
+    """
     run_dir = base / "run"
     for rank in range(WORLD):
         for kind in ("flipped", "missing", "unlisted"):
@@ -236,7 +242,9 @@ def differences(base: Path) -> None:
 
 
 def stale(base: Path) -> None:
-    """Rank 0's host does not see yet what rank 1 has written, as on a shared file system that remembers listings."""
+    """Rank 0's host does not see yet what rank 1 has written, as on a shared file system that
+    remembers listings.
+    """
     run_dir, everything = base / "run", manifest.list_files
 
     def save_unseen() -> None:

@@ -21,7 +21,9 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A recipe with tiny models and ten conversations, without output_dir. Copy it, do not change it."""
+    """A recipe with tiny models and ten conversations, without output_dir. Copy it, do not change
+    it.
+    """
     return runs.make_models(tmp_path_factory.mktemp("models"))
 
 

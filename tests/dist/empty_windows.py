@@ -1,4 +1,5 @@
-"""Updates of a real trainer in which nobody, or one rank only, has a completion token; run by rank_server.py.
+"""Updates of a real trainer in which nobody, or one rank only, has a completion token; run by
+rank_server.py.
 
 It prints, per window, the gradient's norm and whether the weights are the same as before it.
 """

@@ -1,4 +1,5 @@
-"""Two ranks save through engine_files, one of them onto a full disk, and resume at every ZeRO stage.
+"""Two ranks save through engine_files, one of them onto a full disk, and resume at every ZeRO
+stage.
 
 PYTHONPATH=. deepspeed --num_accelerators 2 --module tests.dist.engine_worker DIRECTORY
 """
@@ -61,7 +62,9 @@ def resume_exactly(run_dir: Path, kind: dict) -> bool:
 
 
 def refusals(run_dir: Path) -> dict[str, str]:
-    """What other engines say to a checkpoint of stage 1; none of them may get to DeepSpeed's assertions."""
+    """What other engines say to a checkpoint of stage 1; none of them may get to DeepSpeed's
+    assertions.
+    """
     others = {
         "another stage": make_engine(KINDS["stage 2"]),
         "stage 3": make_engine(),

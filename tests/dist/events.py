@@ -1,4 +1,5 @@
-"""A callback that notes which of transformers' events come, and a run that makes all of them come."""
+"""A callback that notes which of transformers' events come, and a run that makes all of them come.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ EVENT_KNOBS = {
     "save_steps": 3,
     "logging_steps": 1,
 }
-# Windows of several micro-batches, the last one in the middle of an epoch; everything but logging by epochs.
+# Windows of several micro-batches, the last one in the middle of an epoch; everything but logging
+# by epochs.
 SHORT_KNOBS = {
     "num_train_epochs": 5,
     "max_steps": 4,

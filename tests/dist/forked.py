@@ -1,8 +1,10 @@
-"""Real gloo ranks in milliseconds: processes forked from one that has imported torch but computed nothing.
+"""Real gloo ranks in milliseconds: processes forked from one that has imported torch but computed
+nothing.
 
     PYTHONPATH=. python -m tests.dist.forked      # shows that two ranks add up
 
-Use it from a fresh process, never from pytest's own: torch must not have started threads before the fork.
+Use it from a fresh process, never from pytest's own: torch must not have started threads before the
+fork.
 """
 
 import os
@@ -21,10 +23,11 @@ HUNG = -signal.SIGALRM
 
 
 def run(world: int, work: Callable[[], None], fault: str = "", limit: int = 30) -> list[int]:
-    """Run `work` on `world` ranks with GKD_FAULT=`fault`; return the exit codes, negative for signals.
+    """Run `work` on `world` ranks with GKD_FAULT=`fault`; return the exit codes, negative for
+    signals.
 
-    0 means that `work` returned, 1 that it raised (the traceback is on stderr), HUNG that it took more than
-    `limit` seconds.
+    0 means that `work` returned, 1 that it raised (the traceback is on stderr), HUNG that it took
+    more than `limit` seconds.
     """
     with tempfile.TemporaryDirectory() as meeting_place:
         children = []

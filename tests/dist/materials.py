@@ -34,8 +34,9 @@ def make_materials(directory: Path) -> Path:
         tied, padded = number % 2 == 0, number % 3 == 0
         make(family, f"{family}-s", seed=3, tie_word_embeddings=tied, vocab_size=PADDED if padded else None)
         make(family, f"{family}-t", seed=4, layers=3, hidden=96, tie_word_embeddings=not tied, vocab_size=PADDED)
-        # transformers would add a token to some families' tokenizers when it loads them (Qwen's <|endoftext|>), and
-        # then the pairs would not share a vocabulary. Without one a teacher is taken to use the student's.
+        # transformers would add a token to some families' tokenizers when it loads them (Qwen's
+        # <|endoftext|>), and then the pairs would not share a vocabulary. Without one a teacher is
+        # taken to use the student's.
         for file in (directory / f"{family}-t").glob("tokenizer*"):
             file.unlink()
     return directory

@@ -1,5 +1,5 @@
-"""Trains with every rank as if on a host of its own: `$HOSTS/host-<rank>`, where it is there, is its working directory
-and the first place where it finds installed packages.
+"""Trains with every rank as if on a host of its own: `$HOSTS/host-<rank>`, where it is there, is
+its working directory and the first place where it finds installed packages.
 """
 
 from __future__ import annotations

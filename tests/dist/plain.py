@@ -1,6 +1,8 @@
-"""A window and its update once more, in plain torch: whole logits, one sample at a time, nothing of gkd_ds's engines.
+"""A window and its update once more, in plain torch: whole logits, one sample at a time, nothing of
+gkd_ds's engines.
 
-loss, gradients, update of a list of rollouts as tests.dist.worker wrote them: {"prompt_ids", "completion_ids"}
+loss, gradients, update of a list of rollouts as tests.dist.worker wrote them: {"prompt_ids",
+"completion_ids"}
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ def load(directory: Path) -> PreTrainedModel:
 
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor, beta: float, temperature: float) -> Tensor:
-    """The generalized JSD of every position, for 0 < beta < 1, written with probabilities in float64."""
+    """The generalized JSD of every position, for 0 < beta < 1, written with probabilities in
+    float64.
+    """
     q, p = (logits.double().div(temperature).softmax(-1) for logits in (student_logits, teacher_logits))
     m = beta * p + (1 - beta) * q
     return beta * F.kl_div(m.log(), p, reduction="none").sum(-1) + (1 - beta) * (
@@ -33,7 +37,9 @@ def window_loss(
     beta: float = 0.5,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Sum of the divergence over all completion tokens / their number. Differentiable in the student."""
+    """Sum of the divergence over all completion tokens / their number. Differentiable in the
+    student.
+    """
     vocabulary = min(model.config.vocab_size for model in (student, teacher))
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for rollout in rollouts:
@@ -56,7 +62,9 @@ def update_(
     max_grad_norm: float,
     epsilon: float,
 ) -> float:
-    """One clipped AdamW update in place, no decay for vectors; returns the gradient's norm before clipping."""
+    """One clipped AdamW update in place, no decay for vectors; returns the gradient's norm before
+    clipping.
+    """
     loss.backward()
     parameters = list(student.parameters())
     norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in parameters]))

@@ -1,10 +1,13 @@
-"""What test_plan_dist.py compares with the planner: windows by real ranks, what their engines hold, what they send.
+"""What test_plan_dist.py compares with the planner: windows by real ranks, what their engines hold,
+what they send.
 
-PYTHONPATH=. python -m tests.dist.plan_cases DIRECTORY      # prints one JSON object per configuration
+PYTHONPATH=. python -m tests.dist.plan_cases DIRECTORY      # prints one JSON object per
+configuration
 
-Everything is measured in the second window: in the first ZeRO-3 still records the order of its modules. On the CPU
-there are no moves between host and device, so those bytes are not measured anywhere; and both places are the same
-memory, so an engine's own flags tell which of the two it would use.
+Everything is measured in the second window: in the first ZeRO-3 still records the order of its
+modules. On the CPU there are no moves between host and device, so those bytes are not measured
+anywhere; and both places are the same memory, so an engine's own flags tell which of the two it
+would use.
 """
 
 import contextlib
@@ -37,7 +40,8 @@ CASES = [
     (2, "cpu", "none"),
     (2, "cpu", "cpu"),
 ]
-# Where DeepSpeed can read and write asynchronously. The models are larger: shards below 1 MiB are not swapped.
+# Where DeepSpeed can read and write asynchronously. The models are larger: shards below 1 MiB are
+# not swapped.
 NVME_CASES = [(1, "nvme", "none"), (2, "nvme", "none"), (2, "none", "nvme")]
 
 
@@ -72,7 +76,8 @@ def config_of(directory: Path, teacher_on: str, optimizer_on: str, prompt_tokens
 
 # ---- Traffic ----
 
-# What a rank receives of a collective, as the planner counts it: of R equal parts it has one already.
+# What a rank receives of a collective, as the planner counts it: of R equal parts it has one
+# already.
 COLLECTIVES = {
     "all_gather_into_tensor": lambda output, given, ranks: output.nbytes - given.nbytes,
     "reduce_scatter_tensor": lambda output, given, ranks: given.nbytes - output.nbytes,
@@ -82,7 +87,9 @@ COLLECTIVES = {
 
 
 class Meter:
-    """Counts what torch's collectives bring to this rank, what it reads from drives, and the tensors that are alive."""
+    """Counts what torch's collectives bring to this rank, what it reads from drives, and the
+    tensors that are alive.
+    """
 
     def __init__(self):
         self.phase, self.received, self.alive = "", defaultdict(int), defaultdict(int)
@@ -161,7 +168,9 @@ def drive_bytes_read() -> int:
 
 
 def measure(trainer: GKDTrainer, meter: Meter) -> dict[str, dict]:
-    """Bytes on this rank: of what stays by place, of what comes and goes by phase, and of the traffic of a window."""
+    """Bytes on this rank: of what stays by place, of what comes and goes by phase, and of the
+    traffic of a window.
+    """
     student, teacher = trainer.student.engine, trainer.teacher.engine
     optimizer = student.optimizer
     shards = [p.ds_tensor for p in student.module.parameters()]

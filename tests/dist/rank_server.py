@@ -1,12 +1,14 @@
-"""Real ranks of `gkd_ds.train` without paying for imports: a process that has imported everything forks them.
+"""Real ranks of `gkd_ds.train` without paying for imports: a process that has imported everything
+forks them.
 
     with Server() as server:
-        job = server.start(2, {"output_dir": ..., ...}, fault="kill:score:2:1")
-        codes = job.wait()         # exit codes, negative for signals, None for ranks that had to be killed
+        job = server.start(2, {"output_dir": ..., ...}, fault="kill:score:2:1") codes = job.wait()
+        # exit codes, negative for signals, None for ranks that had to be killed
 
-Each rank gets what the deepspeed launcher gives it (RANK, WORLD_SIZE, MASTER_PORT, ...), runs the command line's
-`main` and writes stdout and stderr to `<output_dir>.log-<rank>`. What the launcher itself does (ending all ranks when
-one has failed) is not imitated: ranks must end by themselves. Tests of the launcher start it for real.
+Each rank gets what the deepspeed launcher gives it (RANK, WORLD_SIZE, MASTER_PORT, ...), runs the
+command line's `main` and writes stdout and stderr to `<output_dir>.log-<rank>`. What the launcher
+itself does (ending all ranks when one has failed) is not imitated: ranks must end by themselves.
+Tests of the launcher start it for real.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# A rank on a busy machine takes seconds for what takes milliseconds: limits are there to end hangs, not to measure.
+# A rank on a busy machine takes seconds for what takes milliseconds: limits are there to end hangs,
+# not to measure.
 LIMIT = 150.0
 # What takes the seconds: the trainer, and what DeepSpeed and transformers import when a run begins.
 IMPORTS = (
@@ -66,7 +69,9 @@ class Job:
         self.server, self.pids, self.logs, self.run_dir = server, pids, logs, run_dir
 
     def wait(self, limit: float = LIMIT) -> list[int | None]:
-        """The exit codes in order of the ranks; those still running after `limit` seconds are killed (None)."""
+        """The exit codes in order of the ranks; those still running after `limit` seconds are
+        killed (None).
+        """
         return self.server.ask({"wait": self.pids, "limit": limit})
 
     def said(self, rank: int | None = None) -> str:
@@ -88,7 +93,8 @@ def poll(condition, otherwise: str, limit: float = LIMIT) -> None:
 
 
 class Server:
-    """The client's end. Jobs run one after the other unless a test starts several before it waits."""
+    """The client's end. Jobs run one after the other unless a test starts several before it waits.
+    """
 
     def __enter__(self) -> Server:
         self.process = subprocess.Popen(
@@ -113,7 +119,8 @@ class Server:
         env: dict[str, str] | None = None,
         module: str = "gkd_ds.train",
     ) -> Job:
-        """Start ranks with one recipe, or with one each, in `module`'s main(argv). Returns at once."""
+        """Start ranks with one recipe, or with one each, in `module`'s main(argv). Returns at once.
+        """
         recipes = [config] * world if isinstance(config, dict) else list(config)
         run_dir = Path(recipes[0]["output_dir"])
         run_dir.parent.mkdir(parents=True, exist_ok=True)

@@ -9,13 +9,16 @@ from typing import Any
 
 from tests.tiny import make_jsonl, make_model, make_tokenizer
 
-# Of a row of metrics, what must be the same whenever the same window was computed. Times and speeds are left out.
+# Of a row of metrics, what must be the same whenever the same window was computed. Times and speeds
+# are left out.
 RESULTS = ("loss", "lr", "grad_norm", "source", "completion_tokens", "student_logprob", "entropy", "skipped")
 EXACT = 0.0
 
 
 def make_models(directory: Path, rows: int = 10) -> dict[str, Any]:
-    """A one-layer student, a two-layer teacher, `rows` conversations and three to evaluate on; a recipe of them."""
+    """A one-layer student, a two-layer teacher, `rows` conversations and three to evaluate on; a
+    recipe of them.
+    """
     tokenizer = make_tokenizer(vocab_size=300)
     make_jsonl(directory / "data" / "test.jsonl", 3, seed=4)
     make_model("llama", directory / "student", seed=1, hidden=32, layers=1, tokenizer=tokenizer)
@@ -63,7 +66,9 @@ def assert_same(run_dir: str | Path, reference: str | Path, tolerance: float = E
 
 
 def copy_of(run_dir: str | Path, to: str | Path, checkpoint: int) -> Path:
-    """A run that was cut right after it had saved `checkpoint`: that checkpoint and the metrics, nothing else."""
+    """A run that was cut right after it had saved `checkpoint`: that checkpoint and the metrics,
+    nothing else.
+    """
     run_dir, to = Path(run_dir), Path(to)
     shutil.copytree(run_dir / f"checkpoint-{checkpoint}", to / f"checkpoint-{checkpoint}")
     shutil.copy(run_dir / "metrics.jsonl", to)

@@ -16,7 +16,8 @@ from tools import aio_tune
 
 def tune(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "tools.aio_tune", *arguments]
-    # In a fresh environment this builds DeepSpeed's reader: minutes. A build that is killed leaves its lock behind.
+    # In a fresh environment this builds DeepSpeed's reader: minutes. A build that is killed leaves
+    # its lock behind.
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 

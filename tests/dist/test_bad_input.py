@@ -1,4 +1,6 @@
-"""Wrong input on two real ranks: exit code 2 on both, one sentence per node, and nothing has been loaded by then."""
+"""Wrong input on two real ranks: exit code 2 on both, one sentence per node, and nothing has been
+loaded by then.
+"""
 
 from __future__ import annotations
 

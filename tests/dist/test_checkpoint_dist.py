@@ -1,4 +1,6 @@
-"""Checkpoints and stops with real ranks: killed at every write step, a full disk on one, a signal to one."""
+"""Checkpoints and stops with real ranks: killed at every write step, a full disk on one, a signal
+to one.
+"""
 
 from tests import ROOT
 import json
@@ -15,7 +17,9 @@ ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "P
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
-    """What tests.dist.checkpoint_cases saw, by group; its ranks are real processes, forked after importing torch."""
+    """What tests.dist.checkpoint_cases saw, by group; its ranks are real processes, forked after
+    importing torch.
+    """
     command = [sys.executable, "-m", "tests.dist.checkpoint_cases", str(tmp_path_factory.mktemp("cases"))]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]

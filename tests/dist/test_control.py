@@ -1,4 +1,6 @@
-"""What callbacks ask for, under two real ranks: agreed by all of them, also when it is asked for late or by one."""
+"""What callbacks ask for, under two real ranks: agreed by all of them, also when it is asked for
+late or by one.
+"""
 
 from tests import ROOT
 import json
@@ -40,7 +42,8 @@ def test_the_best_is_saved_and_one_rank_s_late_stop_stops_all(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    # The first evaluation is the best so far: it is saved, and the save makes rank 0 ask for the end.
+    # The first evaluation is the best so far: it is saved, and the save makes rank 0 ask for the
+    # end.
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert (tmp_path / "run" / "checkpoint-1" / "manifest.json").is_file()
     assert [row["step"] for row in rows if "loss" in row] == [1]

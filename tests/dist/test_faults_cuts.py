@@ -1,4 +1,6 @@
-"""Runs that are killed or stopped, wherever they are, and go on: all losses and weights as if nothing had happened."""
+"""Runs that are killed or stopped, wherever they are, and go on: all losses and weights as if
+nothing had happened.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +62,8 @@ def finish_and_compare(server: Server, settings: dict[str, Any], whole: Path) ->
         assert Path(run_dir, name).read_bytes() == (whole / name).read_bytes()
 
 
-# Three cuts in a row each. A process that resumes counts from one again; a window has one of each phase, an
-# evaluation two rollouts, two scores and two of itself.
+# Three cuts in a row each. A process that resumes counts from one again; a window has one of each
+# phase, an evaluation two rollouts, two scores and two of itself.
 CHAINS = [
     [("rollout", 3, 0), ("score", 2, 1), ("learn", 4, 0)],
     [("update", 2, 1), ("evaluation", 2, 0), ("mid-rollout", 3, 1)],
@@ -77,8 +79,9 @@ def test_killed_in_every_phase(server: Server, settings, whole: Path, tmp_path: 
     finish_and_compare(server, mine, whole)
 
 
-# Asked to stop in one phase; the next one would last for ever. What is abandoned is done again by the next process, an
-# evaluation too: a window's update and the evaluation after it; that evaluation's first measurement and second rollout.
+# Asked to stop in one phase; the next one would last for ever. What is abandoned is done again by
+# the next process, an evaluation too: a window's update and the evaluation after it; that
+# evaluation's first measurement and second rollout.
 STOPS = [
     ("term:rollout:1:1,sleep:score:1", 0),
     ("term:score:2:0,sleep:learn:2", 1),
@@ -97,7 +100,9 @@ def test_a_stop_is_obeyed_before_the_next_phase(server: Server, settings, whole:
 
 
 def test_an_evaluation_at_the_end_of_an_epoch_is_never_lost(server: Server, settings, whole: Path, tmp_path: Path):
-    """Killed in it, when the checkpoint of its step is written already; then after it, before the next checkpoint."""
+    """Killed in it, when the checkpoint of its step is written already; then after it, before the
+    next checkpoint.
+    """
     mine = {**settings, "output_dir": str(tmp_path / "run"), "eval_strategy": "epoch", "num_train_epochs": 4}
     cut(server, mine, "evaluation", 1, 0)
     assert Path(tmp_path / "run" / "checkpoint-3").is_dir() and not rows(tmp_path / "run", "eval/loss")
@@ -115,7 +120,9 @@ def test_an_evaluation_at_the_end_of_an_epoch_is_never_lost(server: Server, sett
 def test_killed_at_every_write_step_of_a_save(
     server: Server, settings, whole: Path, tmp_path: Path, rank: int, first: str
 ) -> None:
-    """One process after the other, each killed one step later in its first save, until a save has no more steps."""
+    """One process after the other, each killed one step later in its first save, until a save has
+    no more steps.
+    """
     mine = {**settings, "output_dir": str(tmp_path / "run")}
     killed_at: list[str] = []
     while killed_at.count(first) < 2:

@@ -30,7 +30,9 @@ def settings(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_rank_that_sleeps_in_each_phase(server: Server, settings: dict[str, Any], tmp_path: Path) -> None:
-    """All at once: they only sleep. Both ranks end themselves, in time; the reports name the phase and the stack."""
+    """All at once: they only sleep. Both ranks end themselves, in time; the reports name the phase
+    and the stack.
+    """
     jobs, asleep = {}, {}
     for number, phase in enumerate(PHASES):
         run_dir = tmp_path / phase
@@ -43,7 +45,8 @@ def test_a_rank_that_sleeps_in_each_phase(server: Server, settings: dict[str, An
         reports = [tmp_path / phase / f"watchdog-rank{rank}.txt" for rank in (0, 1)]
         for rank, path in enumerate(reports):  # the other one waited for it in a collective, and says where
             assert f"rank {rank} on" in path.read_text() and "in phase '" in path.read_text(), phase
-            # Jobs are waited for one after the other, so the time of the report is taken, not that of the answer.
+            # Jobs are waited for one after the other, so the time of the report is taken, not that
+            # of the answer.
             assert path.stat().st_mtime - asleep[phase] < 1.5 * TIMEOUT + SLACK, (phase, rank)
         report = reports[sleeper].read_text()
         shown = phase.removeprefix("mid-").partition(".")[0]
@@ -54,7 +57,9 @@ def test_a_rank_that_sleeps_in_each_phase(server: Server, settings: dict[str, An
 
 
 def test_a_rank_that_dies_ends_the_launched_job(settings: dict[str, Any], tmp_path: Path) -> None:
-    """What is left: its last words, the launcher's sentence with the exit code, and where the other one was."""
+    """What is left: its last words, the launcher's sentence with the exit code, and where the other
+    one was.
+    """
     run_dir = tmp_path / "run"
     flags = [f"--{name}={value}" for name, value in {**settings, "output_dir": run_dir}.items()]
     command = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", "2", "--module", "gkd_ds.train"]

@@ -39,7 +39,9 @@ def say(question: str, answer: str = "Yes, it is.") -> dict:
 
 @pytest.fixture(scope="module")
 def poisoned_teacher(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Its input embedding of one rare token is NaN: whatever reads that token has NaN from there on."""
+    """Its input embedding of one rare token is NaN: whatever reads that token has NaN from there
+    on.
+    """
     directory = tmp_path_factory.mktemp("poisoned")
     tokenizer = AutoTokenizer.from_pretrained(recipe["teacher_model_name_or_path"])
     model = make_model("llama", seed=2, hidden=32, tokenizer=tokenizer, tie_word_embeddings=False)
@@ -52,7 +54,9 @@ def poisoned_teacher(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFa
 
 
 def test_nan_in_the_data_of_one_rank(server: Server, recipe, poisoned_teacher: str, tmp_path: Path) -> None:
-    """One sample in eight makes NaN of the teacher's targets: that update is skipped by both ranks, and said so."""
+    """One sample in eight makes NaN of the teacher's targets: that update is skipped by both ranks,
+    and said so.
+    """
     conversations = [*make_chat_rows(7, seed=9), say(f"Is {RARE} a tilde?")]
     mine = {
         **recipe,
@@ -103,7 +107,9 @@ def test_nothing_but_nan_ends_with_a_diagnosis(server: Server, recipe, poisoned_
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_minus_infinity_in_the_teachers_logits(server: Server, recipe, tmp_path: Path, beta: float) -> None:
-    """A teacher that rules tokens out, also tokens of the student's completions: finite losses, learning goes on."""
+    """A teacher that rules tokens out, also tokens of the student's completions: finite losses,
+    learning goes on.
+    """
     tokenizer = AutoTokenizer.from_pretrained(recipe["teacher_model_name_or_path"])
     shape = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
@@ -122,7 +128,9 @@ def test_minus_infinity_in_the_teachers_logits(server: Server, recipe, tmp_path:
 
 @pytest.mark.parametrize("engine", ["gather", "sharded"])
 def test_one_rank_stops_at_once_and_the_other_never(server: Server, recipe, tmp_path: Path, engine: str) -> None:
-    """A third of the vocabulary (tokens that the data do not use) ends a turn, so both extremes meet in one window."""
+    """A third of the vocabulary (tokens that the data do not use) ends a turn, so both extremes
+    meet in one window.
+    """
     student = tmp_path / "student"
     shutil.copytree(recipe["model_name_or_path"], student)
     generation = json.loads((student / "generation_config.json").read_text())
@@ -144,7 +152,8 @@ def test_one_rank_stops_at_once_and_the_other_never(server: Server, recipe, tmp_
     }
     server.run(2, {**mine, "output_dir": str(tmp_path / "run")})
     done = rows(tmp_path / "run")
-    # Two completions, of which one was ended by a stop token, and one token more than the limit: 1 and `limit`.
+    # Two completions, of which one was ended by a stop token, and one token more than the limit: 1
+    # and `limit`.
     extremes = [r for r in done.values() if r["completion_tokens"] == limit + 1 and r["student/finished_share"] == 0.5]
     assert extremes and len(done) == 30
     assert_finite_weights(tmp_path / "run")
@@ -163,7 +172,9 @@ def test_a_rank_without_any_sample(server: Server, recipe, tmp_path: Path) -> No
 
 
 def test_windows_without_a_completion_token(server: Server, recipe, tmp_path: Path) -> None:
-    """Nothing to learn from is no error and changes nothing; one rank's tokens are learned from in the usual way."""
+    """Nothing to learn from is no error and changes nothing; one rank's tokens are learned from in
+    the usual way.
+    """
     mine = {**recipe, "weight_decay": 0.0, "max_steps": 3, "output_dir": str(tmp_path / "run")}
     said = server.run(2, mine, module="tests.dist.empty_windows").said(0)
     *empty, half = [json.loads(line) for line in said.splitlines() if line.startswith("{")]

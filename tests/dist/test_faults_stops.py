@@ -1,4 +1,6 @@
-"""Runs that are asked to stop, by a signal, a file or the clock: one checkpoint, the right exit code, W&B closed."""
+"""Runs that are asked to stop, by a signal, a file or the clock: one checkpoint, the right exit
+code, W&B closed.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def test_signals_during_the_save_do_not_tear_it(server: Server, settings, tmp_pa
 
 
 def test_a_stop_saves_more_than_the_model(server: Server, settings, tmp_path: Path) -> None:
-    """With save_only_model, too: also where a checkpoint of the model alone has just been written for this step."""
+    """With save_only_model, too: also where a checkpoint of the model alone has just been written
+    for this step.
+    """
     run_dir = tmp_path / "run"
     mine = {**settings, "output_dir": str(run_dir), "save_only_model": True, "resume_from_checkpoint": "auto"}
     job = server.start(2, {**mine, "save_strategy": "steps", "save_steps": 2}, fault="term:update:2:1")
@@ -109,7 +113,9 @@ def test_a_stop_file_and_a_second_run_meanwhile(server: Server, settings, tmp_pa
 
 
 def test_time_budget_and_what_comes_after(server: Server, settings, tmp_path: Path) -> None:
-    """A budget that is spent while loading lets one window through; the same command goes on from there."""
+    """A budget that is spent while loading lets one window through; the same command goes on from
+    there.
+    """
     mine = {**settings, "max_steps": 2, "resume_from_checkpoint": "auto", "max_runtime": 0.01}
     run_dir = tmp_path / "run"
     job = server.start(2, {**mine, "output_dir": str(run_dir)})
@@ -135,7 +141,8 @@ def launch(run_dir: Path, settings: dict[str, Any]) -> subprocess.Popen:
 
 
 def test_a_signal_to_the_launcher(settings, tmp_path: Path) -> None:
-    """First to `deepspeed`, which dies and tells nobody; then, twice, to the process it has started, which ends all.
+    """First to `deepspeed`, which dies and tells nobody; then, twice, to the process it has
+    started, which ends all.
 
     The exit code is the launcher's own: minus the signal, or 1.
     """
@@ -167,7 +174,9 @@ def test_a_signal_to_the_launcher(settings, tmp_path: Path) -> None:
 
 
 def local_sh(tmp_path: Path, settings: dict[str, Any], *flags: object) -> subprocess.Popen:
-    """launch/local.sh with two ranks; their output goes to `tmp_path`/log, the run to `tmp_path`/run."""
+    """launch/local.sh with two ranks; their output goes to `tmp_path`/log, the run to
+    `tmp_path`/run.
+    """
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in settings.items()))
     command = ["bash", ROOT / "launch/local.sh", recipe, "--output_dir", tmp_path / "run", *flags]

@@ -1,4 +1,6 @@
-"""What a run must not do with what it is given: run code from it, write its secrets down, lose what was saved."""
+"""What a run must not do with what it is given: run code from it, write its secrets down, lose what
+was saved.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class _Bomb:
 
 
 def test_a_malicious_pickle_in_a_checkpoint_does_not_run(server: Server, settings, tmp_path: Path) -> None:
-    """Even with a manifest that fits. The checkpoint before is taken; asked for by name it is refused."""
+    """Even with a manifest that fits. The checkpoint before is taken; asked for by name it is
+    refused.
+    """
     mine = {**settings, "output_dir": str(tmp_path / "run"), "max_steps": 2}
     server.run(2, mine)
     canary, last = tmp_path / "canary", tmp_path / "run" / "checkpoint-2"
@@ -102,7 +106,9 @@ def test_names_that_would_leave_the_run_directory(server: Server, settings, tmp_
 
 
 def test_secrets_are_written_nowhere(server: Server, settings, tmp_path: Path) -> None:
-    """In the environment, in a URL, in a name: not in any file of the run, nor in what it says when it fails."""
+    """In the environment, in a URL, in a name: not in any file of the run, nor in what it says when
+    it fails.
+    """
     # All different: one that is hidden must not hide another.
     secrets = {"WANDB_API_KEY": f"{CANARY}-wandb", "HF_TOKEN": f"hf_{CANARY}-env", "DB_PASSWORD": f"{CANARY}-db"}
     secrets["AWS_SECRET_ACCESS_KEY"] = f"{CANARY}-aws"
@@ -150,7 +156,9 @@ def test_a_file_of_the_run_that_cannot_be_written(server: Server, settings, tmp_
 
 
 def test_disk_full_during_a_real_save(server: Server, settings, tmp_path: Path, small_disk: Path) -> None:
-    """There is room for one checkpoint and a half: the second is given up, training ends, the first one is whole."""
+    """There is room for one checkpoint and a half: the second is given up, training ends, the first
+    one is whole.
+    """
     whole = {**settings, "output_dir": str(tmp_path / "whole")}
     server.run(2, whole)
     size = sum(path.stat().st_size for path in (tmp_path / "whole" / "checkpoint-1").rglob("*") if path.is_file())

@@ -1,4 +1,6 @@
-"""A job whose teacher's weights are damaged on the drive while it trains: it ends, on all ranks, and says which file."""
+"""A job whose teacher's weights are damaged on the drive while it trains: it ends, on all ranks,
+and says which file.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ def test_a_swap_file_that_is_damaged_in_mid_run_ends_the_job(server: Server, rec
         "teacher_model_name_or_path": str(tmp_path / "teacher"),
         "teacher_deepspeed": {"zero_optimization": {"stage": 3, "offload_param": offload}},
         "max_steps": MANY,
-        # After the row of an update comes a rollout that takes long: the damage falls into it. DeepSpeed's reader (C++)
-        # aborts where a file shrinks in the moment between our look at it and the read.
+        # After the row of an update comes a rollout that takes long: the damage falls into it.
+        # DeepSpeed's reader (C++) aborts where a file shrinks in the moment between our look at it
+        # and the read.
         "lmbda": 1.0,
         "max_new_tokens": 200,
     }

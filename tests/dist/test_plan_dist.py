@@ -1,4 +1,6 @@
-"""The planner's bytes, passes and gathers against those of real engines, in six configurations; nine with NVMe."""
+"""The planner's bytes, passes and gathers against those of real engines, in six configurations;
+nine with NVMe.
+"""
 
 from tests import ROOT
 import json
@@ -44,7 +46,9 @@ def test_memory_of_every_phase_is_within_a_tenth(result: dict) -> None:
 
 
 def test_bytes_between_ranks_are_within_a_tenth(result: dict) -> None:
-    """What torch's collectives brought to rank 0 in each phase. Decisions of a few bytes are not counted ahead."""
+    """What torch's collectives brought to rank 0 in each phase. Decisions of a few bytes are not
+    counted ahead.
+    """
     measured, ranks = result["measured"]["ranks"], result["case"][0]
     assert result["predicted"]["ranks"] == pytest.approx(measured, rel=TENTH, abs=100)
     assert (min(measured.values()) > 100_000) == (ranks > 1)

@@ -1,4 +1,5 @@
-"""A run that goes on with another number of ranks: the same windows, the same draws, losses within 1e-4.
+"""A run that goes on with another number of ranks: the same windows, the same draws, losses within
+1e-4.
 
 And with the same number at other ZeRO stages: exactly.
 """
@@ -84,7 +85,9 @@ def test_from_one_rank_to_two_and_four(server: Server, settings, whole: Path, tm
 
 
 def test_many_groups_and_an_optimizer_in_host_memory(server: Server, settings, whole: Path, tmp_path: Path) -> None:
-    """Groups of at most so many elements per rank: one rank makes other groups of the parameters than two did."""
+    """Groups of at most so many elements per rank: one rank makes other groups of the parameters
+    than two did.
+    """
     zero = {"stage": 3, "sub_group_size": 3000, "offload_optimizer": {"device": "cpu"}}
     mine = {**settings, "deepspeed": {"zero_optimization": zero}}
     run_dir = tmp_path / "run"
@@ -100,7 +103,9 @@ def test_many_groups_and_an_optimizer_in_host_memory(server: Server, settings, w
 
 @pytest.mark.parametrize("stage, bf16", [(0, False), (1, False), (2, True)])
 def test_the_same_ranks_below_stage_3(server: Server, settings, tmp_path: Path, stage: int, bf16: bool) -> None:
-    """Bit for bit, as at stage 3 (test_faults_cuts.py); more kinds of engines in test_checkpoint_dist.py."""
+    """Bit for bit, as at stage 3 (test_faults_cuts.py); more kinds of engines in
+    test_checkpoint_dist.py.
+    """
     mine = {**settings, "deepspeed": {"zero_optimization": {"stage": stage}}, "bf16": bf16, "max_steps": CUT + 2}
     whole = tmp_path / "whole"
     server.run(2, {**mine, "output_dir": str(whole)})
@@ -120,7 +125,8 @@ def test_another_global_batch_is_refused(server: Server, settings, whole: Path, 
 def test_a_checkpoint_with_the_state_of_something_else_is_refused(
     server: Server, settings, whole: Path, tmp_path: Path
 ):
-    """Its digest is right, and tells no more than that nothing has changed since somebody wrote it."""
+    """Its digest is right, and tells no more than that nothing has changed since somebody wrote it.
+    """
     run_dir = copy_of(whole, tmp_path / "run", CUT)
     path = run_dir / f"checkpoint-{CUT}" / manifest.MANIFEST
     body = json.loads(path.read_text())

@@ -1,4 +1,6 @@
-"""Whole runs on two ranks: what is counted, where the teacher is, who writes, resuming, callbacks, faults."""
+"""Whole runs on two ranks: what is counted, where the teacher is, who writes, resuming, callbacks,
+faults.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from gkd_ds import GKDConfig
-from gkd_ds.evaluate import metric_names
+from gkd_ds.monitor.evaluation import metric_names
 from tests.dist import plain
 from tests.dist.events import EVENT_KNOBS, SHORT_KNOBS, Events
 from tests.dist.scenarios import Results
@@ -22,7 +24,9 @@ NVME = pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="NV
 
 
 def test_nothing_that_trl_brings_is_imported(one_rank: Results, two_ranks: Results) -> None:
-    """The scenarios ran with trl, accelerate and peft hidden: everything here is shown to work without them."""
+    """The scenarios ran with trl, accelerate and peft hidden: everything here is shown to work
+    without them.
+    """
     for results in (one_rank, two_ranks):
         assert all(rank["imported"] == [] for rank in results["blocked_imports"])
 
@@ -65,7 +69,9 @@ def test_a_damaged_swap_file_is_named_on_all_ranks_and_gives_no_target(two_ranks
 
 @NVME
 def test_the_next_layer_is_read_while_one_computes(two_ranks: Results) -> None:
-    """Two layers of three shards on the drive each, looked at once the first layer, and once the second, is done."""
+    """Two layers of three shards on the drive each, looked at once the first layer, and once the
+    second, is done.
+    """
     for rank in two_ranks["teacher_on_nvme"]:
         assert rank["away"]["auto"] == [[3, 0], [3, 3]]
         assert rank["away"]["least"] == [[3, 2], [3, 3]], "one buffer more than a layer needs: one shard is read ahead"
@@ -111,7 +117,8 @@ def test_deepspeed_s_switches_do_what_they_say(two_ranks: Results) -> None:
             assert (result["second copies"] > 0) == (name == "hpz")
             assert result["optimizer offloaded"] == (name == "offload_optimizer")
             assert (sum(result["recorded"].values()) > 100) == (name == "comms_logger")
-            # Two moments in fp32 of this rank's half, for every rollout of the student after the first update.
+            # Two moments in fp32 of this rank's half, for every rollout of the student after the
+            # first update.
             expected = rollouts * 8 * result["shard"] if name == "states_on_host" else 0
             assert result["bytes moved"] == pytest.approx(expected, rel=1e-3)
         assert results["comms_logger"]["recorded"]["all_gather_into_tensor"] > 10
@@ -131,7 +138,9 @@ def test_mixtures_of_experts_learn_although_ranks_use_different_experts(two_rank
 
 @pytest.mark.parametrize("name, allowed", [("data", "data"), ("student", "student"), ("teacher", "teacher")])
 def test_lmbda_and_seq_kd_say_who_writes(two_ranks: Results, materials: Path, name: str, allowed: str) -> None:
-    """The second window has one sample: rank 1 has none, and the second micro-batch none on any rank."""
+    """The second window has one sample: rank 1 has none, and the second micro-batch none on any
+    rank.
+    """
     ranks = two_ranks["sources"]
     rows = ranks[0][name]["rows"]
     nobody = {"student": 0, "teacher": 0, "data": 0}
@@ -150,7 +159,9 @@ def test_mixed_sources_share_a_window(two_ranks: Results) -> None:
 
 
 def test_the_teacher_writes_what_it_finds_likely(two_ranks: Results, materials: Path) -> None:
-    """Its completions are its own: at temperature 0.9 each is likelier to the teacher than to the student."""
+    """Its completions are its own: at temperature 0.9 each is likelier to the teacher than to the
+    student.
+    """
     row = two_ranks["sources"][0]["teacher"]["rows"][0]
     assert row["teacher_logprob"] > row["student_logprob"]
 
@@ -174,7 +185,9 @@ def test_a_used_directory_is_refused_by_train_on_all_ranks_and_not_by_the_traine
 
 
 def test_a_resumed_run_remembers_what_the_uninterrupted_run_remembers(two_ranks: Results) -> None:
-    """The log, whose third loss is a mean over the cut, the mean of all losses, and what the guards compare with."""
+    """The log, whose third loss is a mean over the cut, the mean of all losses, and what the guards
+    compare with.
+    """
     result = two_ranks["resume"][0]
     whole, half = ([{**entry, "train_runtime": 0} for entry in history] for history in result["histories"])
     assert half == whole

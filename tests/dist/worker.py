@@ -1,10 +1,12 @@
-"""Scenarios that need the engines, all in one launch because starting ranks costs more than running them.
+"""Scenarios that need the engines, all in one launch because starting ranks costs more than running
+them.
 
-    PYTHONPATH=. deepspeed --num_accelerators 2 --module tests.dist.worker MATERIALS RESULTS [SCENARIO ...]
-    PYTHONPATH=. python -m tests.dist.worker MATERIALS RESULTS seed_example rollouts
+    PYTHONPATH=. deepspeed --num_accelerators 2 --module tests.dist.worker MATERIALS RESULTS
+    [SCENARIO ...] PYTHONPATH=. python -m tests.dist.worker MATERIALS RESULTS seed_example rollouts
 
-MATERIALS is what `tests.dist.materials` made. Every rank writes RESULTS/<scenario>.<rank>.json: what the scenario
-returned, or the traceback of what it raised. The tests beside this file compare those with plain torch.
+MATERIALS is what `tests.dist.materials` made. Every rank writes RESULTS/<scenario>.<rank>.json:
+what the scenario returned, or the traceback of what it raised. The tests beside this file compare
+those with plain torch.
 """
 
 # ruff: noqa: E402
@@ -23,7 +25,8 @@ import time
 import traceback
 from pathlib import Path
 
-# Before anything else is imported: gkd_ds must run where none of these is installed (peft needs accelerate).
+# Before anything else is imported: gkd_ds must run where none of these is installed (peft needs
+# accelerate).
 ABSENT = ("trl", "accelerate", "peft")
 sys.modules.update(dict.fromkeys(ABSENT))
 
@@ -52,7 +55,8 @@ from tests.tiny import MIXTURES, make_chat_rows
 SHIPPED = ROOT / "ds_configs"
 MATERIALS, RESULTS = (Path(argument) for argument in [a for a in sys.argv[1:] if not a.startswith("--local_rank")][:2])
 
-# By default DeepSpeed keeps parameters of fewer than 100,000 elements whole: of these models, all of them.
+# By default DeepSpeed keeps parameters of fewer than 100,000 elements whole: of these models, all
+# of them.
 PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 KNOBS = {
     "deepspeed": PARTITIONED,
@@ -70,7 +74,9 @@ KNOBS = {
 
 
 def shipped(name: str, block: str = "", **changes) -> dict:
-    """A file of ds_configs as it is, but for `changes` in its zero_optimization, or in a `block` of that."""
+    """A file of ds_configs as it is, but for `changes` in its zero_optimization, or in a `block` of
+    that.
+    """
     file = json.loads((SHIPPED / name).read_text())
     zero_block = file["zero_optimization"]
     (zero_block[block] if block else zero_block).update(changes)
@@ -80,7 +86,9 @@ def shipped(name: str, block: str = "", **changes) -> dict:
 def build(
     name: str, student="student", teacher="teacher", rows: int = 24, callbacks=None, eval_dataset=None, **knobs
 ) -> GKDTrainer:
-    """A trainer on the first `rows` chat rows; `student` and `teacher` are directories in MATERIALS, or models."""
+    """A trainer on the first `rows` chat rows; `student` and `teacher` are directories in
+    MATERIALS, or models.
+    """
     place = lambda model: str(MATERIALS / model) if isinstance(model, str) else model  # noqa: E731
     config = GKDConfig(output_dir=str(RESULTS / name), **{**KNOBS, **knobs})
     dataset = Dataset.from_list(make_chat_rows(rows))
@@ -120,15 +128,18 @@ def train(name: str, **kwargs) -> dict:
 
 
 def seed_example() -> dict:
-    """The issue's example program, nothing else set; and the trained student's logits beside its export."""
+    """The issue's example program, nothing else set; and the trained student's logits beside its
+    export.
+    """
     results = {}
     for name in ("names", "objects"):
         student, teacher = str(MATERIALS / "qwen2-student"), str(MATERIALS / "qwen2-teacher")
         tokenizer = AutoTokenizer.from_pretrained(student)
         if name == "objects":
             student, teacher = (AutoModelForCausalLM.from_pretrained(path) for path in (student, teacher))
-        # With the rows of seed 0 one uniform falls within 4e-8 of the border between two tokens: too close for fp32 to
-        # tell, so a batch of one and a batch of two write different tokens from there on.
+        # With the rows of seed 0 one uniform falls within 4e-8 of the border between two tokens:
+        # too close for fp32 to tell, so a batch of one and a batch of two write different tokens
+        # from there on.
         rows = make_chat_rows(4, seed=5)
         dataset = Dataset.from_dict({"messages": [row["messages"] for row in rows]})
         out = f"seed-{name}"
@@ -150,7 +161,8 @@ def seed_example() -> dict:
     return results
 
 
-# AdamW's first update is the sign of the gradient unless epsilon is of its size: then it shows the gradient.
+# AdamW's first update is the sign of the gradient unless epsilon is of its size: then it shows the
+# gradient.
 UPDATE_KNOBS = {
     "lmbda": 0.0,
     "weight_decay": 0.1,
@@ -177,13 +189,15 @@ def update() -> dict:
 
 
 def rollouts() -> dict:
-    """Samples 0..18 through both rollout engines, so many at a time. Rank 1 has fewer than rank 0."""
+    """Samples 0..18 through both rollout engines, so many at a time. Rank 1 has fewer than rank 0.
+    """
     results = {}
     for engine in ("gather", "sharded"):
         trainer = build(f"rollouts-{engine}", student="wide", rollout_engine=engine)
         pipeline, examples = trainer.pipeline, trainer._train_examples
         assert trainer.student.rollout_engine == engine
-        # A random model seldom writes one particular token: with these it stops after twenty tokens on average.
+        # A random model seldom writes one particular token: with these it stops after twenty tokens
+        # on average.
         pipeline.sampling = dataclasses.replace(pipeline.sampling, stop_ids=tuple(range(20, 40)), max_new_tokens=30)
         mine = range(19) if ranks.world_size() == 1 else (range(10), range(10, 19))[ranks.rank()]
         samples = [Sample(row, examples.prompt_ids[row], [], Source.STUDENT) for row in mine]
@@ -197,7 +211,9 @@ def rollouts() -> dict:
 
 
 def hybrid_engine() -> dict:
-    """`auto` and `hybrid` for a family that DeepSpeed has kernels for; and one that it runs natively, beside `gather`."""
+    """`auto` and `hybrid` for a family that DeepSpeed has kernels for; and one that it runs
+    natively, beside `gather`.
+    """
     said = _Said()
     logging.getLogger("gkd_ds.learn.student").addHandler(said)
     auto = build("hybrid-auto", rollout_engine="auto")
@@ -258,7 +274,9 @@ def teacher_places() -> dict:
 
 
 def scale_features() -> dict:
-    """DeepSpeed's switches for large clusters, each beside the same run without it; and mixtures of experts."""
+    """DeepSpeed's switches for large clusters, each beside the same run without it; and mixtures of
+    experts.
+    """
     profile = {"enabled": True, "profile_step": 1, "output_file": str(RESULTS / "flops.txt")}
     files = {
         "plain": PARTITIONED,
@@ -292,7 +310,8 @@ def scale_features() -> dict:
 
 
 def teacher_on_nvme() -> dict:
-    """A teacher whose shards are large enough for DeepSpeed to swap (1 MB), resident and on NVMe."""
+    """A teacher whose shards are large enough for DeepSpeed to swap (1 MB), resident and on NVMe.
+    """
     place = {"block": "offload_param", "nvme_path": str(RESULTS / "nvme")}
     files = {"resident": shipped("teacher_resident.json"), "nvme": shipped("teacher_nvme.json", **place)}
     results, trainers = {}, {}
@@ -340,7 +359,9 @@ def teacher_on_nvme() -> dict:
 
 
 def shards_away(trainer: GKDTrainer, rollouts: list[Rollout]) -> tuple[list[list[int]], torch.Tensor]:
-    """For each layer that scoring has released, the shards of every layer that are nowhere but on the drive."""
+    """For each layer that scoring has released, the shards of every layer that are nowhere but on
+    the drive.
+    """
     seen: list[list[int]] = []
     layers = [slot.streamed.layer for slot in trainer.teacher.slots]
 
@@ -360,7 +381,8 @@ def _truncate(path: Path) -> None:
 
 
 def optimizer_on_nvme() -> dict:
-    """A student whose optimizer states are large enough to be swapped, beside the same in memory."""
+    """A student whose optimizer states are large enough to be swapped, beside the same in memory.
+    """
     place = {"block": "offload_optimizer", "nvme_path": str(RESULTS / "nvme-optimizer")}
     files = {
         "memory": shipped("student_zero3.json"),
@@ -380,7 +402,9 @@ def optimizer_on_nvme() -> dict:
 
 
 def evaluation() -> dict:
-    """An evaluation of the untrained student, and the rollouts that it measured: references, and own samples."""
+    """An evaluation of the untrained student, and the rollouts that it measured: references, and
+    own samples.
+    """
     trainer, seen = build("evaluation"), []
     rollout = trainer.pipeline.rollout
 
@@ -402,13 +426,16 @@ SOURCES = {
 
 
 def sources() -> dict:
-    """Two windows of eight samples, of which the second has only one left: rank 1 has none, micro-batch 2 neither."""
+    """Two windows of eight samples, of which the second has only one left: rank 1 has none,
+    micro-batch 2 neither.
+    """
     knobs = {"rows": 9, "gradient_accumulation_steps": 2, "max_steps": 2}
     return {name: train(f"source-{name}", **knobs, **case) for name, case in SOURCES.items()}
 
 
 def resume() -> dict:
-    """Four windows at one go, and two of them again from the checkpoint in the middle; with dropout, and W&B.
+    """Four windows at one go, and two of them again from the checkpoint in the middle; with
+    dropout, and W&B.
 
     As with TRL: only train() is told to resume. Without that it is refused, and nothing is written.
     """
@@ -459,7 +486,9 @@ def resume() -> dict:
 
 
 def generation_that_raises() -> dict:
-    """An exception inside the gathered rollout; afterwards the same losses, and a window still works."""
+    """An exception inside the gathered rollout; afterwards the same losses, and a window still
+    works.
+    """
     trainer = build("raises", lmbda=1.0)
     pipeline, examples, student = trainer.pipeline, trainer._train_examples, trainer.student
     samples = [
@@ -499,8 +528,8 @@ def precision() -> dict:
 
 
 def callbacks() -> dict:
-    """Two epochs of three windows; then a run that does not improve on the second of two sets, which
-    EarlyStoppingCallback ends.
+    """Two epochs of three windows; then a run that does not improve on the second of two sets,
+    which EarlyStoppingCallback ends.
     """
     events, short_events = Events(), Events()
     build("events", rows=12, callbacks=[events], lmbda=0.0, **EVENT_KNOBS).train()
@@ -532,7 +561,9 @@ def callbacks() -> dict:
 
 
 class WeightsAfterEachUpdate(TrainerCallback):
-    """A digest of the student's whole weights after every window. Collective, like the events themselves."""
+    """A digest of the student's whole weights after every window. Collective, like the events
+    themselves.
+    """
 
     def __init__(self):
         self.digests: list[str] = []

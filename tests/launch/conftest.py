@@ -14,7 +14,9 @@ from tests.launch.slurm_cluster import slurm_cluster
 
 
 def environment() -> dict[str, str]:
-    """What every command on the hosts gets: this Python first, CPU, one thread, nothing from the network."""
+    """What every command on the hosts gets: this Python first, CPU, one thread, nothing from the
+    network.
+    """
     return {
         "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/bin:/sbin",
         "PYTHONPATH": str(ROOT),

@@ -1,13 +1,14 @@
-"""Two real hosts on one machine: namespaces with a network between them, an sshd, and if wanted a Slurm cluster.
+"""Two real hosts on one machine: namespaces with a network between them, an sshd, and if wanted a
+Slurm cluster.
 
     from tests.launch.hosts import two_hosts
     with two_hosts(directory) as (one, two):
         one.run(["ssh", "worker-2", "hostname"])
 
-A host is a process tree with its own network, process, mount and UTS namespace: its own address, its own port 22,
-its own hostname, its own /run; the other files are shared, as on a cluster with a shared file system. Nothing of it
-is seen outside, and everything ends when the host's first process ends, even when pytest itself is killed.
-Everything here needs root; `missing()` says what else.
+A host is a process tree with its own network, process, mount and UTS namespace: its own address,
+its own port 22, its own hostname, its own /run; the other files are shared, as on a cluster with a
+shared file system. Nothing of it is seen outside, and everything ends when the host's first process
+ends, even when pytest itself is killed. Everything here needs root; `missing()` says what else.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ UsePAM no
 PermitRootLogin yes
 PidFile /run/sshd.pid
 """
-# The first process of a host. bash reaps the orphans that the first process of a namespace inherits.
+# The first process of a host. bash reaps the orphans that the first process of a namespace
+# inherits.
 _BOOT = """
 set -eu
 cd {directory}
@@ -61,7 +63,9 @@ wait
 
 
 def missing(*commands: str) -> list[str]:
-    """What this machine lacks for hosts with these commands, one sentence each; empty when they can be started."""
+    """What this machine lacks for hosts with these commands, one sentence each; empty when they can
+    be started.
+    """
     packages = {
         "sshd": "openssh-server",
         "pdsh": "pdsh",
@@ -75,20 +79,40 @@ def missing(*commands: str) -> list[str]:
     }
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     wanted = ("sshd", "pdsh", "ip", "unshare", "setpriv", "nsenter", *commands)
-    problems = [f"{c} is missing: apt-get install {packages[c]}" for c in wanted if not shutil.which(c, path=path)]
+    problems = [
+        f"{c} is missing: apt-get install {packages[c]}"
+        for c in wanted
+        if not shutil.which(c, path=path)
+    ]
     if os.geteuid() != 0:
         problems.append("hosts in namespaces need root")
     elif not problems:
-        attempt = ["unshare", "--net", "--pid", "--uts", "--mount", "--fork", "mount", "-t", "tmpfs", "tmpfs", "/run"]
+        attempt = [
+            "unshare",
+            "--net",
+            "--pid",
+            "--uts",
+            "--mount",
+            "--fork",
+            "mount",
+            "-t",
+            "tmpfs",
+            "tmpfs",
+            "/run",
+        ]
         tried = subprocess.run(attempt, capture_output=True, text=True)
         if tried.returncode != 0:
-            problems.append(f"this machine does not let root make namespaces: {tried.stderr.strip()}")
+            problems.append(
+                f"this machine does not let root make namespaces: {tried.stderr.strip()}"
+            )
     return problems
 
 
 @dataclass
 class Host:
-    """One host; commands run in all of its namespaces, with `environment` on top of a small clean one."""
+    """One host; commands run in all of its namespaces, with `environment` on top of a small clean
+    one.
+    """
 
     name: str
     address: str
@@ -98,27 +122,47 @@ class Host:
     environment: dict[str, str] = field(default_factory=dict)
 
     def command(self, arguments: list[str]) -> list[str]:
-        """What to run outside so that `arguments` run on this host (in the caller's working directory)."""
-        inside = ["nsenter", f"--target={self.pid}", "--net", "--uts", "--pid", "--mount", f"--wdns={os.getcwd()}"]
-        # nsenter forks to enter the process namespace, and does not hand signals on: its child must not outlive it.
+        """What to run outside so that `arguments` run on this host (in the caller's working
+        directory).
+        """
+        inside = [
+            "nsenter",
+            f"--target={self.pid}",
+            "--net",
+            "--uts",
+            "--pid",
+            "--mount",
+            f"--wdns={os.getcwd()}",
+        ]
+        # nsenter forks to enter the process namespace, and does not hand signals on: its child must
+        # not outlive it.
         return [*inside, "setpriv", "--pdeathsig", "KILL", *arguments]
 
     def start(self, arguments: list[str], **options) -> subprocess.Popen:
         """Start a command on this host; ends with the test process, whatever happens to it."""
         environment = {**_clean_environment(), **self.environment, **options.pop("env", {})}
         return subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *self.command(arguments)], env=environment, text=True, **options
+            ["setpriv", "--pdeathsig", "KILL", *self.command(arguments)],
+            env=environment,
+            text=True,
+            **options,
         )
 
-    def run(self, arguments: list[str], timeout: float = 60, **options) -> subprocess.CompletedProcess:
-        """Run a command to its end; its output is captured, stderr with stdout, and its exit code not judged."""
+    def run(
+        self, arguments: list[str], timeout: float = 60, **options
+    ) -> subprocess.CompletedProcess:
+        """Run a command to its end; its output is captured, stderr with stdout, and its exit code
+        not judged.
+        """
         process = self.start(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             process.kill()
             output, _ = process.communicate()
-            raise AssertionError(f"{arguments} did not end within {timeout} s on {self.name}:\n{output}") from None
+            raise AssertionError(
+                f"{arguments} did not end within {timeout} s on {self.name}:\n{output}"
+            ) from None
         return subprocess.CompletedProcess(arguments, process.returncode, output)
 
     def processes(self, containing: str) -> list[int]:
@@ -128,7 +172,9 @@ class Host:
         return [int(pid) for pid, arguments in rows if containing in arguments]
 
     def kill(self, containing: str) -> int:
-        """SIGKILL to every process of this host whose command line contains the text; how many those were."""
+        """SIGKILL to every process of this host whose command line contains the text; how many
+        those were.
+        """
         pids = self.processes(containing)
         if pids:
             self.run(["kill", "-KILL", *map(str, pids)])
@@ -146,7 +192,8 @@ class Host:
 
 @contextmanager
 def two_hosts(directory: Path) -> Iterator[tuple[Host, Host]]:
-    """Two hosts, `worker-1` (10.77.0.1) and `worker-2` (10.77.0.2), that reach each other by ssh without a password.
+    """Two hosts, `worker-1` (10.77.0.1) and `worker-2` (10.77.0.2), that reach each other by ssh
+    without a password.
 
     `directory` holds keys, configuration and logs. On leaving, every process of both hosts is gone.
     """
@@ -162,7 +209,11 @@ def two_hosts(directory: Path) -> Iterator[tuple[Host, Host]]:
         subprocess.run([*pair, "peer", "name", INTERFACE, "netns", two], check=True)
         for host in hosts:
             for other in NAMES:
-                wait_until(lambda h=host, o=other: h.run(["ssh", o, "true"]).returncode == 0, 90, f"ssh to {other}")
+                wait_until(
+                    lambda h=host, o=other: h.run(["ssh", o, "true"]).returncode == 0,
+                    90,
+                    f"ssh to {other}",
+                )
         yield hosts[0], hosts[1]
     finally:
         for host in hosts:
@@ -181,18 +232,26 @@ def mounted(host: Host, target: Path | str, *how: str) -> Iterator[None]:
 
 
 def wait_until(condition, seconds: float, what: str, every: float = 0.1):
-    """Poll until `condition()` is true and return what it gave; AssertionError naming `what` when time is up."""
+    """Poll until `condition()` is true and return what it gave; AssertionError naming `what` when
+    time is up.
+    """
     end = time.monotonic() + seconds
     while True:
         value = condition()
         if value:
             return value
-        assert time.monotonic() < end, f"waited {seconds} s in vain for: {what() if callable(what) else what}"
+        assert time.monotonic() < end, (
+            f"waited {seconds} s in vain for: {what() if callable(what) else what}"
+        )
         time.sleep(every)
 
 
 def _clean_environment() -> dict[str, str]:
-    kept = {name: os.environ[name] for name in ("HOME", "LANG", "TORCH_EXTENSIONS_DIR") if name in os.environ}
+    kept = {
+        name: os.environ[name]
+        for name in ("HOME", "LANG", "TORCH_EXTENSIONS_DIR")
+        if name in os.environ
+    }
     return {**kept, "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 
 
@@ -213,13 +272,25 @@ def _boot(directory: Path, name: str, address: str) -> Host:
     up.unlink(missing_ok=True)
     with open(directory / f"{name}.boot.log", "w") as log:
         process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--uts", "--pid", "--mount", "--fork"]
+            [
+                "setpriv",
+                "--pdeathsig",
+                "KILL",
+                "unshare",
+                "--net",
+                "--uts",
+                "--pid",
+                "--mount",
+                "--fork",
+            ]
             + ["--mount-proc", "--kill-child", "bash", "-c", script],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
         )
-    wait_until(up.exists, 60, lambda: f"{name} to boot: {(directory / f'{name}.boot.log').read_text()}")
+    wait_until(
+        up.exists, 60, lambda: f"{name} to boot: {(directory / f'{name}.boot.log').read_text()}"
+    )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 1, f"{name}: unshare has the children {children}"
     return Host(name, address, directory, process, int(children[0]))

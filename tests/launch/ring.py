@@ -1,9 +1,10 @@
-"""The outside of a training run without a model, to test launching: all-reduces until its steps are done.
+"""The outside of a training run without a model, to test launching: all-reduces until its steps are
+done.
 
     deepspeed --num_accelerators 2 --module tests.launch.ring --output_dir DIR --steps 3
 
-It behaves as gkd_ds.train promises: stops at DIR/STOP with exit code 75, goes on from where it stopped, and leaves
-DIR/FINISHED. Each rank writes what it was started with to DIR/rank-N.json.
+It behaves as gkd_ds.train promises: stops at DIR/STOP with exit code 75, goes on from where it
+stopped, and leaves DIR/FINISHED. Each rank writes what it was started with to DIR/rank-N.json.
 """
 
 import argparse
@@ -20,17 +21,32 @@ import torch.distributed as dist
 
 def main() -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    for name in ("config", "run_name", "resume_from_checkpoint", "local_rank", "lmbda", "beta", "stop_file"):
+    for name in (
+        "config",
+        "run_name",
+        "resume_from_checkpoint",
+        "local_rank",
+        "lmbda",
+        "beta",
+        "stop_file",
+    ):
         parser.add_argument(f"--{name}")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.1, help="of each step")
-    parser.add_argument("--stuck_at", type=int, help="the first start hangs after this step, and STOP does not help")
+    parser.add_argument(
+        "--stuck_at", type=int, help="the first start hangs after this step, and STOP does not help"
+    )
     args = parser.parse_args()
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    facts = {"host": socket.gethostname(), "world": world, "environ": dict(os.environ), "argv": sys.argv}
+    facts = {
+        "host": socket.gethostname(),
+        "world": world,
+        "environ": dict(os.environ),
+        "argv": sys.argv,
+    }
     (args.output_dir / f"rank-{rank}.json").write_text(json.dumps(facts))
     done = args.output_dir / "steps.txt"
     step = len(done.read_text().splitlines()) if done.exists() else 0

@@ -1,8 +1,8 @@
 """A real Slurm cluster on the two hosts of `hosts.py`: munge, one controller, two nodes.
 
-    with two_hosts(directory) as hosts, slurm_cluster(hosts) as cluster:
-        job = cluster.submit(["--nodes=2", "launch/slurm.sbatch", "recipe.yaml"])
-        cluster.wait(job)
+with two_hosts(directory) as hosts, slurm_cluster(hosts) as cluster:
+    job = cluster.submit(["--nodes=2", "launch/slurm.sbatch", "recipe.yaml"])
+    cluster.wait(job)
 """
 
 from __future__ import annotations
@@ -72,14 +72,18 @@ class SlurmCluster:
         return dict(re.findall(r"(\S+?)=(\S*)", listing.splitlines()[0] if listing else ""))
 
     def states(self, job: int) -> list[str]:
-        """The states of the job's array tasks, in order of the tasks; of an ordinary job the one state."""
+        """The states of the job's array tasks, in order of the tasks; of an ordinary job the one
+        state.
+        """
         listing = self.head.run(["scontrol", "show", "job", "-o", str(job)]).stdout.splitlines()
         tasks = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in listing]
         tasks.sort(key=lambda task: int(re.sub(r"\D.*", "", task.get("ArrayTaskId", "0")) or 0))
         return [task["JobState"] for task in tasks if "JobState" in task]
 
     def wait(self, job: int, seconds: float) -> list[str]:
-        """Wait until all the job's tasks have ended; their states. A requeued job starts again without delay."""
+        """Wait until all the job's tasks have ended; their states. A requeued job starts again
+        without delay.
+        """
 
         def all_ended() -> bool:
             self.hurry(job)
@@ -92,8 +96,9 @@ class SlurmCluster:
     def hurry(self, job: int) -> None:
         """Slurm holds a requeued job back for two minutes; users wait, tests need only a moment.
 
-        The moment is needed: slurmd keeps a killed job's credential revoked by the second, and refuses ("Job credential
-        revoked", FAILED) a start in the second of the requeue, which is the job's new SubmitTime.
+        The moment is needed: slurmd keeps a killed job's credential revoked by the second, and
+        refuses ("Job credential revoked", FAILED) a start in the second of the requeue, which is
+        the job's new SubmitTime.
         """
         shown = self.show(job)
         if shown.get("JobState") != "PENDING" or shown.get("Reason") != "BeginTime":
@@ -102,7 +107,9 @@ class SlurmCluster:
             self.head.run(["scontrol", "update", f"JobId={shown['JobId']}", "StartTime=now"])
 
     def describe(self, job: int) -> str:
-        """Everything one wants to see when a job did not do what it should: for assertion messages."""
+        """Everything one wants to see when a job did not do what it should: for assertion
+        messages.
+        """
         return self.head.run(["scontrol", "show", "job", str(job)]).stdout
 
 
@@ -118,7 +125,13 @@ def slurm_cluster(hosts: tuple[Host, Host]) -> Iterator[SlurmCluster]:
     config.write_text(_CONFIG.format(directory=directory, nodes=",".join(NAMES)))
     for host in hosts:
         host.environment["SLURM_CONF"] = str(config)
-        munge = ["munged", "--force", f"--key-file={key}", "--socket=/run/munge.socket", "--pid-file=/run/munge.pid"]
+        munge = [
+            "munged",
+            "--force",
+            f"--key-file={key}",
+            "--socket=/run/munge.socket",
+            "--pid-file=/run/munge.pid",
+        ]
         munge += [f"--log-file={directory}/munge-{host.name}.log", "--seed-file=/run/munge.seed"]
         _check(host.run(munge))
     cluster = SlurmCluster(hosts[0], directory)

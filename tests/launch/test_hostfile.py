@@ -1,4 +1,6 @@
-"""DeepSpeed's launcher over a hostfile: pdsh, --no_ssh, and what travels (stopping: test_two_hosts.py)."""
+"""DeepSpeed's launcher over a hostfile: pdsh, --no_ssh, and what travels (stopping:
+test_two_hosts.py).
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def ranks(output: Path) -> list[dict]:
     return [json.loads((output / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def test_hostfile_script_runs_one_rank_per_host_and_the_environment_travels(hosts, hostfile, recipe, tmp_path):
+def test_hostfile_script_runs_one_rank_per_host_and_the_environment_travels(
+    hosts, hostfile, recipe, tmp_path
+):
     output, place = tmp_path / "run", tmp_path / "tmp"
     place.mkdir()
     settings = {
@@ -40,7 +44,14 @@ def test_hostfile_script_runs_one_rank_per_host_and_the_environment_travels(host
         "SITE_PATHS": "/data:/more",
         "TRAVEL": "SITE_PATHS",
     }
-    arguments = ["bash", "launch/hostfile.sh", str(hostfile), str(recipe), "--output_dir", str(output)]
+    arguments = [
+        "bash",
+        "launch/hostfile.sh",
+        str(hostfile),
+        str(recipe),
+        "--output_dir",
+        str(output),
+    ]
     result = hosts[0].run(arguments, env=settings, timeout=400)
     assert result.returncode == 0, result.stdout
     assert "VERDICT: 2 nodes ready" in result.stdout
@@ -64,10 +75,14 @@ def test_what_travels_is_private_and_holds_our_own_variables(tmp_path, monkeypat
     monkeypatch.setenv("GKD_SETTING", "ours")
     monkeypatch.setenv("WANDB_API_KEY", "a-secret-of-some-length")
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/hf?a=b@c")
-    done = subprocess.run([sys.executable, "tools/deepspeed_env.py"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "tools/deepspeed_env.py"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert stat.S_IMODE(written.stat().st_mode) == 0o600
-    assert {"GKD_SETTING=ours", "HF_ENDPOINT=https://mirror.example/hf?a=b@c"} <= set(written.read_text().splitlines())
+    assert {"GKD_SETTING=ours", "HF_ENDPOINT=https://mirror.example/hf?a=b@c"} <= set(
+        written.read_text().splitlines()
+    )
     assert "a-secret-of-some-length" not in written.read_text()
 
 
@@ -75,20 +90,34 @@ def test_what_travels_is_private_and_holds_our_own_variables(tmp_path, monkeypat
     "name, value, named, sentence",
     [
         ("MY_API_KEY", "a-secret-of-some-length", True, "MY_API_KEY is a secret"),
-        ("AWS_SECRET_ACCESS_KEY", "a-secret-of-some-length", True, "AWS_SECRET_ACCESS_KEY is a secret"),
+        (
+            "AWS_SECRET_ACCESS_KEY",
+            "a-secret-of-some-length",
+            True,
+            "AWS_SECRET_ACCESS_KEY is a secret",
+        ),
         ("DB_PASSWD", "a-secret-of-some-length", True, "DB_PASSWD is a secret"),
         ("PROXY", "http://me:another-secret@proxy", True, "the value of PROXY has a secret"),
         ("HF_ENDPOINT", "https://me:pw@host", False, "the value of HF_ENDPOINT has a secret"),
-        ("WANDB_BASE_URL", "https://host/a-key-that-is-secret", False, "the value of WANDB_BASE_URL has a secret"),
+        (
+            "WANDB_BASE_URL",
+            "https://host/a-key-that-is-secret",
+            False,
+            "the value of WANDB_BASE_URL has a secret",
+        ),
         ("ODD", 'say "$HOME"', True, "cannot carry"),
     ],
 )
-def test_a_secret_is_refused_by_name_and_by_value(tmp_path, monkeypatch, name, value, named, sentence):
+def test_a_secret_is_refused_by_name_and_by_value(
+    tmp_path, monkeypatch, name, value, named, sentence
+):
     monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "env"))
     monkeypatch.setenv("OTHER_API_KEY", "a-key-that-is-secret")
     monkeypatch.setenv(name, value)
     names = [name] if named else []
-    done = subprocess.run([sys.executable, "tools/deepspeed_env.py", *names], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "tools/deepspeed_env.py", *names], capture_output=True, text=True
+    )
     assert done.returncode == 2 and sentence in done.stderr, done.stderr
     assert value not in done.stderr and not (tmp_path / "env").exists()
 
@@ -97,7 +126,14 @@ def test_the_example_without_ssh_one_launcher_started_by_hand_on_each_host(hosts
     output = tmp_path / "run"
     launchers = []
     for node_rank, host in enumerate(hosts):
-        command = ["deepspeed", "--hostfile", "launch/hostfile.example", "--num_accelerators", "1", "--no_ssh"]
+        command = [
+            "deepspeed",
+            "--hostfile",
+            "launch/hostfile.example",
+            "--num_accelerators",
+            "1",
+            "--no_ssh",
+        ]
         command += ["--node_rank", str(node_rank), "--master_addr", "worker-1"]
         command += ["--module", "tests.launch.ring", "--output_dir", str(output)]
         launchers.append(host.start(command))

@@ -1,4 +1,5 @@
-"""The preflight finds every planted difference between two real hosts, within ten seconds, and names it.
+"""The preflight finds every planted difference between two real hosts, within ten seconds, and
+names it.
 
 A plant is a mount in one host's namespace: the file is different there and nowhere else.
 """
@@ -38,8 +39,8 @@ def project(tmp_path_factory) -> Path:
     (directory / "nvme").mkdir()
     (directory / "runs").mkdir()
     (directory / "teacher.json").write_text(
-        '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "%s"}}}'
-        % (directory / "nvme")
+        '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": '
+        '"%s"}}}' % (directory / "nvme")
     )
     (directory / "recipe.yaml").write_text(
         f"model_name_or_path: {directory}/student\n"
@@ -69,7 +70,15 @@ def preflight():
 def check(host, project: Path, *more: str):
     """Run the preflight over ssh from `host`; (exit code, output). It must answer within LIMIT."""
     command = ["python", "tools/preflight.py", "--hostfile", str(project / "hostfile")]
-    command += ["--config", str(project / "recipe.yaml"), "--min_disk_gb", "0.1", "--min_shm_gb", "0.1", *more]
+    command += [
+        "--config",
+        str(project / "recipe.yaml"),
+        "--min_disk_gb",
+        "0.1",
+        "--min_shm_gb",
+        "0.1",
+        *more,
+    ]
     started = time.monotonic()
     result = host.run(command, timeout=150)
     seconds = time.monotonic() - started
@@ -90,14 +99,25 @@ def test_two_equal_hosts_are_ready(hosts, project, teacher_on_nvme):
 
 
 def test_this_machine_alone_needs_no_ssh(hosts, project):
-    result = hosts[0].run(["python", "tools/preflight.py", "--config", str(project / "recipe.yaml"), "--timeout", "60"])
+    result = hosts[0].run(
+        [
+            "python",
+            "tools/preflight.py",
+            "--config",
+            str(project / "recipe.yaml"),
+            "--timeout",
+            "60",
+        ]
+    )
     assert result.returncode == 0 and "VERDICT: 1 node ready" in result.stdout, result.stdout
 
 
 def test_another_library_version(hosts, project, tmp_path):
     installed = Path(metadata.distribution("deepspeed")._path) / "METADATA"
     other = tmp_path / "METADATA"
-    other.write_text(installed.read_text().replace(f"Version: {metadata.version('deepspeed')}", "Version: 0.1.2"))
+    other.write_text(
+        installed.read_text().replace(f"Version: {metadata.version('deepspeed')}", "Version: 0.1.2")
+    )
     with mounted(hosts[1], installed, "--bind", str(other)):
         code, output = check(hosts[0], project)
     assert code == 1
@@ -114,14 +134,20 @@ def test_another_recipe_or_deepspeed_file(hosts, project, tmp_path, teacher_on_n
 
 def test_another_code(hosts, project, tmp_path):
     (tmp_path / "errors.py").write_text("# an older state of the file\n")
-    with mounted(hosts[1], ROOT / "gkd_ds/runtime/errors.py", "--bind", str(tmp_path / "errors.py")):
+    with mounted(
+        hosts[1], ROOT / "gkd_ds/runtime/errors.py", "--bind", str(tmp_path / "errors.py")
+    ):
         code, output = check(hosts[0], project)
     assert code == 1 and "worker-2: another code of gkd_ds" in output, output
 
 
 @pytest.mark.parametrize(
     "name, field",
-    [("student", "model_name_or_path"), ("teacher", "teacher_model_name_or_path"), ("train.jsonl", "dataset_name")],
+    [
+        ("student", "model_name_or_path"),
+        ("teacher", "teacher_model_name_or_path"),
+        ("train.jsonl", "dataset_name"),
+    ],
 )
 def test_a_path_that_is_not_there(hosts, project, tmp_path, name, field):
     assert hosts[1].run(["mv", str(project / name), str(project / "away")]).returncode == 0
@@ -135,7 +161,11 @@ def test_a_path_that_is_not_there(hosts, project, tmp_path, name, field):
 def test_an_output_directory_that_is_not_shared(hosts, project):
     with mounted(hosts[1], project / "runs", "-t", "tmpfs", "tmpfs"):
         code, output = check(hosts[0], project)
-    assert code == 1 and "worker-2: output_dir" in output and "not the directory that the other nodes see" in output
+    assert (
+        code == 1
+        and "worker-2: output_dir" in output
+        and "not the directory that the other nodes see" in output
+    )
 
 
 def test_an_output_directory_that_is_not_writable(hosts, project):
@@ -174,7 +204,10 @@ def test_a_master_port_that_is_in_use(hosts, project):
     finally:
         hosts[0].kill("29511")
         listener.wait()
-    assert code == 1 and "worker-1: master port 29511 cannot be opened: Address already in use" in output, output
+    assert (
+        code == 1
+        and "worker-1: master port 29511 cannot be opened: Address already in use" in output
+    ), output
 
 
 def test_a_first_host_that_the_others_cannot_reach(hosts, project):
@@ -186,7 +219,11 @@ def test_a_first_host_that_the_others_cannot_reach(hosts, project):
 def test_a_host_without_sshd_or_with_an_unknown_name(hosts, project, tmp_path):
     (tmp_path / "hostfile").write_text("worker-1 slots=1\nworker-9 slots=1\n")
     code, output = check(hosts[0], project, "--hostfile", str(tmp_path / "hostfile"))
-    assert code == 1 and "worker-9: cannot be asked" in output and "Could not resolve hostname" in output
+    assert (
+        code == 1
+        and "worker-9: cannot be asked" in output
+        and "Could not resolve hostname" in output
+    )
 
 
 @contextmanager
@@ -211,41 +248,64 @@ def test_a_master_port_that_is_closed(hosts, project):
 
 
 def test_other_ports_that_are_closed(hosts, project):
-    """The ranks meet at the master port, and then connect to each other at ports that the system chooses."""
+    """The ranks meet at the master port, and then connect to each other at ports that the system
+    chooses.
+    """
     low, high = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
     with without_answers_from(hosts[0], f"{low}-{high}"):
         code, output = check(hosts[0], project)
     assert code == 1 and re.search(
-        r"worker-2: cannot reach worker-1 port 29500: it answers, but its port \d+ does not \(timed out\)", output
+        r"worker-2: cannot reach worker-1 port 29500: it answers, but its port \d+ does not "
+        r"\(timed out\)",
+        output,
     ), output
 
 
 def test_a_clock_that_is_off(hosts, project, tmp_path):
-    """No namespace has its own wall clock, so Python's is put forward: on worker-2 only, before any program starts."""
+    """No namespace has its own wall clock, so Python's is put forward: on worker-2 only, before any
+    program starts.
+    """
     # By a .pth file: Debian's Python has a sitecustomize of its own, and finds that one first.
     (tmp_path / "clock.pth").write_text("import clock\n")
-    (tmp_path / "clock.py").write_text("import time\nnow = time.time\ntime.time = lambda: now() + 3\n")
+    (tmp_path / "clock.py").write_text(
+        "import time\nnow = time.time\ntime.time = lambda: now() + 3\n"
+    )
     packages = sysconfig.get_path("purelib")
     layers = f"lowerdir={tmp_path}:{packages}"
     with mounted(hosts[1], packages, "-t", "overlay", "-o", layers, "overlay"):
         code, output = check(hosts[0], project)
     assert code == 1, output
-    assert re.search(r"worker-2: its clock differs from the first node's by \+3\.\d s", output), output
+    assert re.search(r"worker-2: its clock differs from the first node's by \+3\.\d s", output), (
+        output
+    )
     assert output.splitlines()[2].endswith(" ms") and "VERDICT: 1 problem" in output, output
 
 
-NAMES = ["output_dir", "output-dir", "overwrite_output_dir", "deepspeed", "bf16", "max-steps", "dry_run", "nothing"]
+NAMES = [
+    "output_dir",
+    "output-dir",
+    "overwrite_output_dir",
+    "deepspeed",
+    "bf16",
+    "max-steps",
+    "dry_run",
+    "nothing",
+]
 VALUES = [None, "null", "true", "runs/x", "-1", "--resume-from-checkpoint"]
 
 
-@given(st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(VALUES)), max_size=4), st.booleans())
+@given(
+    st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(VALUES)), max_size=4), st.booleans()
+)
 def test_the_preflight_reads_flags_as_the_trainer_does(preflight, given_flags, glued):
     """Also with the preflight's own options among them."""
     flags = []
     for name, value in given_flags:
         word = f"--{name}"
         flags += [word] if value is None else [f"{word}={value}"] if glued else [word, value]
-    with mock.patch.object(sys, "argv", ["preflight", "--slurm", *flags[:2], "--timeout", "30", *flags[2:]]):
+    with mock.patch.object(
+        sys, "argv", ["preflight", "--slurm", *flags[:2], "--timeout", "30", *flags[2:]]
+    ):
         args, rest = preflight.parse_arguments()
     assert args.slurm and args.timeout == 30 and rest == flags
     try:
@@ -262,21 +322,40 @@ def test_the_preflight_reads_flags_as_the_trainer_does(preflight, given_flags, g
 
 def test_flags_that_the_preflight_once_misread(hosts, project):
     """A switch without a value, dashes in a name, and a field of the recipe that is taken back."""
-    recipe = (project / "recipe.yaml").read_text().replace("/runs/first", "/none") + "deepspeed: none.json\n"
+    recipe = (project / "recipe.yaml").read_text().replace(
+        "/runs/first", "/none"
+    ) + "deepspeed: none.json\n"
     (project / "other.yaml").write_text(recipe)
-    flags = ["--config", str(project / "other.yaml"), "--overwrite_output_dir", "--output-dir", str(project / "runs")]
+    flags = [
+        "--config",
+        str(project / "other.yaml"),
+        "--overwrite_output_dir",
+        "--output-dir",
+        str(project / "runs"),
+    ]
     with mounted(hosts[1], project / "runs", "-t", "tmpfs", "tmpfs"):
         code, output = check(hosts[0], project, *flags, "--deepspeed", "null")
-    assert code == 1 and f"worker-2: output_dir {project / 'runs'} is not the directory" in output, output
+    assert (
+        code == 1 and f"worker-2: output_dir {project / 'runs'} is not the directory" in output
+    ), output
     assert "VERDICT: 1 problem" in output, output
 
 
 def test_wrong_use_has_its_own_exit_code(hosts, project, tmp_path):
     (tmp_path / "hostfile").write_text("worker-1 slots=two\n")
     hostfiles = [["--hostfile", str(tmp_path / "hostfile")], ["--hostfile", "none"]]
-    for more in (*hostfiles, ["--slurm"], ["--config", "none"], ["--otput_dir", "x"], ["--output_dir"]):
+    for more in (
+        *hostfiles,
+        ["--slurm"],
+        ["--config", "none"],
+        ["--otput_dir", "x"],
+        ["--output_dir"],
+    ):
         result = hosts[0].run(["python", "tools/preflight.py", *more])
-        assert result.returncode == 2 and result.stdout.startswith("preflight: "), (more, result.stdout)
+        assert result.returncode == 2 and result.stdout.startswith("preflight: "), (
+            more,
+            result.stdout,
+        )
 
 
 def test_every_node_of_a_slurm_job(cluster, hosts, project, tmp_path):

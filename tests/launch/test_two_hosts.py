@@ -1,4 +1,6 @@
-"""Training on two real hosts: equal to one host, resumable, and ended when a host or its link fails."""
+"""Training on two real hosts: equal to one host, resumable, and ended when a host or its link
+fails.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,15 @@ def one_host(hosts, tmp_path_factory) -> list[float]:
     """The losses of an undisturbed run of two ranks on one host."""
     directory = tmp_path_factory.mktemp("one")
     recipe = tiny_run.write_recipe(directory, save_strategy="no")
-    command = ["deepspeed", "--num_accelerators", "2", "--module", "gkd_ds.train", "--config", str(recipe)]
+    command = [
+        "deepspeed",
+        "--num_accelerators",
+        "2",
+        "--module",
+        "gkd_ds.train",
+        "--config",
+        str(recipe),
+    ]
     result = hosts[0].run(command, timeout=900)
     assert result.returncode == 0, result.stdout
     assert tiny_run.steps(directory / "run") == list(range(1, tiny_run.UPDATES + 1))
@@ -38,18 +48,25 @@ def start(host: Host, project: Path, name: str, **fields):
     recipe = tiny_run.write_recipe(project, **fields)
     arguments = ["bash", "launch/hostfile.sh", str(project / "hostfile"), str(recipe)]
     arguments += ["--resume_from_checkpoint", "auto"]
-    settings = {"PREFLIGHT": "0", "PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=2 -o ServerAliveCountMax=2"}
+    settings = {
+        "PREFLIGHT": "0",
+        "PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=2 -o ServerAliveCountMax=2",
+    }
     log = open(project / f"{name}.log", "w")
     return host.start(arguments, env=settings, stdout=log, stderr=log)
 
 
 def wait_for_updates(project: Path, count: int) -> None:
     log = project / "first.log"
-    wait_until(lambda: len(tiny_run.steps(project / "run")) >= count, 600, lambda: log.read_text()[-6000:])
+    wait_until(
+        lambda: len(tiny_run.steps(project / "run")) >= count, 600, lambda: log.read_text()[-6000:]
+    )
 
 
 def assert_goes_on_as_on_one_host(hosts, project: Path, one_host: list[float], **fields) -> None:
-    """Start the run again: it goes on from its last checkpoint, and every loss is that of one host, to the last bit."""
+    """Start the run again: it goes on from its last checkpoint, and every loss is that of one host,
+    to the last bit.
+    """
     output = project / "run"
     saved = tiny_run.valid_checkpoints(output)[-1]
     code = start(hosts[0], project, "again", **fields).wait(timeout=900)
@@ -67,7 +84,10 @@ def test_two_hosts_stop_at_a_signal_resume_and_equal_one_host(hosts, project, on
     (script,) = hosts[0].processes("bash launch/hostfile.sh")
     hosts[0].run(["kill", "-TERM", str(script)])
     assert launcher.wait(timeout=300) == 75, (project / "first.log").read_text()[-6000:]
-    assert "the stop file" in (project / "first.log").read_text() and not (project / "run" / "STOP").exists()
+    assert (
+        "the stop file" in (project / "first.log").read_text()
+        and not (project / "run" / "STOP").exists()
+    )
     saved = tiny_run.valid_checkpoints(project / "run")
     made = tiny_run.steps(project / "run")
     assert saved[-1] == made[-1] < tiny_run.UPDATES
@@ -82,13 +102,19 @@ def test_a_dead_host_ends_the_other_with_the_reason_and_the_run_can_go_on(hosts,
     assert launcher.wait(timeout=FAILURE_SECONDS + SLOWNESS) not in (0, 75)
     print(f"the launcher ended {time.monotonic() - started:.1f} s after the kill")
     for host in hosts:
-        wait_until(lambda h=host: not h.processes("gkd_ds.train"), 45, f"{host.name}'s processes to end")
+        wait_until(
+            lambda h=host: not h.processes("gkd_ds.train"), 45, f"{host.name}'s processes to end"
+        )
     log = (project / "first.log").read_text()
-    assert re.search(r"\[10\.77\.0\.2\].*reset by peer|closed by peer \[10\.77\.0\.2\]", log), log[-6000:]
+    assert re.search(r"\[10\.77\.0\.2\].*reset by peer|closed by peer \[10\.77\.0\.2\]", log), log[
+        -6000:
+    ]
     assert_goes_on_as_on_one_host(hosts, project, one_host)
 
 
-def test_a_cut_link_ends_both_hosts_within_the_timeout_and_the_run_can_go_on(hosts, project, one_host):
+def test_a_cut_link_ends_both_hosts_within_the_timeout_and_the_run_can_go_on(
+    hosts, project, one_host
+):
     # The watchdog first: what rank 1 prints is lost with the link, and its report is a file.
     fields = {"watchdog_timeout": FAILURE_SECONDS, "ddp_timeout": 3 * FAILURE_SECONDS}
     launcher = start(hosts[0], project, "first", **fields)
@@ -100,14 +126,19 @@ def test_a_cut_link_ends_both_hosts_within_the_timeout_and_the_run_can_go_on(hos
             wait_until(
                 lambda h=host: not h.processes("gkd_ds.train"),
                 started + FAILURE_SECONDS + SLOWNESS - time.monotonic(),
-                lambda h=host: f"{h.name}'s processes to end: {(project / 'first.log').read_text()[-6000:]}",
+                lambda h=host: (
+                    f"{h.name}'s processes to end: {(project / 'first.log').read_text()[-6000:]}"
+                ),
             )
         assert launcher.wait(timeout=SLOWNESS) not in (0, 75)
         print(f"both hosts had ended {time.monotonic() - started:.1f} s after the cut")
     finally:
         hosts[1].link("up")
     stuck = r"rank {} on worker-{} \(process \d+\) made no progress for \d+ s in phase"
-    log, report = (project / "first.log").read_text(), (project / "run" / "watchdog-rank1.txt").read_text()
+    log, report = (
+        (project / "first.log").read_text(),
+        (project / "run" / "watchdog-rank1.txt").read_text(),
+    )
     assert re.search(stuck.format(0, 1), log), log[-6000:]
     assert re.search(stuck.format(1, 2), report), report
     assert_goes_on_as_on_one_host(hosts, project, one_host, **fields)

@@ -1,4 +1,6 @@
-"""The quickstart with tiny models, for tests on hosts: its files, its recipe, and what it left behind."""
+"""The quickstart with tiny models, for tests on hosts: its files, its recipe, and what it left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from tests import ROOT, tiny
 
 QUICKSTART = ROOT / "launch" / "recipes" / "quickstart.yaml"
 UPDATES = 30
-# What must differ from the quickstart's recipe so that it is tiny, and so that it saves, logs and fails often.
+# What must differ from the quickstart's recipe so that it is tiny, and so that it saves, logs and
+# fails often.
 FIELDS = {
     "max_steps": UPDATES,
     "max_new_tokens": 8,
@@ -26,7 +29,9 @@ FIELDS = {
 
 
 def write_recipe(directory: Path, **fields) -> Path:
-    """Models and data, and the quickstart's recipe with these, with FIELDS and with `fields`. The recipe's path."""
+    """Models and data, and the quickstart's recipe with these, with FIELDS and with `fields`. The
+    recipe's path.
+    """
     if not (directory / "student").exists():
         tiny.make_everything(directory, rows=32)
         (directory / "data").mkdir()
@@ -68,7 +73,9 @@ def losses(output: Path) -> list[float]:
 
 
 def valid_checkpoints(output: Path) -> list[int]:
-    """The steps of the checkpoints in `output`; each is verified file by file, and one that is not valid raises."""
+    """The steps of the checkpoints in `output`; each is verified file by file, and one that is not
+    valid raises.
+    """
     paths = sorted(output.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
     for path in paths:
         manifest.verify(path)

@@ -1,6 +1,7 @@
 """`gkd_ds.train`, with four seconds between updates until Slurm has requeued the job.
 
-On a machine of any speed, a signal that Slurm sends by the clock finds this run at work, and the rest is soon done.
+On a machine of any speed, a signal that Slurm sends by the clock finds this run at work, and the
+rest is soon done.
 
     deepspeed --module tests.launch.unhurried --config recipe.yaml
 """

@@ -1,4 +1,6 @@
-"""The command line of gkd_ds.train: recipe and flags, and one sentence with exit code 2 for whatever is wrong."""
+"""The command line of gkd_ds.train: recipe and flags, and one sentence with exit code 2 for
+whatever is wrong.
+"""
 
 import os
 import subprocess
@@ -108,7 +110,10 @@ def test_flags_are_read(arguments, expected):
         (["--config", "."], ["cannot be read"]),
         ([], ["No model_name_or_path is given"]),
         (["--model_name_or_path", "a/b"], ["No teacher_model_name_or_path is given"]),
-        (["--model_name_or_path", "a/b", "--teacher_model_name_or_path", "a/c"], ["No dataset_name is given"]),
+        (
+            ["--model_name_or_path", "a/b", "--teacher_model_name_or_path", "a/c"],
+            ["No dataset_name is given"],
+        ),
     ],
     ids=lambda value: " ".join(value)[:50],
 )
@@ -125,24 +130,41 @@ def test_wrong_command_line_ends_with_2_and_one_sentence(arguments, parts, capsy
 def test_recipe_is_read_and_the_command_line_wins(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(
-        "# a comment\nlearning_rate: 2e-5\neval_strategy: no\nbf16: yes\nreport_to: [wandb]\nrun_name: 2024-01-01\n"
-        "data_seed:\nmodel_init_kwargs:\n  revision: main\n  use_cache: false\nchat_template_path: 'null'\n"
+        "# a comment\nlearning_rate: 2e-5\neval_strategy: no\nbf16: yes\nreport_to: "
+        "[wandb]\nrun_name: 2024-01-01\n"
+        "data_seed:\nmodel_init_kwargs:\n  revision: main\n  use_cache: false\nchat_template_path: "
+        "'null'\n"
     )
     recipe = read_recipe(str(path))
     config = GKDConfig(**{**recipe, **read_flags(["--learning_rate", "1e-4"])})
     assert config.learning_rate == 1e-4 and config.eval_strategy == "no" and config.bf16 is True
-    assert config.report_to == ["wandb"] and config.run_name == "2024-01-01" and config.data_seed is None
-    assert config.model_init_kwargs == {"revision": "main", "use_cache": False} and config.chat_template_path == "null"
+    assert (
+        config.report_to == ["wandb"]
+        and config.run_name == "2024-01-01"
+        and config.data_seed is None
+    )
+    assert (
+        config.model_init_kwargs == {"revision": "main", "use_cache": False}
+        and config.chat_template_path == "null"
+    )
 
 
 def test_resolved_configuration_is_a_recipe(tmp_path):
-    config = GKDConfig(beta=0.25, eval_strategy="no", lr_scheduler_type="cosine", lr_scheduler_kwargs={"num_cycles": 2})
+    config = GKDConfig(
+        beta=0.25,
+        eval_strategy="no",
+        lr_scheduler_type="cosine",
+        lr_scheduler_kwargs={"num_cycles": 2},
+    )
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(config.to_dict()))
     assert GKDConfig(**read_recipe(str(tmp_path / "r.yaml"))) == config
 
 
 BAD_RECIPES = {
-    "misspelt": (b"learning_rte: 1e-5", ["'learning_rte'", "line 1", "did you mean learning_rate?"]),
+    "misspelt": (
+        b"learning_rte: 1e-5",
+        ["'learning_rte'", "line 1", "did you mean learning_rate?"],
+    ),
     "unknown": (b"beta: 0.5\nqqqq: 1", ["'qqqq'", "line 2"]),
     "twice": (b"beta: 0.5\nbeta: 0.6", ["'beta'", "twice", "line 2"]),
     "empty": (b"", ["flat YAML mapping"]),
@@ -186,24 +208,42 @@ def test_wrong_recipe_ends_with_2_and_one_sentence(name, tmp_path, capsys):
 
 
 FIELDS = st.sampled_from(
-    ["beta", "bf16", "deepspeed", "report_to", "output_dir", "eval_strategy", "model_init_kwargs", "x"]
+    [
+        "beta",
+        "bf16",
+        "deepspeed",
+        "report_to",
+        "output_dir",
+        "eval_strategy",
+        "model_init_kwargs",
+        "x",
+    ]
 )
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates()
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(SCALARS, inner, max_size=2), max_leaves=4
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(SCALARS, inner, max_size=2),
+    max_leaves=4,
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(recipe=st.dictionaries(FIELDS, VALUES, max_size=3))
 def test_any_yaml_mapping_makes_a_config_or_an_input_error(recipe, tmp_path):
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8", errors="surrogatepass")
+    (tmp_path / "r.yaml").write_text(
+        yaml.safe_dump(recipe), encoding="utf-8", errors="surrogatepass"
+    )
     make_config_or_refuse(tmp_path / "r.yaml")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
-    text=st.binary(max_size=40) | st.text(alphabet="beta:0.5lmd \n-[]{}'\"!&*?|>#%@`\t,", max_size=40).map(str.encode)
+    text=st.binary(max_size=40)
+    | st.text(alphabet="beta:0.5lmd \n-[]{}'\"!&*?|>#%@`\t,", max_size=40).map(str.encode)
 )
 def test_any_file_makes_a_config_or_an_input_error(text, tmp_path):
     (tmp_path / "r.yaml").write_bytes(text)
@@ -220,7 +260,13 @@ WORDS = st.text(max_size=6) | st.sampled_from(
 def test_any_command_line_makes_a_config_or_an_input_error(arguments):
     try:
         given = read_flags(arguments)
-        GKDConfig(**{name: value for name, value in given.items() if name not in ("config", "dry_run", "help")})
+        GKDConfig(
+            **{
+                name: value
+                for name, value in given.items()
+                if name not in ("config", "dry_run", "help")
+            }
+        )
     except InputError as error:
         assert "\n" not in str(error)
 
@@ -240,7 +286,10 @@ def make_config_or_refuse(path: Path) -> None:
     [
         (["--model_name_or_path", "./missing"], ["'model_name_or_path'", "./missing"]),
         (["--teacher_model_name_or_path", "/no/teacher"], ["'teacher_model_name_or_path'"]),
-        (["--teacher_model_name_or_path", "no-such-org/no-such-model"], ["neither a local directory nor a model"]),
+        (
+            ["--teacher_model_name_or_path", "no-such-org/no-such-model"],
+            ["neither a local directory nor a model"],
+        ),
         (["--dataset_name", "missing.jsonl"], ["'missing.jsonl'", "does not exist"]),
         (["--dataset_name", "no-such-org/no-such-data"], ["no-such-org/no-such-data"]),
         (["--deepspeed", "missing.json"], ["'missing.json'", "No such file"]),
@@ -297,7 +346,9 @@ def test_secrets_do_not_appear_in_tracebacks(capsys, material):
     names = ("model_name_or_path", "teacher_model_name_or_path", "dataset_name")
     places = (material / "student", material / "teacher", material / "train.jsonl")
     flags = [f"--{name}={place}" for name, place in zip(names, places)]
-    assert train.command([*flags, f"--output_dir={material / 'out'}"], fail, train.check_training) == 1
+    assert (
+        train.command([*flags, f"--output_dir={material / 'out'}"], fail, train.check_training) == 1
+    )
     text = capsys.readouterr().err
     assert "Traceback" in text and "https://***@example.org/data" in text and "hunter2" not in text
 
@@ -316,7 +367,9 @@ def test_help_shows_every_field_in_groups(capsys):
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(material, capsys):
-    assert train.main(["--config", str(material / "recipe.yaml"), "--beta", "0.125", "--dry_run"]) == 0
+    assert (
+        train.main(["--config", str(material / "recipe.yaml"), "--beta", "0.125", "--dry_run"]) == 0
+    )
     text = capsys.readouterr().out
     assert "beta: 0.125" in text and "samples per window 6 (2 x 3 x 1 ranks)" in text
     assert "windows per epoch  4" in text and "updates            12" in text and "KV cache" in text
@@ -340,8 +393,14 @@ def test_as_a_process_wrong_input_answers_before_torch_is_imported():
     done, _ = run_module("--beta", "2", PYTHONVERBOSE="", PYTHONPROFILEIMPORTTIME="1")
     errors = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 2 and done.stdout == ""
-    assert errors == ["gkd_ds: error: GKDConfig field 'beta' must be at least 0 and at most 1, not 2.0."]
-    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert errors == [
+        "gkd_ds: error: GKDConfig field 'beta' must be at least 0 and at most 1, not 2.0."
+    ]
+    imported = {
+        line.split("|")[-1].strip()
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
     assert not imported & {"torch", "transformers", "deepspeed", "datasets"}
 
 
@@ -351,7 +410,9 @@ def test_as_a_process_the_other_ranks_stay_silent():
 
 
 def test_the_exit_code_survives_what_happens_while_the_interpreter_goes_down():
-    """gloo's threads abort there now and then; here it happens always. Handlers of atexit still run."""
+    """gloo's threads abort there now and then; here it happens always. Handlers of atexit still
+    run.
+    """
     program = """
 import atexit, os
 from gkd_ds.train import leave
@@ -362,5 +423,7 @@ late = Late()
 atexit.register(print, "closed")
 leave(75)
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT
+    )
     assert (result.returncode, result.stdout) == (75, "closed\n")

@@ -1,4 +1,6 @@
-"""What GKDTrainer refuses before it loads a model: damaged files, vocabularies, settings that would be ignored."""
+"""What GKDTrainer refuses before it loads a model: damaged files, vocabularies, settings that would
+be ignored.
+"""
 
 import json
 import logging
@@ -26,7 +28,9 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def build(models, tmp_path, monkeypatch):
-    """build(...) makes a trainer that must be refused: the first thing after all checks is the process group."""
+    """build(...) makes a trainer that must be refused: the first thing after all checks is the
+    process group.
+    """
 
     def no_further(config):
         raise AssertionError("all input was accepted")
@@ -37,7 +41,9 @@ def build(models, tmp_path, monkeypatch):
         config = GKDConfig(output_dir=str(tmp_path / "run"), **knobs)
         place = lambda model: model if isinstance(model, loading.PreTrainedModel) else str(model)  # noqa: E731
         with pytest.raises((InputError, AssertionError)) as caught:
-            GKDTrainer(place(student), place(teacher), config, None, make_chat_rows(4), eval_dataset)
+            GKDTrainer(
+                place(student), place(teacher), config, None, make_chat_rows(4), eval_dataset
+            )
         message = str(caught.value)
         assert "\n" not in message and not re.search(r"[.] [A-Z]", message), message
         return message
@@ -77,14 +83,18 @@ def test_what_is_right_is_accepted(build):
 ])  # fmt: skip
 def test_a_damaged_file_is_refused_by_name(build, models, tmp_path, role, file, what, damage):
     message = build(**damaged(models, tmp_path, role, file, damage))
-    assert message.startswith(f"{what} '{tmp_path / role}") and re.search(r"(be read|damaged) \(.+\)", message), message
+    assert message.startswith(f"{what} '{tmp_path / role}") and re.search(
+        r"(be read|damaged) \(.+\)", message
+    ), message
 
 
 def test_weights_that_end_too_early_are_refused(build, models, tmp_path):
     def shorten(path):
         path.write_bytes(path.read_bytes()[:-4])
 
-    assert "are damaged" in build(**damaged(models, tmp_path, "teacher", "model.safetensors", shorten))
+    assert "are damaged" in build(
+        **damaged(models, tmp_path, "teacher", "model.safetensors", shorten)
+    )
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -136,7 +146,9 @@ def test_a_teacher_without_tokenizer_is_taken_at_its_word(build, models, tmp_pat
 
 @pytest.mark.parametrize("as_object", [False, True])
 def test_the_teacher_s_own_tokenizer_is_compared(build, models, tmp_path, as_object):
-    """Also that of an object, which is found where it was loaded from; and where the init kwargs say it is."""
+    """Also that of an object, which is found where it was loaded from; and where the init kwargs
+    say it is.
+    """
 
     def swap(path):
         content = json.loads(path.read_text())
@@ -203,5 +215,8 @@ def test_the_best_model_s_metric_must_be_one_that_will_exist(build, metric, sets
 def test_settings_of_loading_are_refused_beside_an_object(build, models, role, knobs):
     model = AutoModelForCausalLM.from_pretrained(models / role)
     (name, *_) = knobs
-    assert build(**{role: model}, **knobs) == f"{name} is set but the {role} is already a model; drop one of them."
+    assert (
+        build(**{role: model}, **knobs)
+        == f"{name} is set but the {role} is already a model; drop one of them."
+    )
     assert build(**knobs) == "all input was accepted"

@@ -1,9 +1,11 @@
-"""How many floating-point operations and bytes an update needs, phase by phase: the same numbers for every side.
+"""How many floating-point operations and bytes an update needs, phase by phase: the same numbers
+for every side.
 
-Counted is what the mathematics needs for the real tokens (a multiply-add is two operations): no padding, no
-recomputation, the heads at completion positions only. What a side computes beyond that lowers its share of the peak.
-Bytes are those of fp32 weights, their gradients and Adam's moments, and of the key-value cache, which do not fit a
-processor's caches; what lives between two operations (activations, logits) could and is left out.
+Counted is what the mathematics needs for the real tokens (a multiply-add is two operations): no
+padding, no recomputation, the heads at completion positions only. What a side computes beyond that
+lowers its share of the peak. Bytes are those of fp32 weights, their gradients and Adam's moments,
+and of the key-value cache, which do not fit a processor's caches; what lives between two operations
+(activations, logits) could and is left out.
 """
 
 from __future__ import annotations
@@ -12,10 +14,14 @@ from tools.bench.workload import PROMPT_TOKENS, SHAPES
 
 
 def phase_flops(vocabulary: int, lengths: list[int]) -> dict[str, float]:
-    """Operations of one update whose samples have PROMPT_TOKENS prompt tokens and `lengths` completion tokens."""
+    """Operations of one update whose samples have PROMPT_TOKENS prompt tokens and `lengths`
+    completion tokens.
+    """
     tokens, sequence_tokens = sum(lengths), sum(PROMPT_TOKENS + length for length in lengths)
     head = {role: 2 * vocabulary * SHAPES[role]["hidden_size"] * tokens for role in SHAPES}
-    body = {role: 2 * _weights(role) * sequence_tokens + _attention(role, lengths) for role in SHAPES}
+    body = {
+        role: 2 * _weights(role) * sequence_tokens + _attention(role, lengths) for role in SHAPES
+    }
     return {
         "rollout": body["student"] + head["student"],
         "score": body["teacher"],
@@ -25,14 +31,16 @@ def phase_flops(vocabulary: int, lengths: list[int]) -> dict[str, float]:
 
 
 def phase_bytes(vocabulary: int, lengths: list[int]) -> dict[str, float]:
-    """Bytes that one rank with these completions moves per update, at least: each weight once per pass over it."""
+    """Bytes that one rank with these completions moves per update, at least: each weight once per
+    pass over it.
+    """
     student = _weights("student") + vocabulary * SHAPES["student"]["hidden_size"]
     teacher_head = vocabulary * SHAPES["teacher"]["hidden_size"]
     everything = student + vocabulary * SHAPES["student"]["hidden_size"]  # and the input embedding
     cached = sum(length * PROMPT_TOKENS + length * (length + 1) / 2 for length in lengths)
     numbers = {
-        # All rows in one batch: a pass over the weights per step. Each token reads the keys and values before it,
-        # which are half as wide as the hidden states.
+        # All rows in one batch: a pass over the weights per step. Each token reads the keys and
+        # values before it, which are half as wide as the hidden states.
         "rollout": max(lengths) * student + cached * _key_value_width("student"),
         "score": _weights("teacher"),
         # Forward, backward, and the gradient written.
@@ -49,7 +57,9 @@ def _key_value_width(role: str) -> int:
 
 
 def _weights(role: str) -> int:
-    """Elements of the matrices in the layers: query and output, key and value (half the heads), gate, up and down."""
+    """Elements of the matrices in the layers: query and output, key and value (half the heads),
+    gate, up and down.
+    """
     shape = SHAPES[role]
     width = shape["hidden_size"]
     return shape["num_hidden_layers"] * (3 * width * width + 3 * width * shape["intermediate_size"])

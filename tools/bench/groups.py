@@ -1,4 +1,6 @@
-"""What is compared with what: each group is a set of sides that are timed in turn on the same work."""
+"""What is compared with what: each group is a set of sides that are timed in turn on the same
+work.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ ZERO3 = {
 
 @dataclass(frozen=True)
 class Group:
-    """`sides` by the name they have in the tables; `parts` do not train, so they have no gradient to check."""
+    """`sides` by the name they have in the tables; `parts` do not train, so they have no gradient
+    to check.
+    """
 
     name: str
     workload: Workload
@@ -83,8 +87,8 @@ def all_groups(work_dir: Path, quick: bool) -> list[Group]:
 
 
 def _fixed(vocabulary: int, quick: bool, allocator: bool = False) -> Group:
-    """Completions of 64 tokens, one process. TRL's GKDTrainer by default recomputes activations, and then samples
-    without a key-value cache; it is compared with and without, and so are we."""
+    """Completions of 64 tokens, one process. TRL's GKDTrainer by default recomputes activations,
+    and then samples without a key-value cache; it is compared with and without, and so are we."""
     work = Workload(vocabulary, budget=16 if quick else 64)
     make = _Maker(work).add("gkd_ds", "ours", deepspeed=STAGE_OF_ONE)
     if not allocator:
@@ -94,17 +98,29 @@ def _fixed(vocabulary: int, quick: bool, allocator: bool = False) -> Group:
     if not allocator:
         make.add("DeepSpeed rollout", "deepspeed_rollout")
     name = f"fixed/{vocabulary}" + ("/allocator" if allocator else "")
-    # Updates of a second or so: more of them, since the machine's speed moves by a tenth from one to the next.
+    # Updates of a second or so: more of them, since the machine's speed moves by a tenth from one
+    # to the next.
     return Group(name, work, make.add_peak().sides, allocator=allocator, runs=15)
 
 
 def _ragged(vocabulary: int, quick: bool, whole: bool) -> Group:
-    """Log-normal completion lengths, batch 32 in micro-batches of 8; `whole`: compare updates, else rollouts only."""
+    """Log-normal completion lengths, batch 32 in micro-batches of 8; `whole`: compare updates, else
+    rollouts only.
+    """
     work = Workload(vocabulary, rows=8, micro_batches=4, budget=32 if quick else 256, ragged=True)
-    make = _Maker(work).add("gkd_ds", "ours", deepspeed=STAGE_OF_ONE).add("transformers generate", "generate")
+    make = (
+        _Maker(work)
+        .add("gkd_ds", "ours", deepspeed=STAGE_OF_ONE)
+        .add("transformers generate", "generate")
+    )
     if whole:
         make.add("TRL GKDTrainer", "trl_gkd")
-    return Group(f"ragged/{vocabulary}", work, make.add_peak().sides, parts=("matmul", "transformers generate"))
+    return Group(
+        f"ragged/{vocabulary}",
+        work,
+        make.add_peak().sides,
+        parts=("matmul", "transformers generate"),
+    )
 
 
 def _zero3(vocabulary: int, quick: bool) -> Group:
@@ -120,14 +136,20 @@ def _teacher(vocabulary: int, quick: bool, work_dir: Path) -> Group:
     make = _Maker(Workload(vocabulary))
     for place in ("resident", "cpu", "nvme"):
         for micro_batches in (1, 4, 8):
-            work = Workload(vocabulary, 8 // micro_batches, micro_batches, budget=16 if quick else 64)
+            work = Workload(
+                vocabulary, 8 // micro_batches, micro_batches, budget=16 if quick else 64
+            )
             zero: dict = {"stage": 3}
             if place != "resident":
                 zero["offload_param"] = {"device": place}
             if place == "nvme":
                 here = work_dir / f"nvme-{micro_batches}"
                 here.mkdir(exist_ok=True)
-                zero["offload_param"] |= {"nvme_path": str(here), "buffer_count": "auto", "buffer_size": "auto"}
+                zero["offload_param"] |= {
+                    "nvme_path": str(here),
+                    "buffer_count": "auto",
+                    "buffer_size": "auto",
+                }
             file = {"zero_optimization": zero}
             name = f"{place}, {micro_batches}"
             make.add(name, "ours", workload=work, deepspeed=STAGE_OF_ONE, teacher_deepspeed=file)
@@ -139,7 +161,9 @@ def _loss(vocabulary: int) -> Group:
     """The loss alone: memory."""
     work = Workload(vocabulary)
     make = _Maker(work).add("gkd_ds", "loss_ours", options={"loss_memory_mb": 64})
-    make.add("dense (TRL GKDTrainer)", "loss_dense").add("chunked (TRL DistillationTrainer)", "loss_chunked")
+    make.add("dense (TRL GKDTrainer)", "loss_dense").add(
+        "chunked (TRL DistillationTrainer)", "loss_chunked"
+    )
     return Group(f"loss/{vocabulary}", work, make.sides, gated=False)
 
 

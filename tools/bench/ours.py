@@ -75,13 +75,23 @@ def run(case: Case, pace: Pace) -> None:
 
     class Callback(PaceCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if case.rank > 0:  # the driver takes these numbers from the first rank, which writes them
+            if (
+                case.rank > 0
+            ):  # the driver takes these numbers from the first rank, which writes them
                 return super().on_step_end(args, state, control, **kwargs)
             row = json.loads((case.output_dir / "metrics.jsonl").read_text().splitlines()[-1])
             for phase in ("rollout", "score", "learn"):
                 pace.seconds[phase] = row[f"perf/{phase}_s"]
-            names = ("decoded_rows_per_token", "padded_tokens", "teacher_bytes", "teacher_passes", "student_gathers")
-            pace.counted = {name: row[f"perf/{name}"] for name in names} | {"tokens": row["completion_tokens"]}
+            names = (
+                "decoded_rows_per_token",
+                "padded_tokens",
+                "teacher_bytes",
+                "teacher_passes",
+                "student_gathers",
+            )
+            pace.counted = {name: row[f"perf/{name}"] for name in names} | {
+                "tokens": row["completion_tokens"]
+            }
             super().on_step_end(args, state, control, **kwargs)
 
     trainer.add_callback(Callback(pace, begin))

@@ -1,8 +1,10 @@
-"""How a benchmarked process and the driver talk: the driver lets one update happen at a time and gets its times back.
+"""How a benchmarked process and the driver talk: the driver lets one update happen at a time and
+gets its times back.
 
-Each case runs in a process of its own. All processes of a comparison live at the same time, waiting; the driver wakes
-them in turn, so that every side sees the same machine (run.py). What is timed is everything between two ends of an
-update: data, sampling, logging and all that the trainer does around them.
+Each case runs in a process of its own. All processes of a comparison live at the same time,
+waiting; the driver wakes them in turn, so that every side sees the same machine (run.py). What is
+timed is everything between two ends of an update: data, sampling, logging and all that the trainer
+does around them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from transformers import TrainerCallback
 
 
 class Pace:
-    """The worker's end. `phase` times parts of an update; `step` ends one and waits for leave to do the next."""
+    """The worker's end. `phase` times parts of an update; `step` ends one and waits for leave to do
+    the next.
+    """
 
     def __init__(self, address: str, name: str, rank: int):
         self.connection: Connection = Client(address, family="AF_UNIX")
@@ -54,7 +58,12 @@ class Pace:
     def step(self) -> None:
         """An update has ended."""
         seconds, cpu = time.perf_counter() - self.started, time.process_time() - self.cpu
-        report = {"seconds": seconds, "cpu": cpu, "phases": dict(self.seconds), "peak_mb": peak_mb()}
+        report = {
+            "seconds": seconds,
+            "cpu": cpu,
+            "phases": dict(self.seconds),
+            "peak_mb": peak_mb(),
+        }
         report |= {"read_bytes": _read_bytes() - self.read_bytes, **self.counted}
         self.connection.send(report)
         self._wait()
@@ -67,7 +76,9 @@ class Pace:
 
 
 class PaceCallback(TrainerCallback):
-    """Puts a trainer (transformers', TRL's or ours: the same callback) under the driver's control."""
+    """Puts a trainer (transformers', TRL's or ours: the same callback) under the driver's
+    control.
+    """
 
     def __init__(self, pace: Pace, on_begin=None):
         self.pace, self.on_begin, self.update_started = pace, on_begin, 0.0

@@ -1,4 +1,6 @@
-"""Parts of the work measured alone: the machine's peak, plain `generate`, and the loss at the head."""
+"""Parts of the work measured alone: the machine's peak, plain `generate`, and the loss at the
+head.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ BANDWIDTH_BYTES = 100 * 2**20  # about a teacher
 
 
 def matmul(case: Case, pace: Pace) -> None:
-    """The fastest of a few large fp32 products and of a few sums of a large tensor: what floors are made of."""
+    """The fastest of a few large fp32 products and of a few sums of a large tensor: what floors are
+    made of.
+    """
     size = 2048
     a, b, out = (torch.randn(size, size) for _ in range(3))
     read = torch.ones(2 * BANDWIDTH_BYTES // 4)
@@ -23,12 +27,17 @@ def matmul(case: Case, pace: Pace) -> None:
     while True:
         product = min(_seconds(lambda: torch.mm(a, b, out=out)) for _ in range(5))
         reading = min(_seconds(read.sum) for _ in range(5))
-        pace.counted = {"flops_per_s": 2 * size**3 / product, "read_bytes_per_s": 2 * BANDWIDTH_BYTES / reading}
+        pace.counted = {
+            "flops_per_s": 2 * size**3 / product,
+            "read_bytes_per_s": 2 * BANDWIDTH_BYTES / reading,
+        }
         pace.step()
 
 
 def generate(case: Case, pace: Pace) -> None:
-    """transformers' `generate` on the prompts of a window, all rows in one batch, sampling as TRL's trainers do."""
+    """transformers' `generate` on the prompts of a window, all rows in one batch, sampling as TRL's
+    trainers do.
+    """
     from tools.bench.peers import _force_lengths  # late: TRL is slow to import
 
     work = case.workload
@@ -49,7 +58,9 @@ def generate(case: Case, pace: Pace) -> None:
         here = slice(window * work.samples, (window + 1) * work.samples)
         prompt_BT = torch.tensor([prompt_ids(prompt) for prompt in prompts[here]])
         with pace.phase("rollout"):
-            model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), generation_config=config)
+            model.generate(
+                prompt_BT, attention_mask=torch.ones_like(prompt_BT), generation_config=config
+            )
         pace.counted = {"tokens": sum(lengths[here])}
         pace.step()
 
@@ -66,7 +77,9 @@ def bandwidth_cpu(case: Case, pace: Pace) -> None:
 
 
 def bandwidth_nvme(case: Case, pace: Pace) -> None:
-    """Reading as many bytes from a file the way DeepSpeed reads offloaded weights: its own op, past the page cache."""
+    """Reading as many bytes from a file the way DeepSpeed reads offloaded weights: its own op, past
+    the page cache.
+    """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     file = case.output_dir.with_suffix(".bin")
@@ -82,7 +95,8 @@ def bandwidth_nvme(case: Case, pace: Pace) -> None:
         pace.step()
 
 
-# -- the loss at the head: 2 x 1,024 completion tokens, gradients for the hidden states and the student's head --
+# -- the loss at the head: 2 x 1,024 completion tokens, gradients for the hidden states and the
+# student's head --
 
 LOSS_TOKENS = 2048
 
@@ -102,7 +116,9 @@ def loss_ours(case: Case, pace: Pace) -> None:
         temperature=1.0,
         chunk_bytes=case.options["loss_memory_mb"] * 2**20,
     )
-    _measure_loss(pace, head, hidden_ND, lambda: divergence(hidden_ND, loss=inputs)[0] / LOSS_TOKENS)
+    _measure_loss(
+        pace, head, hidden_ND, lambda: divergence(hidden_ND, loss=inputs)[0] / LOSS_TOKENS
+    )
 
 
 def loss_dense(case: Case, pace: Pace) -> None:
@@ -127,7 +143,9 @@ def loss_chunked(case: Case, pace: Pace) -> None:
     mask_1N = torch.ones(1, LOSS_TOKENS)
 
     def loss():
-        return _chunked_divergence_loss(hidden_ND[None], teacher_NE[None], head.weight, teacher_VE, mask_1N, 0.5)[0]
+        return _chunked_divergence_loss(
+            hidden_ND[None], teacher_NE[None], head.weight, teacher_VE, mask_1N, 0.5
+        )[0]
 
     _measure_loss(pace, head, hidden_ND, loss)
 
@@ -143,7 +161,9 @@ def _loss_inputs(case: Case):
 
 
 def _measure_loss(pace: Pace, head: torch.nn.Linear, hidden_ND: torch.Tensor, loss) -> None:
-    """Peak of the resident memory above what is there before; the head's gradient counts, on all sides."""
+    """Peak of the resident memory above what is there before; the head's gradient counts, on all
+    sides.
+    """
     pace.ready()
     while True:
         head.weight.grad = hidden_ND.grad = None
@@ -153,7 +173,11 @@ def _measure_loss(pace: Pace, head: torch.nn.Linear, hidden_ND: torch.Tensor, lo
         value.backward()
         increase = peak_mb() - before
         gradients = float(head.weight.grad.norm()), float(hidden_ND.grad.norm())
-        pace.counted = {"increase_mb": increase, "loss": float(value.detach()), "gradient_norms": gradients}
+        pace.counted = {
+            "increase_mb": increase,
+            "loss": float(value.detach()),
+            "gradient_norms": gradients,
+        }
         pace.step()
 
 

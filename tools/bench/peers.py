@@ -1,7 +1,9 @@
-"""The other sides of the benchmark: TRL's two trainers and DeepSpeed's rollout helper, each used as its users use it.
+"""The other sides of the benchmark: TRL's two trainers and DeepSpeed's rollout helper, each used as
+its users use it.
 
-Nothing here makes a peer slower: no hook runs inside its loops but a timer around generation, around the teacher's
-forward, around a training step and around the optimizer, and in the ragged case a stopping criterion per row.
+Nothing here makes a peer slower: no hook runs inside its loops but a timer around generation,
+around the teacher's forward, around a training step and around the optimizer, and in the ragged
+case a stopping criterion per row.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from tools.bench.workload import END, PROMPT_TOKENS, prompt_ids
 
 
 class ForcedLengths(StoppingCriteria):
-    """Ends each row one token before its length: `generate` then writes the end token as the last one."""
+    """Ends each row one token before its length: `generate` then writes the end token as the last
+    one.
+    """
 
     def __init__(self, lengths: dict[tuple[int, ...], int]):
         self.lengths = lengths
@@ -45,14 +49,17 @@ class ForcedLengths(StoppingCriteria):
 def trl_gkd(case: Case, pace: Pace) -> None:
     """TRL's GKDTrainer, every micro-batch on-policy."""
     if case.deepspeed:
-        # On the CPU accelerate starts torch's process group alone, and DeepSpeed would take itself for one rank.
+        # On the CPU accelerate starts torch's process group alone, and DeepSpeed would take itself
+        # for one rank.
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     work = case.workload
     prompts, _ = case.prompts_and_lengths()
     # The completion of the data is replaced by a sampled one; one token of it is enough.
     answer = {"role": "assistant", "content": "w3"}
     rows = [{"messages": [{"role": "user", "content": prompt}, answer]} for prompt in prompts]
-    config = GKDConfig(max_new_tokens=work.budget, lmbda=1.0, **_common(case), train_sampling_strategy="sequential")
+    config = GKDConfig(
+        max_new_tokens=work.budget, lmbda=1.0, **_common(case), train_sampling_strategy="sequential"
+    )
     trainer = GKDTrainer(
         model=str(case.models / "student"),
         teacher_model=str(case.models / "teacher"),
@@ -64,7 +71,9 @@ def trl_gkd(case: Case, pace: Pace) -> None:
     _force_lengths(trainer.model, case)
 
     def loss(samples, total):
-        return trainer.compute_loss(trainer.model_wrapped, padded(samples, END), num_items_in_batch=total)
+        return trainer.compute_loss(
+            trainer.model_wrapped, padded(samples, END), num_items_in_batch=total
+        )
 
     trainer.add_callback(PaceCallback(pace, lambda: _parity_of_trainer(trainer, case, loss)))
     trainer.train()
@@ -75,7 +84,9 @@ def trl_distillation(case: Case, pace: Pace) -> None:
     work = case.workload
     prompts, _ = case.prompts_and_lengths()
     rows = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts]
-    config = DistillationConfig(max_completion_length=work.budget, shuffle_dataset=False, **_common(case))
+    config = DistillationConfig(
+        max_completion_length=work.budget, shuffle_dataset=False, **_common(case)
+    )
     trainer = DistillationTrainer(
         model=str(case.models / "student"),
         teacher_model=str(case.models / "teacher"),
@@ -107,8 +118,9 @@ def trl_distillation(case: Case, pace: Pace) -> None:
 def deepspeed_rollout(case: Case, pace: Pace) -> None:
     """DeepSpeed's rollout helper and its dense loss, in the shortest loop that trains with them.
 
-    The engine is an ordinary one: a hybrid engine of a Llama does not initialise on the CPU ("not implemented on CPU
-    backend"). At stage 0 its parameters are whole, which suits the helper's plain `generate` best.
+    The engine is an ordinary one: a hybrid engine of a Llama does not initialise on the CPU ("not
+    implemented on CPU backend"). At stage 0 its parameters are whole, which suits the helper's
+    plain `generate` best.
     """
     work = case.workload
     prompts, _ = case.prompts_and_lengths()
@@ -124,14 +136,18 @@ def deepspeed_rollout(case: Case, pace: Pace) -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
-    engine, *_ = deepspeed.initialize(model=student, config=ds_config, optimizer=optimizer, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=student, config=ds_config, optimizer=optimizer, dist_init_required=False
+    )
     rollout = HybridEngineRollout(engine, _tokenizer(case))
     sampling = SamplingConfig(max_new_tokens=work.budget, temperature=1.0)
     _force_lengths(student, case)
 
     def loss(batch: opsd.ResponseTokenBatch, score: str = "score"):
         with torch.no_grad(), pace.phase(score):
-            teacher_logits = teacher(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            teacher_logits = teacher(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask
+            ).logits
         logits = engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         return opsd.generalized_jsd_loss(
             batch.select_causal_logits(logits),
@@ -162,14 +178,21 @@ def deepspeed_rollout(case: Case, pace: Pace) -> None:
         facts["parity"] = whole
     pace.ready(**facts)
     for window in range(case.windows):
-        ids = [prompt_ids(prompt) for prompt in prompts[window * work.samples : (window + 1) * work.samples]]
+        ids = [
+            prompt_ids(prompt)
+            for prompt in prompts[window * work.samples : (window + 1) * work.samples]
+        ]
         tokens = 0
         for micro_batch in range(work.micro_batches):
             engine.set_gradient_accumulation_boundary(micro_batch == work.micro_batches - 1)
             with pace.phase("rollout"):
                 engine.eval()
-                prompt_BT = torch.tensor(ids[micro_batch * work.rows : (micro_batch + 1) * work.rows])
-                rolled_out = rollout.generate(RolloutRequest(prompt_BT, torch.ones_like(prompt_BT)), sampling)
+                prompt_BT = torch.tensor(
+                    ids[micro_batch * work.rows : (micro_batch + 1) * work.rows]
+                )
+                rolled_out = rollout.generate(
+                    RolloutRequest(prompt_BT, torch.ones_like(prompt_BT)), sampling
+                )
                 engine.train()
                 batch = opsd.ResponseTokenBatch.from_rollout(rolled_out)
             scored = pace.seconds["score"]
@@ -184,7 +207,8 @@ def deepspeed_rollout(case: Case, pace: Pace) -> None:
         pace.step()
 
 
-# -- what TRL's two trainers share ------------------------------------------------------------------------------
+# -- what TRL's two trainers share
+# ------------------------------------------------------------------------------
 
 
 def _common(case: Case) -> dict[str, Any]:
@@ -215,7 +239,9 @@ def _tokenizer(case: Case):
 
 
 def _time_phases(trainer, pace: Pace, module, teacher: torch.nn.Module) -> None:
-    """Rollout: the model unwrapped for generation, and generation. Learn: what else a training step does."""
+    """Rollout: the model unwrapped for generation, and generation. Learn: what else a training step
+    does.
+    """
     unwrap = module.unwrap_model_for_generation
 
     @contextmanager
@@ -240,13 +266,18 @@ def _time_phases(trainer, pace: Pace, module, teacher: torch.nn.Module) -> None:
 def _force_lengths(model, case: Case) -> None:
     if case.workload.ragged:
         prompts, lengths = case.prompts_and_lengths()
-        criterion = ForcedLengths({prompt_ids(prompt): length for prompt, length in zip(prompts, lengths)})
+        criterion = ForcedLengths(
+            {prompt_ids(prompt): length for prompt, length in zip(prompts, lengths)}
+        )
         generate = model.generate
-        model.generate = lambda *args, **kwargs: generate(*args, stopping_criteria=[criterion], **kwargs)
+        model.generate = lambda *args, **kwargs: generate(
+            *args, stopping_criteria=[criterion], **kwargs
+        )
 
 
 def _parity_of_trainer(trainer, case: Case, loss) -> dict[str, Any]:
-    """Loss and gradients of the parity batch, micro-batch by micro-batch, through `loss(samples, total)`.
+    """Loss and gradients of the parity batch, micro-batch by micro-batch, through `loss(samples,
+    total)`.
 
     Gradients of several ranks are averaged, so `total` is the number of completion tokens per rank.
     """

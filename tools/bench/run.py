@@ -1,10 +1,12 @@
 """Run the benchmark: the same distillation through gkd_ds and through its peers, side by side.
 
-    bash tools/bench/run.sh                                      # everything: results.json, results.md, results.png
-    python -m tools.bench.run --quick                            # a smoke run of everything, in a few minutes
-    python -m tools.bench.run --groups fixed/8192 zero3/8192     # some of it
+    bash tools/bench/run.sh                                      # everything: results.json,
+    results.md, results.png python -m tools.bench.run --quick                            # a smoke
+    run of everything, in a few minutes python -m tools.bench.run --groups fixed/8192 zero3/8192
+    # some of it
 
-README.md beside this file says what is compared and how. Run it from the project's root, on a quiet machine.
+README.md beside this file says what is compared and how. Run it from the project's root, on a quiet
+machine.
 """
 
 from __future__ import annotations
@@ -45,11 +47,19 @@ class Side:
             port = str(probe.getsockname()[1])
         self.processes = []
         for rank in range(case.world_size):
-            environment = dict(os.environ, OMP_NUM_THREADS=str(threads), DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1")
+            environment = dict(
+                os.environ, OMP_NUM_THREADS=str(threads), DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1"
+            )
             environment |= {"TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            if case.world_size > 1:  # alone, a rank would make TRL wrap its model for data parallelism
-                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.world_size)}
+            if (
+                case.world_size > 1
+            ):  # alone, a rank would make TRL wrap its model for data parallelism
+                environment |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(case.world_size),
+                }
             if allocator:
                 environment["GLIBC_TUNABLES"] = ALLOCATOR
             process = subprocess.Popen(
@@ -82,7 +92,9 @@ class Side:
         self.facts = self._receive(deadline)[0]
 
     def update(self) -> dict[str, Any]:
-        """One update of all ranks: rank 0's report; times and peaks are the slowest's and the largest rank's."""
+        """One update of all ranks: rank 0's report; times and peaks are the slowest's and the
+        largest rank's.
+        """
         for connection in self.connections:
             connection.send("go")
         reports = self._receive(time.monotonic() + STARTUP_SECONDS)
@@ -148,7 +160,9 @@ def run_group(group: Group, settings: Settings) -> dict[str, Any]:
                 parity_file=here / "gradients.pt" if gated else None,
                 windows=warmup + runs + 1,
             )
-            sides[name] = Side(name, case, settings.threads // case.world_size, group.allocator, here)
+            sides[name] = Side(
+                name, case, settings.threads // case.world_size, group.allocator, here
+            )
             if len(sides) % 2 == 0:  # the imports of two at a time fill two cores
                 sides[name].wait_until_ready()
         for side in sides.values():
@@ -170,40 +184,66 @@ def run_group(group: Group, settings: Settings) -> dict[str, Any]:
         "world_size": group.world_size,
         "allocator": group.allocator,
         "parity": parity,
-        "sides": {name: {"loaded_mb": side.facts["loaded_mb"], "runs": side.reports} for name, side in sides.items()},
+        "sides": {
+            name: {"loaded_mb": side.facts["loaded_mb"], "runs": side.reports}
+            for name, side in sides.items()
+        },
     }
 
 
 def check_parity(group: Group, sides: dict[str, Side]) -> dict[str, Any]:
-    """Compare every gated side with the group's first. Ends the run where one disagrees: nothing is timed then."""
+    """Compare every gated side with the group's first. Ends the run where one disagrees: nothing is
+    timed then.
+    """
     gated = {name: side for name, side in sides.items() if side.case.parity_file}
     if not gated:
         return {}
     reference_name, reference = next(iter(gated.items()))
     result = {}
     for name, side in gated.items():
-        loss = abs(side.facts["parity"] - reference.facts["parity"]) / abs(reference.facts["parity"])
+        loss = abs(side.facts["parity"] - reference.facts["parity"]) / abs(
+            reference.facts["parity"]
+        )
         gradient, worst = largest_difference(side.case.parity_file, reference.case.parity_file)
-        result[name] = {"loss": side.facts["parity"], "loss_difference": loss, "gradient_difference": gradient}
-        print(f"   parity {name:28s} loss {loss:.1e}  gradients {gradient:.1e} ({worst})", flush=True)
+        result[name] = {
+            "loss": side.facts["parity"],
+            "loss_difference": loss,
+            "gradient_difference": gradient,
+        }
+        print(
+            f"   parity {name:28s} loss {loss:.1e}  gradients {gradient:.1e} ({worst})", flush=True
+        )
         if not max(loss, gradient) <= TOLERANCE:
             raise SystemExit(
-                f"{name} and {reference_name} disagree on identical tokens: loss by {loss:.2e}, gradient of {worst} by "
+                f"{name} and {reference_name} disagree on identical tokens: loss by {loss:.2e}, "
+                f"gradient of {worst} by "
                 f"{gradient:.2e}; nothing is timed."
             )
     return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny vocabularies and one run each: does everything work?"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--groups", nargs="+", help="names, or the beginnings of names, of what to run")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny vocabularies and one run each: does everything work?",
+    )
+    parser.add_argument(
+        "--groups", nargs="+", help="names, or the beginnings of names, of what to run"
+    )
     parser.add_argument("--runs", type=int, default=5, help="timed updates per side (default 5)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of all ranks of a side together (default 2)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="where results.* are written")
-    parser.add_argument("--list", action="store_true", help="print the names of the groups and stop")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="threads of all ranks of a side together (default 2)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent, help="where results.* are written"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print the names of the groups and stop"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         groups = all_groups(Path(temporary), arguments.quick)
@@ -212,8 +252,14 @@ def main() -> None:
         if arguments.list or not groups:
             print("\n".join(group.name for group in all_groups(Path(temporary), arguments.quick)))
             return
-        settings = Settings(1, 1 if arguments.quick else arguments.runs, arguments.threads, Path(temporary))
-        results: dict[str, Any] = {"machine": machine(arguments.threads), "quick": arguments.quick, "groups": {}}
+        settings = Settings(
+            1, 1 if arguments.quick else arguments.runs, arguments.threads, Path(temporary)
+        )
+        results: dict[str, Any] = {
+            "machine": machine(arguments.threads),
+            "quick": arguments.quick,
+            "groups": {},
+        }
         started = time.monotonic()
         arguments.output.mkdir(parents=True, exist_ok=True)
         file = arguments.output / "results.json"

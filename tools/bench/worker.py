@@ -1,6 +1,8 @@
-"""One benchmarked process: `python -m tools.bench.worker SOCKET NAME`, with the case as JSON on standard input.
+"""One benchmarked process: `python -m tools.bench.worker SOCKET NAME`, with the case as JSON on
+standard input.
 
-Started by run.py only. Standard output and error belong to the libraries (they end up in a log file).
+Started by run.py only. Standard output and error belong to the libraries (they end up in a log
+file).
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import torch  # noqa: E402
 from tools.bench.case import Case  # noqa: E402
 from tools.bench.pace import Pace  # noqa: E402
 
-# DeepSpeed would compile its shared-memory communication op for three minutes; gloo does without it.
+# DeepSpeed would compile its shared-memory communication op for three minutes; gloo does without
+# it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -54,7 +57,15 @@ def _part(name: str):
     return run
 
 
-PARTS = ("matmul", "generate", "bandwidth_cpu", "bandwidth_nvme", "loss_ours", "loss_dense", "loss_chunked")
+PARTS = (
+    "matmul",
+    "generate",
+    "bandwidth_cpu",
+    "bandwidth_nvme",
+    "loss_ours",
+    "loss_dense",
+    "loss_chunked",
+)
 SIDES = {
     "ours": _ours,
     **{name: _peer(name) for name in ("trl_gkd", "trl_distillation", "deepspeed_rollout")},

@@ -1,11 +1,14 @@
-"""The work that every side of the benchmark does: two random models, a tokenizer, prompts, completion lengths.
+"""The work that every side of the benchmark does: two random models, a tokenizer, prompts,
+completion lengths.
 
-Real Hugging Face directories, so that each trainer loads them as it would load anything else. The numbers are those of
-the project's measurements: a student of 4 layers x 256 and a teacher of 8 layers x 512 (Llama), 50 prompt tokens.
+Real Hugging Face directories, so that each trainer loads them as it would load anything else. The
+numbers are those of the project's measurements: a student of 4 layers x 256 and a teacher of 8
+layers x 512 (Llama), 50 prompt tokens.
 
-Lengths are forced in a way that costs no side anything. The weights are made so that the end token is never drawn
-(`_never_end`): completions are then as long as the budget. In the ragged case each sample has a length of its own,
-known by its prompt; the peers get it as a stopping criterion of transformers, gkd_ds as the limit of a sample.
+Lengths are forced in a way that costs no side anything. The weights are made so that the end token
+is never drawn (`_never_end`): completions are then as long as the budget. In the ragged case each
+sample has a length of its own, known by its prompt; the peers get it as a stopping criterion of
+transformers, gkd_ds as the limit of a sample.
 """
 
 from __future__ import annotations
@@ -28,15 +31,27 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
 SHAPES = {
-    "student": {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4},
-    "teacher": {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8},
+    "student": {
+        "num_hidden_layers": 4,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_attention_heads": 4,
+    },
+    "teacher": {
+        "num_hidden_layers": 8,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_attention_heads": 8,
+    },
 }
 PROMPT_TOKENS = 50
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One update of one rank: `micro_batches` x `rows` samples, at most `budget` sampled tokens each."""
+    """One update of one rank: `micro_batches` x `rows` samples, at most `budget` sampled tokens
+    each.
+    """
 
     vocabulary: int
     rows: int = 4
@@ -49,16 +64,20 @@ class Workload:
         return self.rows * self.micro_batches
 
     def lengths(self, window_samples: int, windows: int) -> list[int]:
-        """Completion tokens of each sample in the order of the data; every window has the same lengths, shuffled.
+        """Completion tokens of each sample in the order of the data; every window has the same
+        lengths, shuffled.
 
-        Ragged lengths are the quantiles of a log-normal distribution with a mean of about a third of the budget.
+        Ragged lengths are the quantiles of a log-normal distribution with a mean of about a third
+        of the budget.
         """
         if not self.ragged:
             return [self.budget] * window_samples * windows
         sigma = 0.9
         mu = math.log(self.budget / 3) - sigma**2 / 2
         normal = NormalDist(mu, sigma)
-        quantiles = [normal.inv_cdf((place + 0.5) / window_samples) for place in range(window_samples)]
+        quantiles = [
+            normal.inv_cdf((place + 0.5) / window_samples) for place in range(window_samples)
+        ]
         of_window = [max(2, min(self.budget, round(math.exp(q)))) for q in quantiles]
         draw, lengths = random.Random(0), []
         for _ in range(windows):
@@ -79,7 +98,10 @@ def make_models(directory: Path, vocabulary: int) -> None:
 def make_prompts(vocabulary: int, count: int, seed: int = 0) -> list[str]:
     """Texts of PROMPT_TOKENS - 2 tokens (the template adds two), all different."""
     draw = random.Random(seed)
-    return [" ".join(f"w{draw.randrange(3, vocabulary)}" for _ in range(PROMPT_TOKENS - 2)) for _ in range(count)]
+    return [
+        " ".join(f"w{draw.randrange(3, vocabulary)}" for _ in range(PROMPT_TOKENS - 2))
+        for _ in range(count)
+    ]
 
 
 def prompt_ids(prompt: str) -> tuple[int, ...]:
@@ -108,8 +130,8 @@ def _model(role: str, vocabulary: int, seed: int) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def _never_end(model: LlamaForCausalLM) -> None:
-    """Dimension 0 of the residual stream is 1 for every token, and the end token's logit is -60 times what becomes
-    of it: the end token is out of reach of sampling, at no cost to anybody."""
+    """Dimension 0 of the residual stream is 1 for every token, and the end token's logit is -60
+    times what becomes of it: the end token is out of reach of sampling, at no cost to anybody."""
     model.model.embed_tokens.weight[:, 0] = 1.0
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight[0] = 0.0

@@ -1,4 +1,6 @@
-"""An exported directory loads with the trained weights, never looks complete before it is, and keeps no secret."""
+"""An exported directory loads with the trained weights, never looks complete before it is, and
+keeps no secret.
+"""
 
 import base64
 import http.server
@@ -75,7 +77,9 @@ def test_loads_with_equal_logits(tmp_path, family, tied, form):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_loads_with_equal_logits(tmp_path, family):
-    model = make_model(family, tokenizer=TOKENIZER, vocab_size=400, tie_word_embeddings=family == "gemma2")
+    model = make_model(
+        family, tokenizer=TOKENIZER, vocab_size=400, tie_word_embeddings=family == "gemma2"
+    )
     export_model(model, model.state_dict(), TOKENIZER, None, tmp_path, {})
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
@@ -110,7 +114,8 @@ def test_dtype_of_the_export_is_the_dtype_of_the_state(tmp_path):
 
 def test_tokenizer_template_and_generation_config_come_along(tmp_path):
     model = make_model("llama", tokenizer=TOKENIZER)
-    # transformers refuses to save this one (a temperature without sampling), and published models carry such.
+    # transformers refuses to save this one (a temperature without sampling), and published models
+    # carry such.
     generation_config = GenerationConfig(
         eos_token_id=[2, 1], pad_token_id=0, do_sample=False, temperature=0.6
     )
@@ -128,7 +133,10 @@ def test_tokenizer_template_and_generation_config_come_along(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda state: state.pop("model.norm.weight"), "not the model's parameters.*model.norm.weight"),
+        (
+            lambda state: state.pop("model.norm.weight"),
+            "not the model's parameters.*model.norm.weight",
+        ),
         (lambda state: state.update(extra=torch.ones(1)), "not the model's parameters.*extra"),
         (
             lambda state: state.update({"model.norm.weight": torch.empty(0)}),
@@ -152,7 +160,9 @@ def test_an_incomplete_state_is_no_export(tmp_path, damage, message):
 def test_death_at_every_step_of_the_move_leaves_old_new_or_no_model(tmp_path):
     """A real process dies before its n-th change to the directory, for every n."""
     old, new = (make_model("llama", tokenizer=TOKENIZER, seed=seed) for seed in (1, 2))
-    export_model(old, old.state_dict(), TOKENIZER, None, tmp_path / "old", {}, max_shard_size="100KB")
+    export_model(
+        old, old.state_dict(), TOKENIZER, None, tmp_path / "old", {}, max_shard_size="100KB"
+    )
     export_model(new, new.state_dict(), TOKENIZER, None, tmp_path / "new", {})
     outcomes = []
     for deadly_step in range(1, 40):
@@ -174,7 +184,9 @@ def test_death_at_every_step_of_the_move_leaves_old_new_or_no_model(tmp_path):
     export_model(
         new, new.state_dict(), TOKENIZER, None, tmp_path / "run-5", {}
     )  # and the next export repairs it
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "run-5")), logits(new))
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "run-5")), logits(new)
+    )
     assert not (tmp_path / "run-5" / UNFINISHED).exists()
 
 
@@ -250,11 +262,20 @@ def test_model_card_of_nothing_and_of_awkward_names(tmp_path):
     assert model_card({}) == model_card(everything_missing)
     assert model_card({}).startswith("---\nlibrary_name: transformers")
     text = model_card(
-        {"student": str(tmp_path / "my teacher"), "teacher": "a|b\n# c: 'd'", "dataset": "/data/x.jsonl"}
+        {
+            "student": str(tmp_path / "my teacher"),
+            "teacher": "a|b\n# c: 'd'",
+            "dataset": "/data/x.jsonl",
+        }
     )
     front = yaml.safe_load(text.split("---\n", 2)[1])
     assert "base_model" not in front and "datasets" not in front
-    assert str(tmp_path) not in text and "/data" not in text and "my teacher" in text and r"a\|b # c" in text
+    assert (
+        str(tmp_path) not in text
+        and "/data" not in text
+        and "my teacher" in text
+        and r"a\|b # c" in text
+    )
 
 
 def test_a_canary_secret_is_in_no_exported_file(tmp_path, monkeypatch):
@@ -301,7 +322,11 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
             self.answer({"files": files})
         elif "/commit/" in path:
             self.answer(
-                {"commitUrl": "http://127.0.0.1/org/made/commit/1", "commitOid": "1", "pullRequestUrl": None}
+                {
+                    "commitUrl": "http://127.0.0.1/org/made/commit/1",
+                    "commitOid": "1",
+                    "pullRequestUrl": None,
+                }
             )
         else:
             self.answer({})
@@ -369,10 +394,14 @@ def test_push_uploads_the_model_and_not_the_run(hub, run_dir, strategy, more, bl
     assert uploaded(hub).keys() == expected and uploaded(hub)["config.json"] == b"config.json"
     assert address.endswith("/org/made")
     # On a fresh machine the client also asks for a public list, without a token.
-    ours = [request for request in hub.requests if "/repos/" in request[0] or "/models/" in request[0]]
+    ours = [
+        request for request in hub.requests if "/repos/" in request[0] or "/models/" in request[0]
+    ]
     assert len(ours) > 3 and {authorization for _, _, authorization in ours} == {"Bearer hf_mine"}
     assert any(path.endswith("/commit/trained") for path, _, _ in hub.requests)
-    created = json.loads(next(body for path, body, _ in hub.requests if path.endswith("/repos/create")))
+    created = json.loads(
+        next(body for path, body, _ in hub.requests if path.endswith("/repos/create"))
+    )
     assert (created["name"], created["organization"]) == ("made", "org")
 
 
@@ -405,8 +434,18 @@ def test_push_arguments(run_dir):
 def test_push_to_hub_takes_what_trl_takes_for_the_model_card(hub, run_dir):
     trainer = GKDTrainer.__new__(GKDTrainer)  # no engine takes part in a push
     trainer.args = GKDConfig(output_dir=str(run_dir), hub_model_id="org/made", hub_token="hf_mine")
-    trainer._names, trainer._train_examples, trainer.state = {"student": "org/base"}, None, TrainerState()
-    card = {"model_name": "My student", "dataset_name": "org/chats", "language": "en", "license": "mit", "tags": ["x"]}
+    trainer._names, trainer._train_examples, trainer.state = (
+        {"student": "org/base"},
+        None,
+        TrainerState(),
+    )
+    card = {
+        "model_name": "My student",
+        "dataset_name": "org/chats",
+        "language": "en",
+        "license": "mit",
+        "tags": ["x"],
+    }
     assert trainer.push_to_hub("a commit", **card).endswith("/org/made")
     text = uploaded(hub)["README.md"].decode()
     front = yaml.safe_load(text.split("---\n")[1])
@@ -414,7 +453,10 @@ def test_push_to_hub_takes_what_trl_takes_for_the_model_card(hub, run_dir):
     assert "x" in front["tags"] and "gkd" in front["tags"] and "\n# My student\n" in text
     assert front["base_model"] == "org/base" and "org/base" in text
     trainer.push_to_hub(finetuned_from="org/other", dataset_name=None)
-    assert yaml.safe_load((run_dir / "README.md").read_text().split("---\n")[1])["base_model"] == "org/other"
+    assert (
+        yaml.safe_load((run_dir / "README.md").read_text().split("---\n")[1])["base_model"]
+        == "org/other"
+    )
 
 
 @pytest.mark.parametrize("arguments, sentence", [

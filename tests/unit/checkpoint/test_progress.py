@@ -1,4 +1,6 @@
-"""What a run remembers goes into a checkpoint and comes back; a state of another kind is refused in one sentence."""
+"""What a run remembers goes into a checkpoint and comes back; a state of another kind is refused in
+one sentence.
+"""
 
 from __future__ import annotations
 
@@ -42,17 +44,30 @@ PROGRESS = Progress(
 def found(config: GKDConfig, **changes: Any) -> Manifest:
     """A manifest as it is read back."""
     state = {
-        "trainer_state": dataclasses.asdict(TrainerState(global_step=4, log_history=[{"loss": 1.0}])),
+        "trainer_state": dataclasses.asdict(
+            TrainerState(global_step=4, log_history=[{"loss": 1.0}])
+        ),
         "progress": dataclasses.asdict(PROGRESS),
         "tracker_run_id": "abc",
         "config": {**config.to_dict(), **changes},
         "schedule": {
-            **{name: 4 for name in ("num_samples", "window_samples", "seed", "data_seed", "draw_samples")},
+            **{
+                name: 4
+                for name in ("num_samples", "window_samples", "seed", "data_seed", "draw_samples")
+            },
             "drop_last": False,
             "training data": "fingerprint",
         },
     }
-    return Manifest(Path("run/checkpoint-4"), 4, 1, 1, {}, json.loads(json.dumps(state)), store.library_versions())
+    return Manifest(
+        Path("run/checkpoint-4"),
+        4,
+        1,
+        1,
+        {},
+        json.loads(json.dumps(state)),
+        store.library_versions(),
+    )
 
 
 @pytest.fixture
@@ -79,9 +94,13 @@ def places(shape: Any, path: tuple = ()) -> Iterator[tuple]:
 
 @pytest.mark.parametrize("damage", ["missing", "wrong"])
 @pytest.mark.parametrize(
-    "place", [*places(STATE), *places(TRAINER_STATE, ("trainer_state",))], ids=lambda place: ".".join(map(str, place))
+    "place",
+    [*places(STATE), *places(TRAINER_STATE, ("trainer_state",))],
+    ids=lambda place: ".".join(map(str, place)),
 )
-def test_a_state_of_another_kind_is_refused_by_name(config: GKDConfig, place: tuple, damage: str) -> None:
+def test_a_state_of_another_kind_is_refused_by_name(
+    config: GKDConfig, place: tuple, damage: str
+) -> None:
     manifest = copy.deepcopy(found(config))
     part = manifest.state
     for name in place[:-1]:
@@ -89,17 +108,28 @@ def test_a_state_of_another_kind_is_refused_by_name(config: GKDConfig, place: tu
     if damage == "missing":
         del part[place[-1]]
     else:
-        part[place[-1]] = {"of": "another kind"} if not isinstance(part[place[-1]], dict) else "of another kind"
+        part[place[-1]] = (
+            {"of": "another kind"} if not isinstance(part[place[-1]], dict) else "of another kind"
+        )
     with pytest.raises(InputError) as caught:
         check_state(manifest)
     sentence = str(caught.value)
-    assert sentence.startswith("cannot resume from run/checkpoint-4: ") and f"{place[-1]}" in sentence
+    assert (
+        sentence.startswith("cannot resume from run/checkpoint-4: ") and f"{place[-1]}" in sentence
+    )
     assert "\n" not in sentence
 
 
-def test_differences_that_matter_are_said(config: GKDConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_differences_that_matter_are_said(
+    config: GKDConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert differences(found(config), config) == []
-    unimportant = {"logging_steps": 3.0, "output_dir": "elsewhere", "save_total_limit": 9, "local_rank": 5}
+    unimportant = {
+        "logging_steps": 3.0,
+        "output_dir": "elsewhere",
+        "save_total_limit": 9,
+        "local_rank": 5,
+    }
     assert differences(found(config, **unimportant), config) == []
     assert differences(found(config, beta=0.7, lr_scheduler_type="cosine"), config) == [
         "differs from the checkpoint: beta was 0.7 and is now 0.5",
@@ -110,4 +140,7 @@ def test_differences_that_matter_are_said(config: GKDConfig, monkeypatch: pytest
     before = found(config)
     monkeypatch.syspath_prepend(str(tmp_path))
     (sentence,) = differences(before, config)
-    assert sentence == f"differs from the checkpoint: torch was {before.versions['torch']} and is now 0.1"
+    assert (
+        sentence
+        == f"differs from the checkpoint: torch was {before.versions['torch']} and is now 0.1"
+    )

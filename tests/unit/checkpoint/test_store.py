@@ -1,4 +1,6 @@
-"""Checkpoints in one process: what a save leaves, what find refuses and names, what prune deletes."""
+"""Checkpoints in one process: what a save leaves, what find refuses and names, what prune
+deletes.
+"""
 
 import errno
 import json
@@ -31,7 +33,8 @@ def no_faults() -> Iterator[None]:
 def write(directory: Path) -> None:
     (directory / "engine").mkdir()
     torch.save(
-        {"weights": torch.arange(100.0)}, directory / "engine" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+        {"weights": torch.arange(100.0)},
+        directory / "engine" / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
     )
     (directory / "random.json").write_text("[1, 2, 3]")
 
@@ -88,23 +91,36 @@ def test_secrets_do_not_reach_the_manifest(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_file_that_no_resume_would_read_fails_the_save(tmp_path: Path) -> None:
-    """Below stage 3 DeepSpeed's files hold a class of its own; one that is not known must not be found out later."""
+    """Below stage 3 DeepSpeed's files hold a class of its own; one that is not known must not be
+    found out later.
+    """
     from deepspeed.utils.tensor_fragment import fragment_address
 
     def write_object(content: object) -> Callable[[Path], None]:
-        return lambda directory: torch.save({"param_slice_mappings": [content]}, directory / "optim_states.pt")
+        return lambda directory: torch.save(
+            {"param_slice_mappings": [content]}, directory / "optim_states.pt"
+        )
 
     path = store.save(tmp_path, 1, write_object(fragment_address(3, 5)), {})
-    assert engine_files.read(path / "optim_states.pt") == {"param_slice_mappings": [fragment_address(3, 5)]}
-    with pytest.raises(CheckpointError, match="step 2 .*would call 'pathlib.PosixPath' when loaded"):
+    assert engine_files.read(path / "optim_states.pt") == {
+        "param_slice_mappings": [fragment_address(3, 5)]
+    }
+    with pytest.raises(
+        CheckpointError, match="step 2 .*would call 'pathlib.PosixPath' when loaded"
+    ):
         store.save(tmp_path, 2, write_object(Path("x")), {})
     assert names(tmp_path) == ["checkpoint-1", "latest"]
 
 
-def test_a_manifest_too_large_to_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_too_large_to_be_read_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(manifest, "LARGEST_MANIFEST", 2000)
     store.save(tmp_path, 1, write, {})
-    with pytest.raises(CheckpointError, match="its manifest would be larger than the 2000 bytes that a resume reads"):
+    with pytest.raises(
+        CheckpointError,
+        match="its manifest would be larger than the 2000 bytes that a resume reads",
+    ):
         store.save(tmp_path, 2, write, {"log": "x" * 2000})
     assert find_step(tmp_path) == 1
 
@@ -138,8 +154,10 @@ def test_links_are_not_written_through(tmp_path: Path) -> None:
 
 
 def test_only_one_run_in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second one waits a little, in case that the first is ending; what is left of a dead run is in nobody's way."""
-    monkeypatch.setattr(checkpoint, "PATIENCE", 0.5)
+    """A second one waits a little, in case that the first is ending; what is left of a dead run is
+    in nobody's way.
+    """
+    monkeypatch.setattr(store, "PATIENCE", 0.5)
     run_dir = tmp_path / "new" / "run"
     with store.only_run(run_dir):
         with pytest.raises(InputError, match="another run is training in"), store.only_run(run_dir):
@@ -156,7 +174,7 @@ with store.only_run(sys.argv[1]):
         assert other.stdout.readline() == "held\n"
         with pytest.raises(InputError, match="another run is training in"), store.only_run(run_dir):
             pass
-        monkeypatch.setattr(checkpoint, "PATIENCE", 30.0)
+        monkeypatch.setattr(store, "PATIENCE", 30.0)
         other.kill()
         with store.only_run(run_dir):
             assert names(run_dir) == [".lock"]
@@ -233,7 +251,9 @@ def test_leftover_directories(tmp_path: Path) -> None:
     assert [path.name for path in store.prune(tmp_path, None)] == ["checkpoint-2.trash-0123abcd"]
 
 
-def test_foreign_directory_with_the_target_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_foreign_directory_with_the_target_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "precious.txt").write_text("mine")
     with pytest.raises(InputError, match="has no manifest.json"):
@@ -280,7 +300,9 @@ def rewrite_manifest(path: Path, change: dict) -> None:
     (path / "manifest.json").write_text(manifest.render(body))
 
 
-@pytest.mark.parametrize("listed", [False, True], ids=["hash differs", "listed in a forged manifest"])
+@pytest.mark.parametrize(
+    "listed", [False, True], ids=["hash differs", "listed in a forged manifest"]
+)
 @pytest.mark.parametrize("legacy", [False, True], ids=["torch file", "plain pickle"])
 def test_malicious_pickle_does_not_run(tmp_path: Path, listed: bool, legacy: bool) -> None:
     canary = tmp_path / "canary"
@@ -304,7 +326,8 @@ def test_malicious_pickle_does_not_run(tmp_path: Path, listed: bool, legacy: boo
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "/etc/passwd", "a/../../x", "", "a//b", "./a", "a\0b", "\ud800", "manifest.json"]
+    "name",
+    ["../x", "/etc/passwd", "a/../../x", "", "a//b", "./a", "a\0b", "\ud800", "manifest.json"],
 )
 def test_names_that_leave_the_directory(tmp_path: Path, name: str) -> None:
     path = save(tmp_path, 1)
@@ -333,7 +356,9 @@ def test_wrong_types_in_a_manifest(tmp_path: Path, field: str, value: object) ->
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=10,
 )
 manifest_like = st.fixed_dictionaries(
@@ -351,7 +376,9 @@ manifest_like = st.fixed_dictionaries(
             max_size=2,
         ),
         "state": json_values,
-        "versions": st.dictionaries(st.text(max_size=3), st.text(max_size=3) | json_values, max_size=2),
+        "versions": st.dictionaries(
+            st.text(max_size=3), st.text(max_size=3) | json_values, max_size=2
+        ),
     },
 )
 
@@ -370,7 +397,14 @@ def test_any_manifest_is_accepted_or_refused_in_one_sentence(raw: bytes) -> None
 @settings(max_examples=200, deadline=None)
 @given(position=st.integers(0), bit=st.integers(0, 7))
 def test_every_flipped_bit_of_a_manifest_is_noticed(position: int, bit: int) -> None:
-    body = {"step": 1, "sequence": 1, "world_size": 1, "files": {}, "state": {"window": 7}, "versions": {}}
+    body = {
+        "step": 1,
+        "sequence": 1,
+        "world_size": 1,
+        "files": {},
+        "state": {"window": 7},
+        "versions": {},
+    }
     intact = manifest.render(body).encode()
     raw = bytearray(intact)
     raw[position % len(raw)] ^= 1 << bit
@@ -378,7 +412,9 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(position: int, bit: int) -> 
         parsed = manifest.parse(bytes(raw), Path("checkpoint-1"))
     except InputError:
         return
-    assert parsed == manifest.parse(intact, Path("checkpoint-1")), "only white space may change unnoticed"
+    assert parsed == manifest.parse(intact, Path("checkpoint-1")), (
+        "only white space may change unnoticed"
+    )
 
 
 def test_deep_nesting_and_huge_numbers() -> None:
@@ -387,9 +423,16 @@ def test_deep_nesting_and_huge_numbers() -> None:
             manifest.parse(raw, Path("checkpoint-1"))
 
 
-# ---------------------------------------------------------------------------------------- full disks
+# -- full disks -------------------------------------------------------------------------------
 
-WRITE_STEPS = ["save.begin", "save.write", "save.hash", "save.manifest", "save.latest_text", "save.rename"]
+WRITE_STEPS = [
+    "save.begin",
+    "save.write",
+    "save.hash",
+    "save.manifest",
+    "save.latest_text",
+    "save.rename",
+]
 
 
 @pytest.mark.parametrize("point", WRITE_STEPS)
@@ -419,7 +462,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)], capture_output=True
     )
     if mount.returncode != 0:
-        pytest.skip(f"NO FULL DISK TESTED: mounting a tmpfs needs root ({mount.stderr.decode().strip()})")
+        pytest.skip(
+            f"NO FULL DISK TESTED: mounting a tmpfs needs root ({mount.stderr.decode().strip()})"
+        )
     yield directory
     subprocess.run(["umount", str(directory)], check=True)
 
@@ -440,7 +485,7 @@ def test_full_disk(small_disk: Path) -> None:
     assert find_step(small_disk) == 3
 
 
-# ------------------------------------------------------------------------------------------- pruning
+# -- pruning ----------------------------------------------------------------------------------
 
 
 def test_prune_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
@@ -464,11 +509,19 @@ def test_prune_touches_nothing_that_is_not_ours(tmp_path: Path) -> None:
     (run_dir / "checkpoint-best").mkdir()
     (run_dir / "checkpoint-3.tmp-0123abcd").symlink_to(outside)
     store.prune(run_dir, keep=1)
-    kept = ["checkpoint-0", "checkpoint-2", "checkpoint-3.tmp-0123abcd", "checkpoint-best", "latest"]
+    kept = [
+        "checkpoint-0",
+        "checkpoint-2",
+        "checkpoint-3.tmp-0123abcd",
+        "checkpoint-best",
+        "latest",
+    ]
     assert names(run_dir) == kept and outside.is_dir()
 
 
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, 1)
     truncate(save(tmp_path, 2) / OPTIM)
     monkeypatch.setattr("sys.argv", ["checkpoint", str(tmp_path)])
@@ -478,7 +531,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 
 
 def test_an_enumeration_is_data_whatever_python_wrote_it(tmp_path: Path) -> None:
-    """Early releases of Python 3.11 pickle a member as a call of getattr: their checkpoints could not be read."""
+    """Early releases of Python 3.11 pickle a member as a call of getattr: their checkpoints could
+    not be read.
+    """
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
     from gkd_ds.checkpoint import engine_files

@@ -1,4 +1,6 @@
-"""GKDConfig: the seed's fields and defaults, what each kind of value is read as, and every refusal in one sentence."""
+"""GKDConfig: the seed's fields and defaults, what each kind of value is read as, and every refusal
+in one sentence.
+"""
 
 import dataclasses
 import json
@@ -17,7 +19,9 @@ SEED = json.loads(Path(__file__).with_name("seed_api.json").read_text())["GKDCon
 
 def assert_one_sentence(message: str, *parts: str) -> None:
     assert "\n" not in message and message.endswith((".", "?")), message
-    assert len(re.findall(r"[a-z)'\"][.] [A-Z]", message)) == 0, f"more than one sentence: {message}"
+    assert len(re.findall(r"[a-z)'\"][.] [A-Z]", message)) == 0, (
+        f"more than one sentence: {message}"
+    )
     for part in parts:
         assert part in message, f"{part!r} is not in: {message}"
 
@@ -27,7 +31,9 @@ def assert_one_sentence(message: str, *parts: str) -> None:
 
 @pytest.mark.parametrize("seed_field", SEED, ids=lambda seed_field: seed_field["name"])
 def test_seed_field_exists_with_its_default_and_a_meaning(seed_field):
-    (field,) = [field for field in dataclasses.fields(GKDConfig) if field.name == seed_field["name"]]
+    (field,) = [
+        field for field in dataclasses.fields(GKDConfig) if field.name == seed_field["name"]
+    ]
     if seed_field["default"] == "<factory>":
         assert field.default_factory() in ({}, [])
     else:
@@ -47,11 +53,20 @@ def test_unsupported_field_is_refused_by_name_and_accepted_with_its_default(name
     other = {bool: not default, str: "other", int: 7}.get(type(default))
     if other is None:  # default None or a container: something of the declared type
         text = str(next(f.type for f in dataclasses.fields(GKDConfig) if f.name == name))
-        choices = {"int": 7, "bool": True, "float": 0.5, "dict": {"a": 1}, "list": ["a"], "str": "other"}
+        choices = {
+            "int": 7,
+            "bool": True,
+            "float": 0.5,
+            "dict": {"a": 1},
+            "list": ["a"],
+            "str": "other",
+        }
         other = next(value for kind, value in choices.items() if kind in text)
     with pytest.raises(InputError) as caught:
         GKDConfig(**{name: other})
-    assert_one_sentence(str(caught.value), f"GKDConfig field '{name}' is not supported by gkd_ds", "remove it")
+    assert_one_sentence(
+        str(caught.value), f"GKDConfig field '{name}' is not supported by gkd_ds", "remove it"
+    )
 
 
 def test_output_dir_is_the_first_argument_and_has_a_default():
@@ -121,19 +136,32 @@ def test_transformers_enums_and_callbacks_understand_it():
     from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
     config = GKDConfig(
-        eval_strategy=IntervalStrategy.STEPS, eval_steps=2, save_strategy=SaveStrategy.NO, logging_steps=3
+        eval_strategy=IntervalStrategy.STEPS,
+        eval_steps=2,
+        save_strategy=SaveStrategy.NO,
+        logging_steps=3,
     )
-    assert config.eval_strategy == IntervalStrategy.STEPS and config.save_strategy == SaveStrategy.NO
+    assert (
+        config.eval_strategy == IntervalStrategy.STEPS and config.save_strategy == SaveStrategy.NO
+    )
     assert config.eval_strategy.value == "steps"
     state = TrainerState(global_step=2, max_steps=10)
     state.compute_steps(config, 10)
     control = DefaultFlowCallback().on_step_end(config, state, TrainerControl())
-    assert (control.should_evaluate, control.should_log, control.should_save) == (True, False, False)
+    assert (control.should_evaluate, control.should_log, control.should_save) == (
+        True,
+        False,
+        False,
+    )
 
 
 def test_validate_may_be_called_again():
     config = GKDConfig(
-        max_runtime="1h", eval_strategy="steps", report_to="wandb", load_best_model_at_end=True, save_steps=20
+        max_runtime="1h",
+        eval_strategy="steps",
+        report_to="wandb",
+        load_best_model_at_end=True,
+        save_steps=20,
     )
     before = config.to_dict()
     config.validate()
@@ -197,11 +225,19 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"eval_strategy": True}, ["'eval_strategy'"]),
         ({"save_strategy": "steps", "save_steps": 0}, ["'save_steps'"]),
         ({"logging_steps": 1.5}, ["'logging_steps'", "whole number"]),
-        ({"eval_strategy": "steps", "logging_strategy": "no", "logging_steps": 0}, ["'eval_steps'"]),
+        (
+            {"eval_strategy": "steps", "logging_strategy": "no", "logging_steps": 0},
+            ["'eval_steps'"],
+        ),
         ({"load_best_model_at_end": True}, ["load_best_model_at_end", "eval_strategy"]),
         ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, ["save_strategy"]),
         (
-            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3, "save_steps": 5},
+            {
+                "load_best_model_at_end": True,
+                "eval_strategy": "steps",
+                "eval_steps": 3,
+                "save_steps": 5,
+            },
             ["multiple of eval_steps"],
         ),
         ({"save_strategy": "best"}, ["save_strategy: best", "eval_strategy"]),
@@ -238,14 +274,24 @@ def test_wrong_value_is_refused_with_one_sentence(settings, parts):
 
 
 ANY_VALUE = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("nan") | st.just("1e5"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.just("nan")
+    | st.just("1e5"),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
 
 @settings(max_examples=300, deadline=None)
-@given(name=st.sampled_from([field.name for field in dataclasses.fields(GKDConfig)]), value=ANY_VALUE)
+@given(
+    name=st.sampled_from([field.name for field in dataclasses.fields(GKDConfig)]), value=ANY_VALUE
+)
 def test_any_value_of_any_field_makes_a_config_or_an_input_error(name, value):
     try:
         config = GKDConfig(**{name: value})
@@ -288,7 +334,9 @@ def test_missing_model_directory(name, path, tmp_path):
 
 
 def test_directory_without_a_model(tmp_path):
-    assert "has no config.json" in refusal(output_dir=str(tmp_path / "out"), model_name_or_path=str(tmp_path))
+    assert "has no config.json" in refusal(
+        output_dir=str(tmp_path / "out"), model_name_or_path=str(tmp_path)
+    )
 
 
 def test_model_is_a_file(model_dir, tmp_path):
@@ -303,11 +351,14 @@ def test_gguf_file_takes_the_place_of_config_json(tmp_path):
 
 
 def test_hub_names_are_left_to_the_hub(tmp_path):
-    GKDConfig(output_dir=str(tmp_path / "out"), model_name_or_path="org/name", dataset_name="gpt2").validate_files()
+    GKDConfig(
+        output_dir=str(tmp_path / "out"), model_name_or_path="org/name", dataset_name="gpt2"
+    ).validate_files()
 
 
 @pytest.mark.parametrize(
-    "path", ["./rows", "train.jsonl", "data/train.parquet", "x.json", "/no/rows.jsonl", "~no/such/home"]
+    "path",
+    ["./rows", "train.jsonl", "data/train.parquet", "x.json", "/no/rows.jsonl", "~no/such/home"],
 )
 def test_missing_dataset(path, tmp_path):
     assert path in refusal(output_dir=str(tmp_path / "out"), dataset_name=path)
@@ -315,12 +366,18 @@ def test_missing_dataset(path, tmp_path):
 
 def test_empty_dataset_directory(tmp_path):
     (tmp_path / "rows").mkdir()
-    assert "is empty" in refusal(output_dir=str(tmp_path / "out"), dataset_name=str(tmp_path / "rows"))
+    assert "is empty" in refusal(
+        output_dir=str(tmp_path / "out"), dataset_name=str(tmp_path / "rows")
+    )
 
 
 def test_missing_checkpoint_and_chat_template(tmp_path):
-    assert "resume_from_checkpoint" in refusal(output_dir=str(tmp_path), resume_from_checkpoint="no/such")
-    assert "chat_template_path" in refusal(output_dir=str(tmp_path), chat_template_path="./no.jinja")
+    assert "resume_from_checkpoint" in refusal(
+        output_dir=str(tmp_path), resume_from_checkpoint="no/such"
+    )
+    assert "chat_template_path" in refusal(
+        output_dir=str(tmp_path), chat_template_path="./no.jinja"
+    )
 
 
 def test_output_dir_that_cannot_be_written(tmp_path):
@@ -335,7 +392,9 @@ def test_output_dir_with_another_run(trace, tmp_path):
     (tmp_path / trace).parent.mkdir(exist_ok=True)
     (tmp_path / trace).write_text("")
     assert "already holds a run" in occupied(None, output_dir=str(tmp_path))
-    assert "already holds a run" in occupied(False, output_dir=str(tmp_path), resume_from_checkpoint="auto")
+    assert "already holds a run" in occupied(
+        False, output_dir=str(tmp_path), resume_from_checkpoint="auto"
+    )
     GKDConfig(output_dir=str(tmp_path), overwrite_output_dir=True).check_output_dir_is_free(None)
     GKDConfig(output_dir=str(tmp_path)).check_output_dir_is_free("auto")
     GKDConfig(output_dir=str(tmp_path)).validate_files()  # whoever only evaluates may stand there
@@ -350,7 +409,10 @@ def test_output_dir_is_not_created_by_checking_it(tmp_path):
 
 def test_output_dir_may_not_be_a_model(model_dir):
     assert "model_name_or_path" in occupied(
-        None, output_dir=str(model_dir), model_name_or_path=str(model_dir), overwrite_output_dir=True
+        None,
+        output_dir=str(model_dir),
+        model_name_or_path=str(model_dir),
+        overwrite_output_dir=True,
     )
 
 
@@ -382,41 +444,83 @@ ZERO3 = {"zero_optimization": {"stage": 3}}
         ({"tensorboard": {}}, {}, ["'tensorboard'"]),
         ({"sequence_parallel_size": 2}, {}, ["'sequence_parallel_size'", "samples of its own"]),
         ({"tensor_parallel": {"autotp_size": 2}}, {}, ["'tensor_parallel'"]),
-        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 0}}, {}, ["zero_hpz_partition_size 0"]),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 0}},
+            {},
+            ["zero_hpz_partition_size 0"],
+        ),
         ({"csv_monitor": {}}, {}, ["'csv_monitor'"]),
         ({"scheduler": {"type": "WarmupLR"}}, {}, ["'scheduler'", "lr_scheduler_type"]),
         ({"hybrid_engine": {"enabled": True}}, {}, ["hybrid_engine", "rollout_engine"]),
         ({"optimizer": {"type": "SGD"}}, {}, ["'SGD'", "AdamW"]),
         ({"optimizer": "AdamW"}, {}, ["must be an object"]),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, {}, ["optimizer.params.lr 0.001", "learning_rate"]),
-        ({"optimizer": {"type": "AdamW", "params": {"betas": [0.8, 0.9]}}}, {}, ["betas", "adam_beta1"]),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
+            {},
+            ["optimizer.params.lr 0.001", "learning_rate"],
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"betas": [0.8, 0.9]}}},
+            {},
+            ["betas", "adam_beta1"],
+        ),
         ({"optimizer": {"type": "AdamW", "params": {"momentum": 0.9}}}, {}, ["momentum"]),
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, {}, ["adam_w_mode"]),
         ({"zero_optimization": {"stage": 4}}, {}, ["stage 4"]),
         ({"zero_optimization": {"stage": "3"}}, {}, ["stage '3'"]),
         ({"zero_optimization": {"stage": True}}, {}, ["stage True"]),
         ({"zero_optimization": 3}, {}, ["must be an object"]),
-        ({"zero_optimization": {"stage": 2}}, {"rollout_engine": "sharded"}, ["stage 2", "sharded"]),
-        ({"zero_optimization": {"stage": 2}}, {"offload_optimizer_states": True}, ["stage 2", "use stage 3"]),
+        (
+            {"zero_optimization": {"stage": 2}},
+            {"rollout_engine": "sharded"},
+            ["stage 2", "sharded"],
+        ),
+        (
+            {"zero_optimization": {"stage": 2}},
+            {"offload_optimizer_states": True},
+            ["stage 2", "use stage 3"],
+        ),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
             {"offload_optimizer_states": True},
             ["never on the device", "offload_optimizer_states"],
         ),
-        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, {}, ["offload_param", "stage 2"]),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, {}, ["'disk'"]),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, {}, ["nvme_path"]),
         (
-            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/dev/shm"}}},
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            {},
+            ["offload_param", "stage 2"],
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, {}, ["'disk'"]),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            {},
+            ["nvme_path"],
+        ),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "nvme", "nvme_path": "/dev/shm"},
+                }
+            },
             {"save_strategy": "steps"},
             ["optimizer on NVMe", "no checkpoint can be resumed with", "save_strategy: no"],
         ),
         (
-            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/proc/swap"}}},
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_param": {"device": "nvme", "nvme_path": "/proc/swap"},
+                }
+            },
             {},
             ["'/proc/swap'", "nothing can be written"],
         ),
-        ({"zero_optimisation": {"stage": 3}}, {}, ["'zero_optimisation'", "did you mean 'zero_optimization'?"]),
+        (
+            {"zero_optimisation": {"stage": 3}},
+            {},
+            ["'zero_optimisation'", "did you mean 'zero_optimization'?"],
+        ),
         ({"train_micro_batch_size_per_gpus": 8}, {}, ["did you mean"]),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, dict) and value else "",
@@ -429,7 +533,9 @@ def test_student_file_that_contradicts(file, settings, parts, tmp_path, monkeypa
 
 
 def test_student_file_without_zero(tmp_path):
-    assert "zero_optimization" in refusal(output_dir=str(tmp_path / "out"), deepspeed={"bf16": {"enabled": "auto"}})
+    assert "zero_optimization" in refusal(
+        output_dir=str(tmp_path / "out"), deepspeed={"bf16": {"enabled": "auto"}}
+    )
 
 
 def test_train_batch_size_is_checked_against_the_ranks(tmp_path, monkeypatch):
@@ -452,7 +558,9 @@ def test_hpz_groups_are_checked_against_the_ranks(tmp_path, monkeypatch):
 def test_zeropp_s_quantization_is_refused_on_the_cpu(name, tmp_path):
     from gkd_ds.engine import zero
 
-    config = GKDConfig(output_dir=str(tmp_path), deepspeed={"zero_optimization": {"stage": 3, name: True}})
+    config = GKDConfig(
+        output_dir=str(tmp_path), deepspeed={"zero_optimization": {"stage": 3, name: True}}
+    )
     with pytest.raises(InputError, match=f"{name} needs kernels that DeepSpeed has for GPUs only"):
         zero.student_config(config, world_size=1, hidden_size=64)
 
@@ -465,7 +573,10 @@ def test_zeropp_s_quantization_is_refused_on_the_cpu(name, tmp_path):
         ({"optimizer": {"type": "AdamW"}}, ["'optimizer'"]),
         ({"scheduler": {}}, ["'scheduler'"]),
         ({"hybrid_engine": {}}, ["'hybrid_engine'"]),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, ["offload_optimizer"]),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+            ["offload_optimizer"],
+        ),
         ({"bf16": {"enabled": True}}, ["bf16.enabled true"]),
         ({"wandb": {}}, ["'wandb'"]),
     ],
@@ -485,13 +596,30 @@ AGREEING = [
         "gradient_accumulation_steps": "auto",
         "train_batch_size": "auto",
     },
-    {**ZERO3, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0},
+    {
+        **ZERO3,
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+    },
     {**ZERO3, "bf16": {"enabled": "auto"}, "fp16": {"enabled": False}},
-    {**ZERO3, "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "torch_adam": True}}},
-    {**ZERO3, "optimizer": {"type": "Adam", "params": {"lr": 2e-5, "betas": [0.9, 0.999], "eps": 1e-8}}},
+    {
+        **ZERO3,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "torch_adam": True},
+        },
+    },
+    {
+        **ZERO3,
+        "optimizer": {"type": "Adam", "params": {"lr": 2e-5, "betas": [0.9, 0.999], "eps": 1e-8}},
+    },
     {"zero_optimization": {"stage": 0}},
     {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
-    {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}, "comms_logger": {"enabled": True}},
+    {
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"},
+        "comms_logger": {"enabled": True},
+    },
 ]
 
 
@@ -499,7 +627,10 @@ AGREEING = [
 def test_student_file_that_agrees(file, tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(file))
-    assert GKDConfig(output_dir=str(tmp_path), deepspeed=str(path)).read_deepspeed_files() == (file, None)
+    assert GKDConfig(output_dir=str(tmp_path), deepspeed=str(path)).read_deepspeed_files() == (
+        file,
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -528,7 +659,9 @@ def test_unreadable_deepspeed_file(name, content, part, tmp_path):
 
 @pytest.mark.parametrize("name", ["deepspeed", "teacher_deepspeed"])
 def test_missing_deepspeed_file(name, tmp_path):
-    assert "No such file" in refusal(output_dir=str(tmp_path), **{name: str(tmp_path / "none.json")})
+    assert "No such file" in refusal(
+        output_dir=str(tmp_path), **{name: str(tmp_path / "none.json")}
+    )
     assert "directory" in refusal(output_dir=str(tmp_path), **{name: str(tmp_path)})
 
 
@@ -545,17 +678,21 @@ def test_to_dict_is_json_without_secrets(monkeypatch):
         eval_strategy="epoch",
     )
     text = config.to_json_string()
-    assert "secret" not in text and "secret" not in repr(config).replace("hf_nested_secret", "").replace(
-        "hf_environment_secret", ""
-    )
+    assert "secret" not in text and "secret" not in repr(config).replace(
+        "hf_nested_secret", ""
+    ).replace("hf_environment_secret", "")
     written = json.loads(text)
     assert written["eos_token"] == "<|im_end|>" and written["eval_strategy"] == "epoch"
     assert written["model_init_kwargs"]["revision"] == "main" and "hub_token" not in written
-    assert all(isinstance(value, (bool, int, float, str)) for value in config.to_sanitized_dict().values())
+    assert all(
+        isinstance(value, (bool, int, float, str)) for value in config.to_sanitized_dict().values()
+    )
 
 
 def test_to_dict_makes_the_same_config_again():
-    config = GKDConfig(beta=0.25, max_runtime="1h", eval_strategy="steps", eval_steps=3, report_to="wandb")
+    config = GKDConfig(
+        beta=0.25, max_runtime="1h", eval_strategy="steps", eval_steps=3, report_to="wandb"
+    )
     assert GKDConfig(**config.to_dict()) == config
 
 

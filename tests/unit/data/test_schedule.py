@@ -1,4 +1,6 @@
-"""Which samples a window holds, and who completes them: none lost or repeated, the same for any number of ranks."""
+"""Which samples a window holds, and who completes them: none lost or repeated, the same for any
+number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ SCHEDULER = StepScheduler(
 def window(scheduler: StepScheduler, step: int) -> list[list[int]]:
     """Per micro-batch, the places of all ranks."""
     return [
-        [place for rank in range(scheduler.world_size) for place in scheduler.rows(step, micro_batch, rank)]
+        [
+            place
+            for rank in range(scheduler.world_size)
+            for place in scheduler.rows(step, micro_batch, rank)
+        ]
         for micro_batch in range(scheduler.micro_batches)
     ]
 
@@ -39,9 +45,15 @@ def window(scheduler: StepScheduler, step: int) -> list[list[int]]:
     world=st.integers(1, 6),
     epoch=st.integers(0, 3),
 )
-def test_an_epoch_has_every_sample_once_in_order(samples, batch, accumulation, world, epoch) -> None:
+def test_an_epoch_has_every_sample_once_in_order(
+    samples, batch, accumulation, world, epoch
+) -> None:
     scheduler = replace(
-        SCHEDULER, num_samples=samples, micro_batch_size=batch, micro_batches=accumulation, world_size=world
+        SCHEDULER,
+        num_samples=samples,
+        micro_batch_size=batch,
+        micro_batches=accumulation,
+        world_size=world,
     )
     steps = range(epoch * scheduler.windows_per_epoch, (epoch + 1) * scheduler.windows_per_epoch)
     assert {scheduler.epoch_of(step) for step in steps} == {epoch}
@@ -51,11 +63,21 @@ def test_an_epoch_has_every_sample_once_in_order(samples, batch, accumulation, w
 
 
 @settings(deadline=None)
-@given(samples=st.integers(1, 120), batch=st.integers(1, 7), accumulation=st.integers(1, 5), world=st.integers(1, 6))
+@given(
+    samples=st.integers(1, 120),
+    batch=st.integers(1, 7),
+    accumulation=st.integers(1, 5),
+    world=st.integers(1, 6),
+)
 def test_drop_last_gives_whole_windows_only(samples, batch, accumulation, world) -> None:
-    scheduler = StepScheduler(samples, batch, accumulation, world, seed=0, lmbda=0.5, seq_kd=False, drop_last=True)
+    scheduler = StepScheduler(
+        samples, batch, accumulation, world, seed=0, lmbda=0.5, seq_kd=False, drop_last=True
+    )
     seen = Counter(
-        place for step in range(scheduler.windows_per_epoch) for places in window(scheduler, step) for place in places
+        place
+        for step in range(scheduler.windows_per_epoch)
+        for places in window(scheduler, step)
+        for place in places
     )
     if samples >= scheduler.window_samples:
         assert len(seen) == samples // scheduler.window_samples * scheduler.window_samples
@@ -93,28 +115,42 @@ def test_lmbda_is_the_share_of_on_policy_micro_batches(lmbda: float) -> None:
     deviation = (lmbda * (1 - lmbda) / len(draws)) ** 0.5
     assert abs(sum(draws) / len(draws) - lmbda) < 4 * deviation
     repeated = sum(a == b for a, b in zip(draws, draws[1:])) / (len(draws) - 1)
-    assert abs(repeated - (lmbda**2 + (1 - lmbda) ** 2)) < 0.03, "neighbouring draws are independent"
+    assert abs(repeated - (lmbda**2 + (1 - lmbda) ** 2)) < 0.03, (
+        "neighbouring draws are independent"
+    )
 
 
 def test_seeds_draw_differently_and_a_seed_draws_the_same() -> None:
     drawn = {
-        seed: tuple(replace(SCHEDULER, seed=seed).source(step, 0) for step in range(64)) for seed in (0, 1, 2, 0x50)
+        seed: tuple(replace(SCHEDULER, seed=seed).source(step, 0) for step in range(64))
+        for seed in (0, 1, 2, 0x50)
     }
     assert len(set(drawn.values())) == 4
     assert hashed_uniform(3, 1, 4) == hashed_uniform(3, 1, 4) != hashed_uniform(3, 4, 1)
     assert all(0 <= hashed_uniform(-seed, seed) < 1 for seed in range(1000))
 
 
-@pytest.mark.parametrize("world, batch, accumulation", [(1, 12, 1), (1, 1, 12), (3, 2, 2), (4, 3, 1), (12, 1, 1)])
-def test_another_layout_keeps_the_draws_it_is_told(world: int, batch: int, accumulation: int) -> None:
+@pytest.mark.parametrize(
+    "world, batch, accumulation", [(1, 12, 1), (1, 1, 12), (3, 2, 2), (4, 3, 1), (12, 1, 1)]
+)
+def test_another_layout_keeps_the_draws_it_is_told(
+    world: int, batch: int, accumulation: int
+) -> None:
     new = replace(
-        SCHEDULER, micro_batch_size=batch, micro_batches=accumulation, world_size=world, draw_samples=4, num_samples=91
+        SCHEDULER,
+        micro_batch_size=batch,
+        micro_batches=accumulation,
+        world_size=world,
+        draw_samples=4,
+        num_samples=91,
     )
     old = replace(SCHEDULER, num_samples=91)
     assert old.draw_samples == 4
     for step in range(40):
         places = [place for micro_batch in window(old, step) for place in micro_batch]
         assert sorted(place for places in window(new, step) for place in places) == places
-        drawn = [old.source(step, m) for m, stretch in enumerate(window(old, step)) for _ in stretch]
+        drawn = [
+            old.source(step, m) for m, stretch in enumerate(window(old, step)) for _ in stretch
+        ]
         assert [new.source_at(step, place) for place in places] == drawn
         assert new.sources(step) == set(drawn)

@@ -1,4 +1,6 @@
-"""Which student and teacher may be compared, on how many token ids; and the tokenizer trainer of tools/."""
+"""Which student and teacher may be compared, on how many token ids; and the tokenizer trainer of
+tools/.
+"""
 
 import json
 import subprocess
@@ -13,7 +15,11 @@ from gkd_ds.runtime.errors import InputError
 from tests import ROOT
 from tools.train_tokenizer import main, train_tokenizer
 
-TEXTS = ["The quick brown fox jumps over the lazy dog.", "Hello there, how are you? 12 345", "  two  spaces"] * 9
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Hello there, how are you? 12 345",
+    "  two  spaces",
+] * 9
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +34,25 @@ def tokenizer(directory):
     return transformers.AutoTokenizer.from_pretrained(directory)
 
 
-@pytest.mark.parametrize("student, teacher, shared", [(340, 340, 340), (352, 384, 352), (384, 340, 340)])
+@pytest.mark.parametrize(
+    "student, teacher, shared", [(340, 340, 340), (352, 384, 352), (384, 340, 340)]
+)
 def test_heads_padded_to_different_sizes_share_the_smaller(tokenizer, student, teacher, shared):
     assert shared_vocabulary_size(tokenizer, tokenizer, student, teacher) == shared
 
 
 def test_special_tokens_may_play_other_parts(tokenizer, directory):
-    teacher = transformers.AutoTokenizer.from_pretrained(directory, eos_token="<s>", pad_token="<unk>")
+    teacher = transformers.AutoTokenizer.from_pretrained(
+        directory, eos_token="<s>", pad_token="<unk>"
+    )
     assert shared_vocabulary_size(tokenizer, teacher, 340, 340) == 340
 
 
 @pytest.mark.parametrize("who, student, teacher", [("student", 339, 340), ("teacher", 340, 300)])
 def test_a_head_smaller_than_its_vocabulary_is_refused(tokenizer, who, student, teacher):
-    with pytest.raises(InputError, match=f"the {who} scores 3.. token ids but the tokenizer knows 340"):
+    with pytest.raises(
+        InputError, match=f"the {who} scores 3.. token ids but the tokenizer knows 340"
+    ):
         shared_vocabulary_size(tokenizer, tokenizer, student, teacher)
 
 
@@ -51,16 +63,22 @@ def test_the_first_differing_token_is_shown(tokenizer, tmp_path):
     assert first >= 259, "specials and bytes are common to both"
     with pytest.raises(InputError) as caught:
         shared_vocabulary_size(tokenizer, other, 340, 340)
-    expected = f"token id {first} is {ours[first]!r} to the student and {theirs[first]!r} to the teacher"
+    expected = (
+        f"token id {first} is {ours[first]!r} to the student and {theirs[first]!r} to the teacher"
+    )
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_token_that_only_one_side_knows_is_refused(tokenizer, directory):
     other = transformers.AutoTokenizer.from_pretrained(directory)
     other.add_tokens(["<tool_call>"])
-    with pytest.raises(InputError, match="token id 340 is no token to the student and '<tool_call>' to the teacher"):
+    with pytest.raises(
+        InputError, match="token id 340 is no token to the student and '<tool_call>' to the teacher"
+    ):
         shared_vocabulary_size(tokenizer, other, 384, 384)
-    with pytest.raises(InputError, match="'<tool_call>' to the student and no token to the teacher"):
+    with pytest.raises(
+        InputError, match="'<tool_call>' to the student and no token to the teacher"
+    ):
         shared_vocabulary_size(other, tokenizer, 384, 384)
 
 
@@ -75,7 +93,9 @@ def test_a_token_that_loading_added_and_no_head_scores_is_no_difference(director
 
 def test_a_renamed_special_token_is_refused(directory, tmp_path, tokenizer):
     other = train_tokenizer(TEXTS, tmp_path, 340, eos_token="<|end|>")
-    with pytest.raises(InputError, match=r"token id 2 is '</s>' to the student and '<\|end\|>' to the teacher"):
+    with pytest.raises(
+        InputError, match=r"token id 2 is '</s>' to the student and '<\|end\|>' to the teacher"
+    ):
         shared_vocabulary_size(tokenizer, other, 340, 340)
 
 
@@ -93,13 +113,20 @@ def test_a_trained_tokenizer_encodes_as_sentencepiece_does(directory, tokenizer)
 
 
 def test_the_command(tmp_path):
-    rows = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]} for text in TEXTS]
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
+        for text in TEXTS
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "chatml.jinja").write_text("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+    (tmp_path / "chatml.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    )
     tool = ROOT / "tools" / "train_tokenizer.py"
     command = [sys.executable, str(tool), "rows.jsonl", "--output", "tokenizer"]
     more = ["--special_tokens", "<|im_start|>", "<|im_end|>", "--chat_template", "chatml.jinja"]
-    done = subprocess.run([*command, "--vocab_size", "340", *more], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--vocab_size", "340", *more], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "fox"}], return_dict=False)
@@ -116,7 +143,13 @@ def test_wrong_input_to_the_command_is_one_sentence(tmp_path, capfd):
         ("bad.jsonl", 340, "line 2, is not valid JSON"),
         ("missing.txt", 340, "cannot be read"),
     ):
-        arguments = [str(tmp_path / file), "--output", str(tmp_path / "out"), "--vocab_size", str(size)]
+        arguments = [
+            str(tmp_path / file),
+            "--output",
+            str(tmp_path / "out"),
+            "--vocab_size",
+            str(size),
+        ]
         assert main(arguments) == 2
         error = capfd.readouterr().err
         assert complaint in error and error.count("\n") == 1

@@ -20,7 +20,9 @@ def tokenizer():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, tokenizer) -> None:
-    """Each has a head and layers that are found; without dropout, training mode computes what evaluation does."""
+    """Each has a head and layers that are found; without dropout, training mode computes what
+    evaluation does.
+    """
     model = make_model(family, tokenizer=tokenizer, layers=3)
     check_head(model, "student", CPU)
     assert len(decoder_layers(model)) == 3
@@ -39,6 +41,10 @@ def test_dropout_is_there_until_it_is_disabled(family: str, tokenizer) -> None:
 
 def test_logits_computed_in_another_way_are_refused(tokenizer) -> None:
     model = make_model("gemma2", tokenizer=tokenizer)
-    model.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits * 1.5))
-    with pytest.raises(InputError, match="the teacher .Gemma2ForCausalLM. computes its logits in a way"):
+    model.register_forward_hook(
+        lambda module, args, output: setattr(output, "logits", output.logits * 1.5)
+    )
+    with pytest.raises(
+        InputError, match="the teacher .Gemma2ForCausalLM. computes its logits in a way"
+    ):
         check_head(model, "teacher", CPU)

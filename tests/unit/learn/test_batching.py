@@ -1,4 +1,6 @@
-"""Groups of similar length: a partition, within its limit, and as cheap as the best of all partitions."""
+"""Groups of similar length: a partition, within its limit, and as cheap as the best of all
+partitions.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def partitions(items: list[int]):
 
 
 def allowed(groups: list[list[int]], lengths: list[int], limit: int) -> bool:
-    return all(len(group) == 1 or len(group) * max(lengths[i] for i in group) <= limit for group in groups)
+    return all(
+        len(group) == 1 or len(group) * max(lengths[i] for i in group) <= limit for group in groups
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -34,13 +38,19 @@ def allowed(groups: list[list[int]], lengths: list[int], limit: int) -> bool:
 def test_no_partition_is_cheaper(lengths: list[int], limit: int, overhead: int) -> None:
     groups = length_groups(lengths, limit, overhead)
     assert allowed(groups, lengths, limit)
-    best = min(cost(p, lengths, overhead) for p in partitions(list(range(len(lengths)))) if allowed(p, lengths, limit))
+    best = min(
+        cost(p, lengths, overhead)
+        for p in partitions(list(range(len(lengths))))
+        if allowed(p, lengths, limit)
+    )
     assert cost(groups, lengths, overhead) == best
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 4000), max_size=80), st.integers(1, 20_000), st.integers(0, 500))
-def test_every_sequence_is_in_one_group_longest_first(lengths: list[int], limit: int, overhead: int) -> None:
+def test_every_sequence_is_in_one_group_longest_first(
+    lengths: list[int], limit: int, overhead: int
+) -> None:
     groups = length_groups(lengths, limit, overhead)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
     in_order = [lengths[index] for group in groups for index in group]
@@ -48,6 +58,8 @@ def test_every_sequence_is_in_one_group_longest_first(lengths: list[int], limit:
     assert allowed(groups, lengths, limit)
 
 
-@pytest.mark.parametrize("lengths, expected", [([], []), ([9], [[0]]), ([3, 3, 3, 3], [[0, 1], [2, 3]])])
+@pytest.mark.parametrize(
+    "lengths, expected", [([], []), ([9], [[0]]), ([3, 3, 3, 3], [[0, 1], [2, 3]])]
+)
 def test_small_cases(lengths: list[int], expected: list[list[int]]) -> None:
     assert length_groups(lengths, 6, 1) == expected

@@ -1,6 +1,8 @@
-"""The divergence against definitions that are written another way: with F.kl_div, with probabilities, with autograd.
+"""The divergence against definitions that are written another way: with F.kl_div, with
+probabilities, with autograd.
 
-Everything is compared with float64. Shapes: N tokens, V shared vocabulary, D student width, E teacher width.
+Everything is compared with float64. Shapes: N tokens, V shared vocabulary, D student width, E
+teacher width.
 """
 
 from __future__ import annotations
@@ -32,10 +34,12 @@ BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 PLAIN = LogitTransform()
 
 
-# ---------------------------------------------------------------------------------------- the formula
+# -- the formula ------------------------------------------------------------------------------
 
 
-def kl_div_definition(student_logits: Tensor, teacher_logits: Tensor, beta: float, temperature: float) -> Tensor:
+def kl_div_definition(
+    student_logits: Tensor, teacher_logits: Tensor, beta: float, temperature: float
+) -> Tensor:
     """TRL's generalized_jsd_loss before masking and reduction, `[..., V]`."""
     log_q = F.log_softmax(student_logits / temperature, -1)
     log_p = F.log_softmax(teacher_logits / temperature, -1)
@@ -44,7 +48,9 @@ def kl_div_definition(student_logits: Tensor, teacher_logits: Tensor, beta: floa
     if beta == 1:
         return F.kl_div(log_p, log_q, reduction="none", log_target=True)
     weight = torch.tensor(beta, dtype=log_q.dtype)
-    log_m = torch.logsumexp(torch.stack([log_q + torch.log1p(-weight), log_p + torch.log(weight)]), 0)
+    log_m = torch.logsumexp(
+        torch.stack([log_q + torch.log1p(-weight), log_p + torch.log(weight)]), 0
+    )
     to_teacher = F.kl_div(log_m, log_p, reduction="none", log_target=True)
     to_student = F.kl_div(log_m, log_q, reduction="none", log_target=True)
     return weight * to_teacher + (1 - weight) * to_student
@@ -68,7 +74,9 @@ def labels(batch: int, length: int, seed: int = 0) -> Tensor:
 def test_dense_divergence_is_trl_s_definition(beta: float, temperature: float) -> None:
     student, teacher = logits(3, 5, 41)
     expected = kl_div_definition(student, teacher, beta, temperature)
-    torch.testing.assert_close(generalized_jsd(student, teacher, beta, temperature), expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        generalized_jsd(student, teacher, beta, temperature), expected, rtol=1e-12, atol=1e-15
+    )
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -79,16 +87,21 @@ def test_every_reduction_of_trl(beta: float, masked: bool) -> None:
     kept = kl_div_definition(student, teacher, beta, 1.3)
     kept = kept[given != -100] if masked else kept
     expected = {
-        "batchmean": kept.sum() / kept.shape[0],  # per labelled position, or per sequence without labels
+        "batchmean": kept.sum()
+        / kept.shape[0],  # per labelled position, or per sequence without labels
         "sum": kept.sum(),
         "mean": kept.mean(),
         "none": kept,
     }
     for reduction, value in expected.items():
-        got = generalized_jsd_loss(student, teacher, given, beta=beta, temperature=1.3, reduction=reduction)
+        got = generalized_jsd_loss(
+            student, teacher, given, beta=beta, temperature=1.3, reduction=reduction
+        )
         torch.testing.assert_close(got, value, rtol=1e-12, atol=1e-14)
         for count in (23, torch.tensor(23)):
-            got = generalized_jsd_loss(student, teacher, given, beta, 1.3, reduction, num_items_in_batch=count)
+            got = generalized_jsd_loss(
+                student, teacher, given, beta, 1.3, reduction, num_items_in_batch=count
+            )
             torch.testing.assert_close(got, kept.sum() / 23, rtol=1e-12, atol=1e-14)
 
 
@@ -109,16 +122,21 @@ def test_deepspeed_s_own_formula_agrees(beta: float) -> None:
 def test_the_mixture_tends_to_zero_at_both_ends_and_the_ends_are_whole_divergences() -> None:
     student, teacher = logits(4, 31)
     forward, reverse = (generalized_jsd(student, teacher, beta).sum() for beta in (0.0, 1.0))
-    near_0, near_1 = generalized_jsd(student, teacher, 1e-7).sum(), generalized_jsd(student, teacher, 1 - 1e-7).sum()
+    near_0, near_1 = (
+        generalized_jsd(student, teacher, 1e-7).sum(),
+        generalized_jsd(student, teacher, 1 - 1e-7).sum(),
+    )
     assert near_0 / 1e-7 == pytest.approx(float(forward), rel=1e-3)
     assert near_1 / 1e-7 == pytest.approx(float(reverse), rel=1e-3)
     assert forward > 1 and reverse > 1
 
 
-# ---------------------------------------------------------------------------------------- the closed form
+# -- the closed form --------------------------------------------------------------------------
 
 
-def float64_gradient(student: Tensor, teacher: Tensor, beta: float, temperature: float) -> tuple[Tensor, Tensor]:
+def float64_gradient(
+    student: Tensor, teacher: Tensor, beta: float, temperature: float
+) -> tuple[Tensor, Tensor]:
     student = student.double().requires_grad_()
     loss_n = kl_div_definition(student, teacher.double(), beta, temperature).sum(-1)
     (gradient,) = torch.autograd.grad(loss_n.sum(), student)
@@ -139,22 +157,32 @@ def test_closed_form_equals_float64_autograd(beta, temperature, scale, vocabular
     got_loss, got_gradient, student_norm, teacher_norm, entropy = divergence_and_gradient_(
         student.clone(), teacher.clone(), beta, temperature
     )
-    # fp32 resolves a logit of size s to s * 6e-8, and differences of logits are weighted with probabilities: the
-    # error stays within a few of those.
-    resolution = 8 * float(torch.maximum(student.abs().max(), teacher.abs().max())) / temperature * 1.2e-7
-    assert (got_gradient - gradient).abs().max() <= (3e-6 + resolution) * max(1.0, float(gradient.abs().max()))
+    # fp32 resolves a logit of size s to s * 6e-8, and differences of logits are weighted with
+    # probabilities: the error stays within a few of those.
+    resolution = (
+        8 * float(torch.maximum(student.abs().max(), teacher.abs().max())) / temperature * 1.2e-7
+    )
+    assert (got_gradient - gradient).abs().max() <= (3e-6 + resolution) * max(
+        1.0, float(gradient.abs().max())
+    )
     assert (got_loss - loss).abs().max() <= (3e-6 + resolution) * max(1.0, float(loss.abs().max()))
     log_q = F.log_softmax(student.double() / temperature, -1)
-    torch.testing.assert_close(student.double() / temperature - student_norm[:, None], log_q, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        student.double() / temperature - student_norm[:, None], log_q, rtol=1e-5, atol=1e-4
+    )
     torch.testing.assert_close(
         teacher_norm.double(), (teacher.double() / temperature).logsumexp(-1), rtol=1e-6, atol=1e-5
     )
-    torch.testing.assert_close(entropy.double(), -(log_q.exp() * log_q).sum(-1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        entropy.double(), -(log_q.exp() * log_q).sum(-1), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_saturated_logits_keep_the_gradient(beta: float) -> None:
-    """A student that has almost ruled out what the teacher wants: where the textbook form in fp32 fails."""
+    """A student that has almost ruled out what the teacher wants: where the textbook form in fp32
+    fails.
+    """
     student, teacher = (x.float() for x in logits(16, 512, scale=1.0))
     student[:, 0], teacher[:, 1] = 80.0, 80.0
     loss, gradient = float64_gradient(student, teacher, beta, 1.0)
@@ -191,7 +219,12 @@ def test_ruled_out_tokens(beta: float, ruled_out: str) -> None:
         torch.testing.assert_close(dense, expected, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(loss.double(), expected, rtol=3e-6, atol=3e-6)
     else:  # KL is infinite; ours is large, so that the run goes on
-        assert beta in (0.0, 1.0) and (loss > 100).all() and loss.isfinite().all() and dense.isfinite().all()
+        assert (
+            beta in (0.0, 1.0)
+            and (loss > 100).all()
+            and loss.isfinite().all()
+            and dense.isfinite().all()
+        )
     if ruled_out == "both":
         keep = [token for token in range(64) if not 5 <= token < 20]
         _, reduced = float64_gradient(student[:, keep], teacher[:, keep], beta, 1.0)
@@ -199,13 +232,15 @@ def test_ruled_out_tokens(beta: float, ruled_out: str) -> None:
         assert (gradient[:, 5:20] == 0).all()
 
 
-# ---------------------------------------------------------------------------------------- the chunked head
+# -- the chunked head -------------------------------------------------------------------------
 
 
 class Case:
     """Random hidden states of both models and their heads, in fp32."""
 
-    def __init__(self, N=50, V=96, D=24, E=40, student_rows=None, teacher_rows=None, bias=False, seed=0):
+    def __init__(
+        self, N=50, V=96, D=24, E=40, student_rows=None, teacher_rows=None, bias=False, seed=0
+    ):
         draw = torch.Generator().manual_seed(seed)
         random = lambda *shape: torch.randn(*shape, generator=draw)  # noqa: E731
         self.V = V
@@ -219,32 +254,60 @@ class Case:
         self.teacher_bias = random(teacher_rows or V) if bias else None
         self.tokens = torch.randint(0, V, (N,), generator=draw)
 
-    def inputs(self, beta: float, temperature: float, chunk_bytes: int, transform: LogitTransform) -> LossInputs:
+    def inputs(
+        self, beta: float, temperature: float, chunk_bytes: int, transform: LogitTransform
+    ) -> LossInputs:
         head = TeacherHead(self.teacher_weight, self.teacher_bias, transform)
-        return LossInputs(self.teacher_hidden, self.tokens, head, self.V, beta, temperature, chunk_bytes)
+        return LossInputs(
+            self.teacher_hidden, self.tokens, head, self.V, beta, temperature, chunk_bytes
+        )
 
-    def reference(self, beta: float, temperature: float, transform: LogitTransform, upstream: float):
+    def reference(
+        self, beta: float, temperature: float, transform: LogitTransform, upstream: float
+    ):
         """float64 autograd through whole logits: loss, gradients, per-token values."""
         double = lambda x: None if x is None else x.detach().double()  # noqa: E731
-        hidden, weight, bias = double(self.hidden), double(self.layer.weight), double(self.layer.bias)
+        hidden, weight, bias = (
+            double(self.hidden),
+            double(self.layer.weight),
+            double(self.layer.bias),
+        )
         leaves = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
         student = transformed(F.linear(hidden, weight, bias), transform)[:, : self.V]
-        teacher = F.linear(double(self.teacher_hidden), double(self.teacher_weight), double(self.teacher_bias))
+        teacher = F.linear(
+            double(self.teacher_hidden), double(self.teacher_weight), double(self.teacher_bias)
+        )
         teacher = transformed(teacher, transform)[:, : self.V]
         loss_N = kl_div_definition(student, teacher, beta, temperature).sum(-1)
         gradients = torch.autograd.grad(upstream * loss_N.sum(), leaves)
         log_q, log_p = (F.log_softmax(x / temperature, -1) for x in (student, teacher))
         index = self.tokens[:, None]
         entropy = -(log_q.exp() * log_q).sum(-1)
-        return loss_N.sum(), gradients, [loss_N, log_q.gather(1, index)[:, 0], log_p.gather(1, index)[:, 0], entropy]
+        return (
+            loss_N.sum(),
+            gradients,
+            [loss_N, log_q.gather(1, index)[:, 0], log_p.gather(1, index)[:, 0], entropy],
+        )
 
-    def check(self, beta=0.5, temperature=1.0, chunk_bytes=1 << 14, transform=PLAIN, upstream=1.0, floor=0.0) -> None:
+    def check(
+        self,
+        beta=0.5,
+        temperature=1.0,
+        chunk_bytes=1 << 14,
+        transform=PLAIN,
+        upstream=1.0,
+        floor=0.0,
+    ) -> None:
         """`floor` (nats per token) is what the loss may be off by beside 1e-6 of itself."""
         head, hidden = DivergenceHead(self.layer, transform), self.hidden.clone().requires_grad_()
         loss, *per_token = head(hidden, loss=self.inputs(beta, temperature, chunk_bytes, transform))
         (loss * upstream).backward()
-        expected, gradients, expected_per_token = self.reference(beta, temperature, transform, upstream)
-        assert abs(loss.item() - expected.item()) <= 1e-6 * abs(expected.item()) + floor * len(self.tokens)
+        expected, gradients, expected_per_token = self.reference(
+            beta, temperature, transform, upstream
+        )
+        assert abs(loss.item() - expected.item()) <= 1e-6 * abs(expected.item()) + floor * len(
+            self.tokens
+        )
         ours = [hidden.grad, *(p.grad for p in self.layer.parameters())]
         for got, gradient in zip(ours, gradients, strict=True):
             assert (got - gradient).abs().max() <= 1e-5 * gradient.abs().max()
@@ -276,7 +339,9 @@ def test_any_number_of_tokens(N: int) -> None:
 
 @pytest.mark.parametrize("student_rows, teacher_rows", [(96, 120), (120, 96), (128, 112)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_padding_rows_of_either_head_are_left_out(student_rows: int, teacher_rows: int, bias: bool) -> None:
+def test_padding_rows_of_either_head_are_left_out(
+    student_rows: int, teacher_rows: int, bias: bool
+) -> None:
     case = Case(student_rows=student_rows, teacher_rows=teacher_rows, bias=bias)
     case.check(beta=0.3)
     assert (case.layer.weight.grad[96:] == 0).all()
@@ -285,11 +350,16 @@ def test_padding_rows_of_either_head_are_left_out(student_rows: int, teacher_row
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize(
     "transform",
-    [LogitTransform(scale=0.3), LogitTransform(softcap=2.0), LogitTransform(scale=1.7, softcap=4.0)],
+    [
+        LogitTransform(scale=0.3),
+        LogitTransform(softcap=2.0),
+        LogitTransform(scale=1.7, softcap=4.0),
+    ],
     ids=["scale", "softcap", "both"],
 )
 def test_scaled_and_soft_capped_logits(beta: float, transform: LogitTransform) -> None:
-    # So small logits make nearly the same model of both, and fp32 cannot tell a token's divergence closer than this.
+    # So small logits make nearly the same model of both, and fp32 cannot tell a token's divergence
+    # closer than this.
     Case(bias=True, seed=3).check(beta, 1.4, transform=transform, floor=1e-7)
 
 
@@ -321,7 +391,9 @@ def test_a_tied_weight_gets_the_gradients_of_both_uses() -> None:
 def test_no_token_gives_zero_loss_and_zero_gradients() -> None:
     case = Case(N=0, bias=True)
     hidden = case.hidden.clone().requires_grad_()
-    loss, *per_token = DivergenceHead(case.layer, PLAIN)(hidden, loss=case.inputs(0.5, 1.0, 1 << 20, PLAIN))
+    loss, *per_token = DivergenceHead(case.layer, PLAIN)(
+        hidden, loss=case.inputs(0.5, 1.0, 1 << 20, PLAIN)
+    )
     loss.backward()
     assert loss == 0 and hidden.grad.shape == (0, 24) and [x.shape for x in per_token] == [(0,)] * 4
     assert all(p.grad is not None and (p.grad == 0).all() for p in case.layer.parameters())
@@ -329,7 +401,9 @@ def test_no_token_gives_zero_loss_and_zero_gradients() -> None:
 
 def test_a_second_backward_is_refused() -> None:
     case = Case()
-    loss, *_ = DivergenceHead(case.layer, PLAIN)(case.hidden.requires_grad_(), loss=case.inputs(0.5, 1.0, 1, PLAIN))
+    loss, *_ = DivergenceHead(case.layer, PLAIN)(
+        case.hidden.requires_grad_(), loss=case.inputs(0.5, 1.0, 1, PLAIN)
+    )
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once per forward"):
         loss.backward()
@@ -382,9 +456,13 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("tokens, rows", [(0, 16), (1, 16), (64, 64), (65, 48), (200, 64), (1000, 64)])
+@pytest.mark.parametrize(
+    "tokens, rows", [(0, 16), (1, 16), (64, 64), (65, 48), (200, 64), (1000, 64)]
+)
 def test_chunks_fit_the_budget_and_are_of_about_equal_size(tokens: int, rows: int) -> None:
-    """Just too little for 80 rows: on the CPU a block of exactly 32 MiB would be taken from the system every time."""
+    """Just too little for 80 rows: on the CPU a block of exactly 32 MiB would be taken from the
+    system every time.
+    """
     V = 2000
     assert chunk_rows(tokens, 80 * 2 * (V + accelerator.CPU_ROW_GAP) * 4, V, torch.float32) == rows
     assert chunk_rows(tokens, 1, V, torch.float32) == 16
@@ -400,6 +478,8 @@ def test_whole_logits_are_never_held() -> None:
         )
         loss.backward()
     with LargestTensor() as dense:
-        generalized_jsd(case.layer(case.hidden), case.teacher_hidden @ case.teacher_weight.T, 0.5).sum().backward()
+        generalized_jsd(
+            case.layer(case.hidden), case.teacher_hidden @ case.teacher_weight.T, 0.5
+        ).sum().backward()
     assert dense.numel >= N * V, "the recorder sees whole logits where there are any"
     assert chunked.numel == 64 * (V + accelerator.CPU_ROW_GAP)

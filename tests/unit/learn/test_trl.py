@@ -1,4 +1,6 @@
-"""TRL's generate_on_policy_outputs, beside model.generate and, where it is installed, beside TRL's own."""
+"""TRL's generate_on_policy_outputs, beside model.generate and, where it is installed, beside TRL's
+own.
+"""
 
 import pytest
 import torch
@@ -19,25 +21,34 @@ def model():
 @pytest.fixture(scope="module")
 def inputs():
     prompts = torch.tensor([[PAD, PAD, 40, 41], [50, 51, 52, 53], [PAD, 60, PAD, 61]])
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])  # a pad token inside a prompt is a token
+    mask = torch.tensor(
+        [[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]]
+    )  # a pad token inside a prompt is a token
     return {"prompts": prompts, "prompt_attention_mask": mask}
 
 
 def config(**how) -> GenerationConfig:
-    return GenerationConfig(**{"max_new_tokens": LENGTH, "do_sample": False, "pad_token_id": PAD, **how})
+    return GenerationConfig(
+        **{"max_new_tokens": LENGTH, "do_sample": False, "pad_token_id": PAD, **how}
+    )
 
 
 @pytest.fixture(scope="module")
 def endless(model, inputs):
     """[B, LENGTH]: what the model writes when nothing stops it."""
     masked = {"input_ids": inputs["prompts"], "attention_mask": inputs["prompt_attention_mask"]}
-    return model.generate(**masked, generation_config=config(eos_token_id=-1))[:, inputs["prompts"].shape[1] :]
+    return model.generate(**masked, generation_config=config(eos_token_id=-1))[
+        :, inputs["prompts"].shape[1] :
+    ]
 
 
 def check(model, inputs, endless, generation_config, stop_ids, pad=PAD, **arguments):
     """Sequences are generate's; the mask and the labels end with each row's first stop token."""
     ids, mask, labels = generate_on_policy_outputs(model, inputs, generation_config, **arguments)
-    prompts, prompt_mask = inputs["prompts"], torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
+    prompts, prompt_mask = (
+        inputs["prompts"],
+        torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]]),
+    )
     width = prompts.shape[1]
     assert torch.equal(ids[:, :width], prompts) and torch.equal(mask[:, :width], prompt_mask)
     assert (labels[:, :width] == -100).all() and ids.shape == mask.shape == labels.shape
@@ -55,7 +66,9 @@ def some_stops(endless) -> list[int]:
     """Two tokens that come first in the middle of the first and of the second row's text."""
     stops = []
     for written in endless.tolist()[:2]:
-        fresh = [position for position, token in enumerate(written) if token not in written[:position]]
+        fresh = [
+            position for position, token in enumerate(written) if token not in written[:position]
+        ]
         assert len(fresh) > 4, "a text that repeats itself tests little"
         stops.append(written[fresh[len(fresh) // 2]])
     return stops
@@ -96,8 +109,12 @@ def test_the_pad_token_stands_in_for_a_missing_mask(model, inputs, endless):
     stops = some_stops(endless)
     alone = {"prompts": inputs["prompts"]}
     check(model, alone, endless, config(eos_token_id=stops), stops, pad_token_id=PAD)
-    ids, mask, _ = generate_on_policy_outputs(model, {"prompts": inputs["prompts"][1:2]}, config(eos_token_id=stops))
-    assert mask[:, :4].all() and ids[0, 4:].tolist() == endless[1, : ids.shape[1] - 4].tolist(), "nothing is padding"
+    ids, mask, _ = generate_on_policy_outputs(
+        model, {"prompts": inputs["prompts"][1:2]}, config(eos_token_id=stops)
+    )
+    assert mask[:, :4].all() and ids[0, 4:].tolist() == endless[1, : ids.shape[1] - 4].tolist(), (
+        "nothing is padding"
+    )
 
 
 def test_trl_s_own_gives_the_same(model, inputs, endless):

@@ -29,7 +29,10 @@ def history(healthy: int, then: list[dict]) -> list[WindowStats]:
 def test_bad_updates_in_a_row_stop_the_run() -> None:
     bad = BadUpdates(limit=3)
     assert bad.record(1, None) is None
-    assert bad.record(2, "loss") == "update 2 was skipped: NaN or Inf in the loss (1 in a row, 1 in all)"
+    assert (
+        bad.record(2, "loss")
+        == "update 2 was skipped: NaN or Inf in the loss (1 in a row, 1 in all)"
+    )
     assert bad.record(3, "gradients") is not None
     assert bad.record(4, None) is None and bad.in_a_row == 0
     assert bad.record(5, "gradients") is not None
@@ -37,7 +40,10 @@ def test_bad_updates_in_a_row_stop_the_run() -> None:
     with pytest.raises(TrainingStopped) as caught:
         bad.record(7, "gradients")
     message = str(caught.value)
-    assert message.startswith("3 updates in a row up to step 7") and "(5 skipped in the whole run)" in message
+    assert (
+        message.startswith("3 updates in a row up to step 7")
+        and "(5 skipped in the whole run)" in message
+    )
     assert "NaN or Inf in the gradients" in message and "; lower learning_rate" in message
 
 
@@ -69,7 +75,32 @@ def test_unknown_kind_is_our_mistake() -> None:
         BadUpdates(limit=2).record(1, "weather")
 
 
-SENTENCE = [17, 4, 99, 23, 8, 54, 31, 2, 76, 12, 45, 67, 88, 91, 5, 14, 3, 29, 61, 70, 11, 13, 37, 41]
+SENTENCE = [
+    17,
+    4,
+    99,
+    23,
+    8,
+    54,
+    31,
+    2,
+    76,
+    12,
+    45,
+    67,
+    88,
+    91,
+    5,
+    14,
+    3,
+    29,
+    61,
+    70,
+    11,
+    13,
+    37,
+    41,
+]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +159,10 @@ def test_findings(change: dict, sign: str, part: str) -> None:
 def test_healthy_and_unmeasured() -> None:
     assert findings([]) == {} == findings(history(100, []))
     assert findings(history(20, [{"entropy": None}] * 5)) == {}
-    assert findings(history(20, [{"mean_length": 90.0, "entropy": 0.5, "finished_share": 0.4}] * 5)) == {}
+    assert (
+        findings(history(20, [{"mean_length": 90.0, "entropy": 0.5, "finished_share": 0.4}] * 5))
+        == {}
+    )
 
 
 def test_warnings_are_rare() -> None:

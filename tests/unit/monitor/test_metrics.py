@@ -23,4 +23,6 @@ def test_what_the_student_sampled_is_shown_first() -> None:
     ]
     assert [row["divergence"] for row in rows] == [2.0, 4.0, 1.0, 0.0]
     named = rollout_rows(rollouts, learned, tokenizer, 4, places=[3, 2])
-    assert [row["sample_id"] for row in named] == [3, 2], "those that were asked for, as they were asked for"
+    assert [row["sample_id"] for row in named] == [3, 2], (
+        "those that were asked for, as they were asked for"
+    )

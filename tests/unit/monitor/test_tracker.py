@@ -1,4 +1,6 @@
-"""metrics.jsonl is whole whatever happens; console and W&B show the same run; W&B may fail, training goes on."""
+"""metrics.jsonl is whole whatever happens; console and W&B show the same run; W&B may fail,
+training goes on.
+"""
 
 import json
 import os
@@ -128,7 +130,9 @@ def test_resume_neither_misses_nor_repeats_a_step(tmp_path):
 
 
 def test_evaluations_after_the_checkpoint_are_made_again(tmp_path):
-    """Of those that came after the very update of the checkpoint, it says how many were made before it."""
+    """Of those that came after the very update of the checkpoint, it says how many were made before
+    it.
+    """
     for known in (0, 1):
         tracker = Tracker(make_config(tmp_path), 0, tmp_path, 4)
         tracker.truncate(-1)
@@ -176,12 +180,16 @@ def test_numbers_and_texts_that_json_does_not_know(tmp_path):
     tracker.close()
     (row,) = strict_rows(tmp_path / "metrics.jsonl")
     assert (row["loss"], row["grad_norm"], row["source"]) == (None, None, {"student": None})
-    (rollout,) = (json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_bytes().split(b"\n")[:-1])
+    (rollout,) = (
+        json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_bytes().split(b"\n")[:-1]
+    )
     assert rollout["prompt"] == "\ud800 half a pair" and rollout["completion"] == "a\u2028b\nc\0"
 
 
 def test_a_full_disk_loses_no_row_and_tears_none(tmp_path):
-    """The limit on file size stands in for a full disk: the same partial write, then the same kind of error."""
+    """The limit on file size stands in for a full disk: the same partial write, then the same kind
+    of error.
+    """
     done = run_python(f"""
         import resource
         from gkd_ds.monitor.jsonl import JsonLines
@@ -223,7 +231,9 @@ def test_plain_lines_when_not_a_terminal(tmp_path, capsys, fields, shown):
     tracker.close()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("update")]
     assert [int(line.split()[1].split("/")[0]) for line in lines] == shown
-    assert all("600 tokens/s" in line and "3 student+1 data" in line and "left" in line for line in lines)
+    assert all(
+        "600 tokens/s" in line and "3 student+1 data" in line and "left" in line for line in lines
+    )
 
 
 def test_the_shown_loss_is_the_mean_since_the_last_line(tmp_path, capsys):
@@ -235,7 +245,9 @@ def test_the_shown_loss_is_the_mean_since_the_last_line(tmp_path, capsys):
 
 
 def test_the_first_update_counts_for_the_time_that_is_left(tmp_path, capsys):
-    """In plain lines and in the bar: two updates of a minute each, so eight more take eight minutes."""
+    """In plain lines and in the bar: two updates of a minute each, so eight more take eight
+    minutes.
+    """
     tracker = Tracker(make_config(tmp_path, logging_steps=1), 0, tmp_path, 10)
     tracker.log_update(update(1, **{"perf/step_s": 60.0}))
     assert "09:00 left" in capsys.readouterr().out
@@ -293,7 +305,13 @@ def offline_run(tmp_path_factory):
     """One run in two sessions: updates 1 to 4, a failure, then a resume from update 2 on."""
     run_dir = tmp_path_factory.mktemp("wandb_run")
     arguments = {"run_dir": str(run_dir), "canary": CANARY}
-    flags = ["--hub_token", f"{CANARY}-flag", f"--other_api_key={CANARY}-flag", "--learning_rate", "1e-4"]
+    flags = [
+        "--hub_token",
+        f"{CANARY}-flag",
+        f"--other_api_key={CANARY}-flag",
+        "--learning_rate",
+        "1e-4",
+    ]
     first = run_python(
         SESSION.format(**arguments, run_id=None, after=0, last=4, exit_code=7), flags, canary=True
     )
@@ -315,7 +333,11 @@ def test_a_resume_continues_the_same_wandb_run(offline_run):
     assert len(offline_run["records"]) == 2
     for session in offline_run["records"]:
         (run,) = (record.run for record in session if record.WhichOneof("record_type") == "run")
-        assert (run.run_id, run.project, run.display_name) == (offline_run["id"], "my-project", "my-run")
+        assert (run.run_id, run.project, run.display_name) == (
+            offline_run["id"],
+            "my-project",
+            "my-run",
+        )
         assert run.resume
     codes = [
         record.exit.exit_code
@@ -327,12 +349,18 @@ def test_a_resume_continues_the_same_wandb_run(offline_run):
 
 
 def test_wandb_gets_every_update_under_its_own_step(offline_run):
-    first, second = ([row for row in history(session) if "loss" in row] for session in offline_run["records"])
+    first, second = (
+        [row for row in history(session) if "loss" in row] for session in offline_run["records"]
+    )
     assert [row["step"] for row in first] == [1, 2, 3, 4]
-    assert [row["step"] for row in second] == [3, 4, 5], "steps below the last logged one must be accepted"
+    assert [row["step"] for row in second] == [3, 4, 5], (
+        "steps below the last logged one must be accepted"
+    )
     assert second[0]["loss"] == pytest.approx(1 / 3) and second[0]["source/student"] == 4
     assert [
-        row["step"] for row in history(offline_run["records"][1]) if row.get("eval/on_policy") == 0.5
+        row["step"]
+        for row in history(offline_run["records"][1])
+        if row.get("eval/on_policy") == 0.5
     ] == [5]
     metrics = {
         record.metric.glob_name or record.metric.name: record.metric.step_metric
@@ -345,7 +373,9 @@ def test_wandb_gets_every_update_under_its_own_step(offline_run):
 
 def test_wandb_gets_configuration_commit_and_versions(offline_run):
     run = next(
-        record.run for record in offline_run["records"][0] if record.WhichOneof("record_type") == "run"
+        record.run
+        for record in offline_run["records"][0]
+        if record.WhichOneof("record_type") == "run"
     )
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["lmbda"] == 0.5 and config["model_name_or_path"] == "https://***@host/student"
@@ -359,7 +389,12 @@ def test_wandb_gets_a_table_of_rollouts_with_the_teachers_probability(offline_ru
     tables = sorted(offline_run["dir"].glob("wandb/offline-run-*/files/media/table/*.json"))
     table = json.loads(tables[-1].read_text())
     row = dict(zip(table["columns"], table["data"][0], strict=True))
-    assert (row["step"], row["prompt"], row["completion"], row["source"]) == (5, "p ***", "c", "student")
+    assert (row["step"], row["prompt"], row["completion"], row["source"]) == (
+        5,
+        "p ***",
+        "c",
+        "student",
+    )
     assert row["teacher probability per token"] == pytest.approx(0.60653, abs=1e-5)
 
 
@@ -390,7 +425,9 @@ def test_wandb_service_dying_costs_one_sentence(tmp_path):
         assert time.monotonic() - started < 20
     """)
     assert (
-        done.stdout.count("W&B stopped recording") + done.stdout.count("W&B was not closed properly") == 1
+        done.stdout.count("W&B stopped recording")
+        + done.stdout.count("W&B was not closed properly")
+        == 1
     ), done
     assert steps(tmp_path) == list(range(1, 201))
 
@@ -415,9 +452,9 @@ def test_an_unreachable_server_means_offline(tmp_path):
     )
     (sentence,) = (line for line in done.stdout.splitlines() if "did not start" in line)
     assert "a" * 40 not in done.stdout + done.stderr and "records offline" in sentence
-    assert [row["loss"] for row in history(records(next(tmp_path.glob("wandb/offline-run-*/*.wandb"))))] == [
-        0.5
-    ]
+    assert [
+        row["loss"] for row in history(records(next(tmp_path.glob("wandb/offline-run-*/*.wandb"))))
+    ] == [0.5]
     assert str(tmp_path) in done.stdout.split("WHERE ")[1]
 
 
@@ -460,7 +497,9 @@ def run_python(code, arguments=(), canary=False, env=None):
 
 
 def run_on_terminal(code, env=None):
-    """The code's output when its three streams are a terminal; nobody answers what it asks there."""
+    """The code's output when its three streams are a terminal; nobody answers what it asks
+    there.
+    """
     ours, theirs = pty.openpty()
     child = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
@@ -486,7 +525,9 @@ def run_on_terminal(code, env=None):
 
 
 def records(path):
-    """The records of W&B's transaction log: LevelDB's log format (blocks of 32 KiB) after a header of 7 bytes."""
+    """The records of W&B's transaction log: LevelDB's log format (blocks of 32 KiB) after a header
+    of 7 bytes.
+    """
     from wandb.proto import wandb_internal_pb2
 
     data, position, parts = Path(path).read_bytes(), 7, b""

@@ -1,4 +1,6 @@
-"""The decode loop: what is drawn, when a row ends, and that a sample's tokens do not depend on its neighbours."""
+"""The decode loop: what is drawn, when a row ends, and that a sample's tokens do not depend on its
+neighbours.
+"""
 
 from __future__ import annotations
 
@@ -36,15 +38,21 @@ def test_uniforms_are_uniform_and_uncorrelated() -> None:
     assert u.unique().numel() > 0.98 * u.numel()
     counts = torch.histc(u, 64, 0, 1)
     expected = u.numel() / 64
-    assert ((counts - expected) ** 2 / expected).sum() < 120  # chi-squared, 63 degrees of freedom: p < 1e-5
+    assert (
+        (counts - expected) ** 2 / expected
+    ).sum() < 120  # chi-squared, 63 degrees of freedom: p < 1e-5
     centred = u - 0.5
     for one, other in ((centred[1:], centred[:-1]), (centred[:, 1:], centred[:, :-1])):
-        assert abs((one * other).mean() * 12) < 0.01, "neighbouring samples and positions are independent"
+        assert abs((one * other).mean() * 12) < 0.01, (
+            "neighbouring samples and positions are independent"
+        )
     seeds = torch.stack([uniforms(seed, [0], 1)[0, 0] for seed in range(2000)])
     assert abs(seeds.mean() - 0.5) < 0.03
 
 
-def inverse_cdf(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def inverse_cdf(
+    logits_BV: Tensor, uniform_B: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """The interval of the float64 cumulated softmax that each drawn token should cover."""
     end_BV = (logits_BV.double() / temperature).softmax(-1).cumsum(-1)
     token_B = torch.searchsorted(end_BV, uniform_B.double()[:, None], right=True)[:, 0]
@@ -64,16 +72,21 @@ def test_a_draw_is_the_inverse_cdf_of_the_softmax(vocabulary, temperature, scale
     uniform = torch.rand(32, generator=generator)
     token = draw(logits, uniform, temperature)
     expected, end, start = inverse_cdf(logits, uniform, temperature)
-    # fp32 weights move the borders between tokens by a few 1e-7: next to a border either token will do.
+    # fp32 weights move the borders between tokens by a few 1e-7: next to a border either token will
+    # do.
     rows = torch.arange(32)
     slack = 2e-6 * (1 + scale / temperature)
-    assert (start[rows, token] - slack <= uniform).all() and (uniform <= end[rows, token] + slack).all()
+    assert (start[rows, token] - slack <= uniform).all() and (
+        uniform <= end[rows, token] + slack
+    ).all()
     assert (token == expected).float().mean() > 0.9
 
 
 def test_edges_of_the_unit_interval_and_ruled_out_tokens() -> None:
     logits = torch.full((3, 700), -torch.inf)
-    logits[:, [256, 511, 600]] = 0.0  # the first of a block, the last of a block, one of the ragged last block
+    logits[:, [256, 511, 600]] = (
+        0.0  # the first of a block, the last of a block, one of the ragged last block
+    )
     uniform = torch.tensor([0.0, 0.5, 1 - 2**-24])
     assert draw(logits, uniform, 1.0).tolist() == [256, 511, 600]
     one_certain = torch.full((2, 300), -torch.inf)
@@ -83,7 +96,10 @@ def test_edges_of_the_unit_interval_and_ruled_out_tokens() -> None:
 
 def test_a_row_s_draw_does_not_depend_on_the_others() -> None:
     generator = torch.Generator().manual_seed(0)
-    logits, uniform = 4 * torch.randn(64, 999, generator=generator), torch.rand(64, generator=generator)
+    logits, uniform = (
+        4 * torch.randn(64, 999, generator=generator),
+        torch.rand(64, generator=generator),
+    )
     together = draw(logits, uniform, 0.8)
     assert together.tolist() == [int(draw(logits[[row]], uniform[[row]], 0.8)) for row in range(64)]
 
@@ -92,7 +108,9 @@ def test_a_row_s_draw_does_not_depend_on_the_others() -> None:
 def test_frequencies_are_the_probabilities(temperature: float) -> None:
     logits = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 1.5
     uniform = uniforms(11, list(range(200)), 200).flatten()
-    count = torch.bincount(draw(logits.expand(len(uniform), -1), uniform, temperature), minlength=40)
+    count = torch.bincount(
+        draw(logits.expand(len(uniform), -1), uniform, temperature), minlength=40
+    )
     expected = (logits.double() / temperature).softmax(-1) * len(uniform)
     common = expected > 5
     statistic = ((count - expected) ** 2 / expected)[common].sum()
@@ -131,14 +149,19 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, 384, (length,), generator=generator).tolist() for length in lengths]
 
 
-# A random model seldom writes one particular token: with these it stops after thirty tokens on average.
+# A random model seldom writes one particular token: with these it stops after thirty tokens on
+# average.
 STOPS = tuple(range(20, 33))
-SAMPLING = Sampling(max_new_tokens=60, temperature=1.0, seed=1, stop_ids=STOPS, pad_id=0, vocabulary=384)
+SAMPLING = Sampling(
+    max_new_tokens=60, temperature=1.0, seed=1, stop_ids=STOPS, pad_id=0, vocabulary=384
+)
 
 
 def run(model, prompts, sampling=SAMPLING, sample_ids=None, max_rows=None) -> Completions:
     ids = list(range(len(prompts))) if sample_ids is None else sample_ids
-    return decode(decoding_forward(model, sampling.vocabulary), prompts, ids, sampling, CPU, max_rows)
+    return decode(
+        decoding_forward(model, sampling.vocabulary), prompts, ids, sampling, CPU, max_rows
+    )
 
 
 def one_by_one(model, prompts, sampling=SAMPLING) -> list[list[int]]:
@@ -147,7 +170,9 @@ def one_by_one(model, prompts, sampling=SAMPLING) -> list[list[int]]:
     for sample_id, prompt in enumerate(prompts):
         uniform = uniforms(sampling.seed, [sample_id], sampling.max_new_tokens)[0]
         tokens: list[int] = []
-        while len(tokens) < sampling.limit(len(prompt)) and not (tokens and tokens[-1] in sampling.stop_ids):
+        while len(tokens) < sampling.limit(len(prompt)) and not (
+            tokens and tokens[-1] in sampling.stop_ids
+        ):
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + tokens])).logits[:, -1, : sampling.vocabulary]
             tokens.append(int(draw(logits, uniform[[len(tokens)]], sampling.temperature)))
@@ -162,25 +187,34 @@ def expected(model) -> list[list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize("batch, max_rows", [(1, None), (3, None), (8, None), (8, 3), (24, None), (24, 5)])
-def test_tokens_are_the_same_in_any_batch(model, expected, batch: int, max_rows: int | None) -> None:
+@pytest.mark.parametrize(
+    "batch, max_rows", [(1, None), (3, None), (8, None), (8, 3), (24, None), (24, 5)]
+)
+def test_tokens_are_the_same_in_any_batch(
+    model, expected, batch: int, max_rows: int | None
+) -> None:
     given = prompts(24)
     for first in range(0, 24, batch):
         rows = list(range(first, first + batch))
-        assert run(model, [given[i] for i in rows], sample_ids=rows, max_rows=max_rows).token_ids == [
-            expected[i] for i in rows
-        ]
+        assert run(
+            model, [given[i] for i in rows], sample_ids=rows, max_rows=max_rows
+        ).token_ids == [expected[i] for i in rows]
 
 
 def test_order_does_not_matter(model, expected) -> None:
-    given, order = prompts(24), torch.randperm(24, generator=torch.Generator().manual_seed(3)).tolist()
+    given, order = (
+        prompts(24),
+        torch.randperm(24, generator=torch.Generator().manual_seed(3)).tolist(),
+    )
     got = run(model, [given[i] for i in order], sample_ids=order, max_rows=7)
     assert got.token_ids == [expected[i] for i in order]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gemma2", "gpt_neox", "phi3", "qwen3"])
 def test_other_families_too(family: str, tokenizer) -> None:
-    """Learned positions (GPT-2, OPT), rotary ones, and a sliding window (Gemma 2) that the sequences outgrow."""
+    """Learned positions (GPT-2, OPT), rotary ones, and a sliding window (Gemma 2) that the
+    sequences outgrow.
+    """
     model = make_model(family, tokenizer=tokenizer, seed=5)
     given, sampling = prompts(4, seed=2), replace(SAMPLING, max_new_tokens=70)
     assert run(model, given, sampling, max_rows=2).token_ids == one_by_one(model, given, sampling)
@@ -211,7 +245,9 @@ def test_a_finished_row_does_not_outgrow_the_model_s_positions(tokenizer) -> Non
 
 
 def test_a_model_that_changed_itself_while_decoding_can_be_trained(tokenizer) -> None:
-    """Rotary tables that grow with the length are made in inference mode, whose tensors autograd refuses."""
+    """Rotary tables that grow with the length are made in inference mode, whose tensors autograd
+    refuses.
+    """
     model = make_model("llama", tokenizer=tokenizer)
     model.config.max_position_embeddings = 16
     model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
@@ -281,7 +317,9 @@ def test_max_length_limits_prompt_and_completion_together(model) -> None:
 
 
 def test_pad_may_equal_the_stop_token(model, expected) -> None:
-    """Padding is known by position: neither prompts that hold the pad token nor its use as a stop change anything."""
+    """Padding is known by position: neither prompts that hold the pad token nor its use as a stop
+    change anything.
+    """
     pad = next(tokens[-1] for tokens in expected[:8] if tokens[-1] in STOPS)
     given = [[*prompt[:1], pad, *prompt[1:]] for prompt in prompts(8)]
     same = replace(SAMPLING, pad_id=pad)
@@ -301,7 +339,9 @@ def test_work_follows_the_number_of_real_tokens(model) -> None:
     given = prompts(48, seed=7)
     got = run(model, given, replace(SAMPLING, max_new_tokens=200, stop_ids=tuple(range(20, 26))))
     lengths = [len(tokens) for tokens in got.token_ids]
-    assert max(lengths) > 2.5 * sum(lengths) / len(lengths) > 120, "ragged: decoding in step would cost 2.5 times"
+    assert max(lengths) > 2.5 * sum(lengths) / len(lengths) > 120, (
+        "ragged: decoding in step would cost 2.5 times"
+    )
     # The first token of each completion comes out of its prompt's forward.
     assert got.decoded_rows <= 1.15 * sum(lengths)
     assert got.prefilled_tokens <= 48 * max(len(prompt) for prompt in given)

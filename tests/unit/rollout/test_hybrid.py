@@ -12,7 +12,9 @@ def written(*tokens: int) -> Completions:
 
 
 def test_other_tokens_are_refused():
-    with pytest.raises(InputError, match=r"writes other tokens than without \(\[5, 6, 8\] instead of \[5, 6, 7\]\)"):
+    with pytest.raises(
+        InputError, match=r"writes other tokens than without \(\[5, 6, 8\] instead of \[5, 6, 7\]\)"
+    ):
         hybrid.check(written(5, 6, 8), written(5, 6, 7))
 
 

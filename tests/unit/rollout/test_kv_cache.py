@@ -7,7 +7,9 @@ from transformers.cache_utils import DynamicLayer
 from gkd_ds.rollout.kv_cache import ROOM, RoomyLayer
 
 
-@pytest.mark.parametrize("lengths", [[5], [5, 1, 1], [3, ROOM, 1, 1], [1] * (2 * ROOM + 5), [7, 3 * ROOM, 2]])
+@pytest.mark.parametrize(
+    "lengths", [[5], [5, 1, 1], [3, ROOM, 1, 1], [1] * (2 * ROOM + 5), [7, 3 * ROOM, 2]]
+)
 def test_it_holds_what_transformers_cache_holds(lengths: list[int]) -> None:
     ours, theirs, generator = RoomyLayer(), DynamicLayer(), torch.Generator().manual_seed(0)
     for length in lengths:
@@ -23,7 +25,9 @@ def test_rows_and_positions_can_be_replaced() -> None:
     layer.replace(layer.keys[[0, 3], :, 2:], layer.values[[0, 3], :, 2:])
     new = torch.randn(2, 2, 1, 8)
     got_keys, got_values = layer.update(new, -new)
-    assert torch.equal(got_keys, torch.cat([keys[[0, 3], :, 2:], new], 2)) and torch.equal(got_values, -got_keys)
+    assert torch.equal(got_keys, torch.cat([keys[[0, 3], :, 2:], new], 2)) and torch.equal(
+        got_values, -got_keys
+    )
 
 
 def test_a_step_copies_the_cache_only_when_its_room_is_used_up() -> None:

@@ -1,4 +1,6 @@
-"""Requests to stop in one process: noted, never acted on by themselves, agreed once. Real ranks: tests/dist."""
+"""Requests to stop in one process: noted, never acted on by themselves, agreed once. Real ranks:
+tests/dist.
+"""
 
 import os
 import signal

@@ -37,7 +37,15 @@ def test_environment_values_are_replaced_everywhere(monkeypatch, name):
 
 def test_short_values_and_other_names_are_left_alone(monkeypatch):
     monkeypatch.setenv("SHORT_TOKEN", "1234567")
-    others = ["PLAIN_VALUE", "TOKENIZERS_PARALLELISM", "TOKENIZER", "HTTP_BYPASS", "MAX_TOKENS", "SECRETARY", "MONKEY"]
+    others = [
+        "PLAIN_VALUE",
+        "TOKENIZERS_PARALLELISM",
+        "TOKENIZER",
+        "HTTP_BYPASS",
+        "MAX_TOKENS",
+        "SECRETARY",
+        "MONKEY",
+    ]
     for name in [*others, "AWS_ACCESS_KEY_ID", "HF_TOKEN_PATH"]:
         monkeypatch.setenv(name, "plain-value-long-enough")
     assert redact("1234567 plain-value-long-enough") == "1234567 plain-value-long-enough"
@@ -56,17 +64,32 @@ def test_a_secret_that_contains_another_leaves_no_rest(monkeypatch):
     [
         ("https://user:pass@host/path", "https://***@host/path"),
         ("https://hf_abc@host", "https://***@host"),
-        ("git clone https://u:p@ss@host:8080/x.git now", "git clone https://***@host:8080/x.git now"),
+        (
+            "git clone https://u:p@ss@host:8080/x.git now",
+            "git clone https://***@host:8080/x.git now",
+        ),
         ("HTTP_PROXY=http://u:p@proxy:3128", "HTTP_PROXY=http://***@proxy:3128"),
-        ("s3://key:secret@bucket, mysql+pymysql://root:pw@db/x", "s3://***@bucket, mysql+pymysql://***@db/x"),
+        (
+            "s3://key:secret@bucket, mysql+pymysql://root:pw@db/x",
+            "s3://***@bucket, mysql+pymysql://***@db/x",
+        ),
         ("https://host/path?mail=a@b.c", "https://host/path?mail=a@b.c"),
         ("https://host/@user", "https://host/@user"),
         ("https://host/x?token=abc", "https://host/x?token=***"),
         ("GET /x?page=2&access_token=a.b-c&z=1#top", "GET /x?page=2&access_token=***&z=1#top"),
-        ("s3?X-Amz-Security-Token=a%2Fb&X-Amz-Signature=0f", "s3?X-Amz-Security-Token=***&X-Amz-Signature=***"),
+        (
+            "s3?X-Amz-Security-Token=a%2Fb&X-Amz-Signature=0f",
+            "s3?X-Amz-Security-Token=***&X-Amz-Signature=***",
+        ),
         ("https://maps?api_key=k1&key=k2", "https://maps?api_key=***&key=***"),
-        ("https://host/?eos_token=</s>&tokenizer=x&max_tokens=5", "https://host/?eos_token=</s>&tokenizer=x&max_tokens=5"),
-        ("https://host/?monkey=1&passage=2 key=3, token=4", "https://host/?monkey=1&passage=2 key=3, token=4"),
+        (
+            "https://host/?eos_token=</s>&tokenizer=x&max_tokens=5",
+            "https://host/?eos_token=</s>&tokenizer=x&max_tokens=5",
+        ),
+        (
+            "https://host/?monkey=1&passage=2 key=3, token=4",
+            "https://host/?monkey=1&passage=2 key=3, token=4",
+        ),
         ("mail someone@example.org", "mail someone@example.org"),
     ],
 )
@@ -75,7 +98,9 @@ def test_url_credentials(text, clean):
 
 
 def test_command_line():
-    assert redact_argv(["--hub_token", "abc", "--lr", "1", "--hub-token=abc", "--eos_token", "</s>", "--token=t"]) == [
+    assert redact_argv(
+        ["--hub_token", "abc", "--lr", "1", "--hub-token=abc", "--eos_token", "</s>", "--token=t"]
+    ) == [
         "--hub_token",
         "***",
         "--lr",

@@ -36,7 +36,9 @@ def hang(how: str, run_dir: Path) -> tuple[int, str, float]:
     return done.returncode, done.stderr, time.monotonic() - started
 
 
-@pytest.mark.parametrize("how", ["time.sleep(3600)", "threading.Lock().acquire(); threading.Event().wait()"])
+@pytest.mark.parametrize(
+    "how", ["time.sleep(3600)", "threading.Lock().acquire(); threading.Event().wait()"]
+)
 def test_hang_is_ended_and_explained(tmp_path: Path, how: str) -> None:
     code, stderr, seconds = hang(how, tmp_path)
     assert code == STUCK == 70
@@ -58,19 +60,28 @@ def test_hang_inside_a_c_call_that_holds_the_interpreter(tmp_path: Path) -> None
 
 
 def test_ranks_that_only_waited_report_as_well(tmp_path: Path) -> None:
-    """Rank 1 would wait for an hour; rank 0's report makes it say at once where it is. Reports of old runs do not."""
+    """Rank 1 would wait for an hour; rank 0's report makes it say at once where it is. Reports of
+    old runs do not.
+    """
     for rank in (0, 1):
         (tmp_path / f"watchdog-rank{rank}.txt").write_text("of an old run\n")
     wait = "print('waits', flush=True); time.sleep(3600)"
     program = PROGRAM.replace("Watchdog(0.5", "Watchdog(3600").format(hang=wait)
-    command, environment = [sys.executable, "-c", program, str(tmp_path)], {**os.environ, "RANK": "1"}
+    command, environment = (
+        [sys.executable, "-c", program, str(tmp_path)],
+        {**os.environ, "RANK": "1"},
+    )
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as waiting:
         assert waiting.stdout.readline() == "waits\n"
         assert hang("time.sleep(3600)", tmp_path)[0] == STUCK
         assert waiting.wait(30) == STUCK
     reports = [(tmp_path / f"watchdog-rank{rank}.txt").read_text() for rank in (0, 1)]
     assert "rank 0 on" in reports[0] and "made no progress" in reports[0]
-    assert "rank 1 on" in reports[1] and "phase 'score'" in reports[1] and "watchdog-rank0.txt appeared" in reports[1]
+    assert (
+        "rank 1 on" in reports[1]
+        and "phase 'score'" in reports[1]
+        and "watchdog-rank0.txt appeared" in reports[1]
+    )
     assert all("in score_the_teacher" in report for report in reports)
 
 

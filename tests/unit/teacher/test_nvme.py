@@ -1,4 +1,6 @@
-"""The read buffers of a teacher on NVMe: resolved from its shapes, or refused where they are too small."""
+"""The read buffers of a teacher on NVMe: resolved from its shapes, or refused where they are too
+small.
+"""
 
 import os
 import subprocess
@@ -39,12 +41,17 @@ def test_auto_takes_two_layers(model, given):
 
 @pytest.mark.parametrize("name, value", [("buffer_count", 4), ("buffer_size", 1000)])
 def test_too_small_numbers_are_refused(model, name, value):
-    with pytest.raises(InputError, match=f"offload_param.{name} to {value}, but this teacher needs"):
+    with pytest.raises(
+        InputError, match=f"offload_param.{name} to {value}, but this teacher needs"
+    ):
         fit_buffers(offload(**{name: value}), model, 4)
 
 
 def test_larger_numbers_and_other_devices_are_left_alone(model):
-    for config in (offload(buffer_count=99, buffer_size=10**9), {"zero_optimization": {"stage": 3}}):
+    for config in (
+        offload(buffer_count=99, buffer_size=10**9),
+        {"zero_optimization": {"stage": 3}},
+    ):
         before = repr(config)
         fit_buffers(config, model, 4)
         assert repr(config) == before
@@ -64,9 +71,13 @@ def test_a_build_that_was_killed_is_not_waited_for(model, tmp_path, monkeypatch,
 
 
 def test_runs_at_the_same_time_have_files_of_their_own(tmp_path):
-    """DeepSpeed names the files of all runs alike. Another call without the cache is what another process does."""
+    """DeepSpeed names the files of all runs alike. Another call without the cache is what another
+    process does.
+    """
     first = place_of_our_own(str(tmp_path), 0)
-    assert place_of_our_own(str(tmp_path), 0) == first, "both engines of a run, and all that ask for them"
+    assert place_of_our_own(str(tmp_path), 0) == first, (
+        "both engines of a run, and all that ask for them"
+    )
     second = place_of_our_own.__wrapped__(str(tmp_path), 0)
     assert first != second and {Path(place).parent for place in (first, second)} == {tmp_path}
     assert place_of_our_own(str(tmp_path), 1) == first, "the other ranks have other names there"
@@ -74,5 +85,8 @@ def test_runs_at_the_same_time_have_files_of_their_own(tmp_path):
 
 def test_the_place_of_a_run_that_has_ended_is_taken_again(tmp_path):
     command = f"from gkd_ds.config.paths import place_of_our_own; print(place_of_our_own({str(tmp_path)!r}, 0))"
-    places = [subprocess.check_output([sys.executable, "-c", command], cwd=ROOT, text=True) for _ in range(2)]
+    places = [
+        subprocess.check_output([sys.executable, "-c", command], cwd=ROOT, text=True)
+        for _ in range(2)
+    ]
     assert places[0] == places[1] != ""

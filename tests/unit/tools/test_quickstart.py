@@ -1,4 +1,6 @@
-"""What the quickstart is made of: the student's layers, the text, the recipes and the DeepSpeed files."""
+"""What the quickstart is made of: the student's layers, the text, the recipes and the DeepSpeed
+files.
+"""
 
 import json
 import subprocess
@@ -38,8 +40,13 @@ def test_impossible_numbers_of_layers_are_refused(keep):
 
 def test_student_computes_what_its_layers_of_the_teacher_compute():
     config = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True,
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
     )
     torch.manual_seed(0)
     teacher = LlamaForCausalLM(config).eval()
@@ -50,14 +57,22 @@ def test_student_computes_what_its_layers_of_the_teacher_compute():
     student, kept = prepare_smollm2.remove_layers(teacher, 4)
     teacher.model.layers = torch.nn.ModuleList(teacher.model.layers[layer] for layer in kept)
     torch.testing.assert_close(
-        student.eval()(ids, use_cache=False).logits, teacher(ids, use_cache=False).logits, rtol=0, atol=0
+        student.eval()(ids, use_cache=False).logits,
+        teacher(ids, use_cache=False).logits,
+        rtol=0,
+        atol=0,
     )
 
 
 def test_text_is_split_by_prompt_and_the_same_every_time(tmp_path):
     pytest.importorskip("chatterbot_corpus", reason="bash tools/setup_env.sh installs it")
     for name in ("first", "second"):
-        command = [sys.executable, ROOT / "tools/prepare_chatterbot.py", "--output", tmp_path / name]
+        command = [
+            sys.executable,
+            ROOT / "tools/prepare_chatterbot.py",
+            "--output",
+            tmp_path / name,
+        ]
         subprocess.run(command, check=True, capture_output=True)
     prompts = {}
     for split, rows in (("train", 586), ("test", 64)):
@@ -66,13 +81,19 @@ def test_text_is_split_by_prompt_and_the_same_every_time(tmp_path):
         messages = [json.loads(line)["messages"] for line in text.splitlines()]
         assert len(messages) == rows
         assert all([m["role"] for m in row] == ["user", "assistant"] for row in messages)
-        prompts[split] = {"".join(filter(str.isalnum, row[0]["content"].lower())) for row in messages}
+        prompts[split] = {
+            "".join(filter(str.isalnum, row[0]["content"].lower())) for row in messages
+        }
         assert len(prompts[split]) == rows
     assert not prompts["train"] & prompts["test"]
 
 
 def test_of_equal_prompts_the_first_stays():
-    pairs = [("Are you sad?", "No."), ("are you  SAD", "Not at all, why do you ask?"), ("Hi", "Hello")]
+    pairs = [
+        ("Are you sad?", "No."),
+        ("are you  SAD", "Not at all, why do you ask?"),
+        ("Hi", "Hello"),
+    ]
     assert prepare_chatterbot.first_of_each_prompt(pairs) == [pairs[0], pairs[2]]
 
 
@@ -87,9 +108,16 @@ def test_recipes_are_valid_and_name_files_that_exist(recipe, monkeypatch):
 def test_deepspeed_files_agree_with_any_recipe(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # the NVMe directory is made where the run stands
     field = "teacher_deepspeed" if path.stem.startswith("teacher") else "deepspeed"
-    saves = "no" if path.stem == "student_zero3_nvme_optimizer" else "steps"  # that state cannot be resumed with
+    saves = (
+        "no" if path.stem == "student_zero3_nvme_optimizer" else "steps"
+    )  # that state cannot be resumed with
     for precision in ({"bf16": False}, {"bf16": True}, {"fp16": True}):
-        knobs = {"gradient_accumulation_steps": 3, "learning_rate": 1e-3, "max_grad_norm": 0.5, **precision}
+        knobs = {
+            "gradient_accumulation_steps": 3,
+            "learning_rate": 1e-3,
+            "max_grad_norm": 0.5,
+            **precision,
+        }
         knobs["save_strategy"] = saves
         files = GKDConfig(**{field: str(path)}, **knobs).read_deepspeed_files()
         assert json.loads(path.read_text()) in files
@@ -109,7 +137,13 @@ def test_every_key_of_the_deepspeed_files_is_explained(path):
 
 def test_saved_models_are_whole_or_absent(tmp_path):
     model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+        )
     )
 
     class Interrupted:

@@ -16,7 +16,8 @@ from tests import ROOT
 
 SCRIPT = ROOT / "tools" / "report.py"
 PLOTS = {
-    "Held-out divergence from the teacher", "Training loss", "Completion length", "The student's own completions",
+    "Held-out divergence from the teacher", "Training loss", "Completion length", "The student's "
+    "own completions",
     "Where an update's time goes", "Speed in completion tokens", "Gradient", "Learning rate",
 }  # fmt: skip
 
@@ -77,7 +78,9 @@ class Page(HTMLParser):
 def full(tmp_path_factory):
     rows = [{"step": 0, "eval/loss": 0.4, "eval/on_policy_loss": 0.61, "eval/samples": 64}]
     for step in range(1, 21):
-        rows.append(update(step, **({"loss": None, "grad_norm": None, "skipped": 1} if step == 7 else {})))
+        rows.append(
+            update(step, **({"loss": None, "grad_norm": None, "skipped": 1} if step == 7 else {}))
+        )
         if step % 10 == 0:
             rows.append({"step": step, "eval/loss": 0.4 / step, "eval/on_policy_loss": 2.44 / step})
     rollouts = [
@@ -91,7 +94,12 @@ def full(tmp_path_factory):
         "after": ["I.", "So."],
         "teacher": ["Me.", "!"],
     }
-    config = {"run_name": "my run", "teacher_model_name_or_path": "org/big-teacher", "lmbda": 0.5, "seed": 42}
+    config = {
+        "run_name": "my run",
+        "teacher_model_name_or_path": "org/big-teacher",
+        "lmbda": 0.5,
+        "seed": 42,
+    }
     run_dir = write_run(tmp_path_factory.mktemp("report") / "run", rows, rollouts, answers, config)
     done = report(run_dir)
     assert done.returncode == 0, done.stderr
@@ -102,7 +110,9 @@ def full(tmp_path_factory):
 def test_the_page_stands_alone(full):
     page = Page(full / "report.html")
     assert page.open_divs == 0
-    assert page.addresses and all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert page.addresses and all(
+        address.startswith("data:image/png;base64,") for address in page.addresses
+    )
     assert 'name="viewport"' in (full / "report.html").read_text()
 
 
@@ -117,7 +127,9 @@ def test_every_plot_is_there_and_shows_something(full):
 
 
 def coloured_share(path):
-    """Share of pixels that are neither white, grey nor black: lines and bars, not axes and letters."""
+    """Share of pixels that are neither white, grey nor black: lines and bars, not axes and
+    letters.
+    """
     pixels = matplotlib.image.imread(path)[..., :3]
     return float(np.mean(np.ptp(pixels, axis=-1) > 0.2))
 
@@ -125,8 +137,10 @@ def coloured_share(path):
 def test_numbers_texts_and_names_are_on_the_page(full):
     text = " ".join(Page(full / "report.html").text.split())
     for needed in (
-        "my run", "big-teacher", "0.61 → 0.122", "-80%", "0.4 → 0.02", "-95%", "150 completion tokens/s", "20 updates",
-        "Who?", "who who", "I.", "Me.", "(empty)", "student before", "student after", "A <b-injected> & prompt",
+        "my run", "big-teacher", "0.61 → 0.122", "-80%", "0.4 → 0.02", "-95%", "150 completion "
+        "tokens/s", "20 updates",
+        "Who?", "who who", "I.", "Me.", "(empty)", "student before", "student after", "A "
+        "<b-injected> & prompt",
         "25.0% per token", "ends ? here", "student's own completions 0.61 0.122 -80.0%",
     ):  # fmt: skip
         assert needed in text, needed
@@ -139,7 +153,9 @@ def test_a_run_that_has_just_begun(tmp_path):
         file.write('{"step": 2, "loss": 0.')
     done = report(run_dir, "--output", tmp_path / "elsewhere.html")
     assert done.returncode == 0, done.stderr
-    assert set(Page(tmp_path / "elsewhere.html").images) == PLOTS - {"Held-out divergence from the teacher"}
+    assert set(Page(tmp_path / "elsewhere.html").images) == PLOTS - {
+        "Held-out divergence from the teacher"
+    }
     assert (tmp_path / "elsewhere.png").exists() and not (run_dir / "report.html").exists()
 
 
