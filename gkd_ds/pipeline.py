@@ -73,7 +73,7 @@ class Pipeline:
         silent one.
         """
 
-        def alive() -> None:
+        def heartbeat() -> None:
             self.watchdog.beat(name)
             faults.point(f"mid-{name}")
 
@@ -81,7 +81,7 @@ class Pipeline:
         self.safe_point()
         faults.point(name)
         started = time.perf_counter()
-        yield alive
+        yield heartbeat
         get_accelerator().synchronize()
         self.seconds[name] = time.perf_counter() - started
 
@@ -107,13 +107,13 @@ class Pipeline:
         """
         completed: dict[int, Rollout] = {}
         self.decoded_rows = 0
-        with self.phase("rollout") as alive:
+        with self.phase("rollout") as heartbeat:
             for source, engine in ((Source.STUDENT, self.student), (Source.TEACHER, self.teacher)):
                 if source in sources:
                     rows = [row for row, sample in enumerate(samples) if sample.source is source]
                     max_rows = self._max_rows(engine.model, [samples[row] for row in rows])
                     completions = engine.generate(
-                        [samples[row] for row in rows], self.sampling, max_rows, alive
+                        [samples[row] for row in rows], self.sampling, max_rows, heartbeat
                     )
                     self.decoded_rows += completions.decoded_rows
                     completed.update(self._rollouts(rows, samples, completions))
@@ -152,8 +152,8 @@ class Pipeline:
         """One pass of the teacher's weights. The place to serve data completions from a cache of
         targets, later.
         """
-        with self.phase("score") as alive:
-            return self.teacher.score(rollouts, alive)
+        with self.phase("score") as heartbeat:
+            return self.teacher.score(rollouts, heartbeat)
 
     # -- learn
     # --------------------------------------------------------------------------------------
@@ -162,20 +162,20 @@ class Pipeline:
         """Accumulate the gradient of (sum of the divergence over the window) / `total_tokens` (of
         all ranks).
         """
-        with self.phase("learn") as alive:
-            return self._each_micro_batch(rollouts, targets, total_tokens, alive)
+        with self.phase("learn") as heartbeat:
+            return self._each_micro_batch(rollouts, targets, total_tokens, heartbeat)
 
     def measure(self, rollouts: list[Rollout], targets: TeacherTargets) -> Learned:
         """The divergences alone, for evaluation."""
-        with self.student.evaluating(), self.phase("evaluation") as alive:
-            return self._each_micro_batch(rollouts, targets, None, alive)
+        with self.student.evaluating(), self.phase("evaluation") as heartbeat:
+            return self._each_micro_batch(rollouts, targets, None, heartbeat)
 
     def _each_micro_batch(
         self,
         rollouts: list[Rollout],
         targets: TeacherTargets,
         total_tokens: int | None,
-        alive: Callable[[], None],
+        heartbeat: Callable[[], None],
     ) -> Learned:
         config = self.config
         batch_size = (
@@ -197,7 +197,7 @@ class Pipeline:
                     self.student.backward(loss / total_tokens, is_last=number == len(groups) - 1)
                 lengths = [len(rollouts[row].completion_ids) for row in group]
                 self._add_by_rollout(sums_4R, torch.stack(per_token), group, lengths)
-                alive()
+                heartbeat()
         return Learned(*sums_4R.tolist(), micro_batches=len(groups), padded_tokens=padded_tokens)
 
     def _loss_inputs(
@@ -220,7 +220,7 @@ class Pipeline:
         """
         limit = self.config.learn_tokens_per_micro_batch or batch_size * max(lengths, default=1)
         groups = length_groups(lengths, limit, MICRO_BATCH_OVERHEAD_TOKENS)
-        (count,) = ranks.maximum([max(len(groups), 1)])
+        (count,) = ranks.all_reduce_max([max(len(groups), 1)])
         return groups + [[]] * (count - len(groups))
 
     @staticmethod
@@ -243,5 +243,5 @@ def kv_bytes_per_token(model) -> int:
 
 def count_tokens(rollouts: list[Rollout]) -> int:
     """Completion tokens of a window on all ranks; at least 1, because the loss is divided by it."""
-    (tokens,) = ranks.total([sum(len(rollout.completion_ids) for rollout in rollouts)])
+    (tokens,) = ranks.all_reduce_sum([sum(len(rollout.completion_ids) for rollout in rollouts)])
     return max(1, int(tokens))

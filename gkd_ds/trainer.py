@@ -383,7 +383,7 @@ class GKDTrainer:
             state.epoch = state.global_step / windows
             self.control = handler.on_step_end(config, state, self.control)
             self._act()
-            self.interrupts.obey()
+            self.interrupts.raise_if_stop_requested()
             if self.control.should_epoch_stop and self.progress.told.allow(
                 "should_epoch_stop", state.global_step
             ):
@@ -393,7 +393,7 @@ class GKDTrainer:
         self.control = handler.on_epoch_end(config, state, self.control)
         self.progress.epoch_ended_at = state.global_step
         self._act()
-        self.interrupts.obey()
+        self.interrupts.raise_if_stop_requested()
 
     def _window(self, step: int) -> None:
         """rollout -> score -> learn -> update, and one row of metrics.
@@ -404,7 +404,9 @@ class GKDTrainer:
         config, handler = self.args, self.callback_handler
         started, counted = time.perf_counter(), dataclasses.replace(self.counters)
         samples, sources = self._samples(step)
-        with self.pipeline.interruptible(lambda: self.interrupts.obey(between_windows=False)):
+        with self.pipeline.interruptible(
+            lambda: self.interrupts.raise_if_stop_requested(between_windows=False)
+        ):
             rollouts = self.pipeline.rollout(samples, sources)
             total_tokens = count_tokens(rollouts)
             targets = self.pipeline.score(rollouts)
@@ -533,7 +535,9 @@ class GKDTrainer:
         return metrics
 
     def _evaluate_and_log(self) -> None:
-        with self.pipeline.interruptible(lambda: self.interrupts.obey(between_windows=False)):
+        with self.pipeline.interruptible(
+            lambda: self.interrupts.raise_if_stop_requested(between_windows=False)
+        ):
             metrics = self.evaluate()
         self.progress.evaluation_due = False
         if self.args.metric_for_best_model is None:
@@ -587,8 +591,8 @@ class GKDTrainer:
         goes on then.
         """
         config, run_dir, step = self.args, self.args.output_dir, self.state.global_step
-        alive = lambda: self.watchdog.beat("save")  # noqa: E731
-        alive()
+        heartbeat = lambda: self.watchdog.beat("save")  # noqa: E731
+        heartbeat()
         self.tracker.sync()
         state = {
             "trainer_state": {
@@ -602,13 +606,13 @@ class GKDTrainer:
         }
         try:
             if only_model:
-                path = store.save(run_dir, step, self._export, state, alive)
+                path = store.save(run_dir, step, self._export, state, heartbeat)
             else:
 
                 def write(directory: Path) -> None:
-                    engine_files.save_engine(self.student.engine, directory, alive=alive)
+                    engine_files.save_engine(self.student.engine, directory, heartbeat=heartbeat)
 
-                path = store.save(run_dir, step, write, state, alive)
+                path = store.save(run_dir, step, write, state, heartbeat)
         except store.CheckpointError as error:
             self.tracker.say(str(error))
             return None
@@ -673,7 +677,7 @@ class GKDTrainer:
             engine_files.load_engine(engine, found.path, lambda: self.watchdog.beat("resume"))
         else:
             self.tracker.say(
-                f"{found.path} was written by {found.world_size} ranks; cutting it anew for {world}"
+                f"{found.path} was written by {found.world_size} ranks; resharding it for {world}"
             )
             resharding.load_engine(engine, found.path, found.world_size, ranks.rank(), world)
 

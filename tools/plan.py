@@ -253,18 +253,18 @@ def crossover_lines(plan: Plan, cluster: Cluster) -> list[str]:
 
 
 def what_hides(plan: Plan, cross: Crossover) -> list[str]:
-    """The knobs that put enough tokens into one pass: the window must have them, and the pass must
+    """The fields that put enough tokens into one pass: the window must have them, and the pass must
     hold them.
     """
     per_step = plan.config.per_device_train_batch_size * plan.length
     steps = max(plan.config.gradient_accumulation_steps, math.ceil(cross.tokens / per_step))
     room = math.ceil(steps * per_step * plan.teacher.hidden * plan.weight_bytes / MIB)
-    knobs = {
+    fields = {
         "gradient_accumulation_steps": steps,
         "targets_memory_mb": max(plan.config.targets_memory_mb, room),
     }
     return [
-        f"{name}: {value}" for name, value in knobs.items() if value > getattr(plan.config, name)
+        f"{name}: {value}" for name, value in fields.items() if value > getattr(plan.config, name)
     ]
 
 

@@ -44,12 +44,12 @@ copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 class _TellingFile(io.BufferedWriter):
-    """A file that calls `alive` whenever something is written to it."""
+    """A file that calls `heartbeat` whenever something is written to it."""
 
-    alive: Callable[[], None]
+    heartbeat: Callable[[], None]
 
     def write(self, block: Any) -> int:
-        self.alive()
+        self.heartbeat()
         return super().write(block)
 
 
@@ -58,9 +58,9 @@ class PatientFiles(CheckpointEngine):
     `error`.
     """
 
-    def __init__(self, alive: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, heartbeat: Callable[[], None] = lambda: None) -> None:
         super().__init__()
-        self.name, self.alive = "gkd_ds", alive
+        self.name, self.heartbeat = "gkd_ds", heartbeat
         self.error: Exception | None = None
 
     def create(self, info: CheckpointCommitInfo) -> None:
@@ -80,7 +80,7 @@ class PatientFiles(CheckpointEngine):
         try:
             faults.point("save.file")
             with _TellingFile(io.FileIO(path, "wb")) as file:
-                file.alive = self.alive
+                file.heartbeat = self.heartbeat
                 torch.save(state_dict, file)
         except (
             Exception
@@ -91,7 +91,7 @@ class PatientFiles(CheckpointEngine):
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file of a verified checkpoint; raises UnpicklingError for anything but data."""
-        self.alive()
+        self.heartbeat()
         return read(path, map_location=map_location)
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
@@ -113,16 +113,16 @@ def save_engine(
     engine: DeepSpeedEngine,
     directory: Path,
     client_state: dict[str, Any] | None = None,
-    alive: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the engine's files to `directory`/engine: the `write` of checkpoint.save. A collective.
 
-    `client_state` may hold tensors and plain Python values; `alive` is called while files are
+    `client_state` may hold tensors and plain Python values; `heartbeat` is called while files are
     written. Raises this rank's error after all collectives.
     """
     if engine.zero_nvme_offload_optimizer():
         raise InputError(NVME_OPTIMIZER)
-    files, usual = PatientFiles(alive), engine.checkpoint_engine
+    files, usual = PatientFiles(heartbeat), engine.checkpoint_engine
     engine.checkpoint_engine = files
     engine._copy_recovery_script = lambda path: (
         None
@@ -140,7 +140,7 @@ def save_engine(
 def load_engine(
     engine: DeepSpeedEngine,
     directory: Path,
-    alive: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> dict[str, Any]:
     """Load what save_engine wrote, from a checkpoint that `find` has verified. A collective.
@@ -150,7 +150,7 @@ def load_engine(
     of engine.
     """
     require_same_student(engine, directory)
-    usual, engine.checkpoint_engine = engine.checkpoint_engine, PatientFiles(alive)
+    usual, engine.checkpoint_engine = engine.checkpoint_engine, PatientFiles(heartbeat)
     try:
         _, client_state = engine.load_checkpoint(str(directory), tag=TAG, **options)
     finally:

@@ -84,17 +84,17 @@ def check_names(path: Path) -> Manifest:
 
 
 def check_contents(
-    manifest: Manifest, names: Iterable[str], alive: Callable[[], None] = lambda: None
+    manifest: Manifest, names: Iterable[str], heartbeat: Callable[[], None] = lambda: None
 ) -> None:
     """Compare files with their hashes, and look into pickles without running them. Raises
     InputError.
 
-    `alive` is called after every few megabytes.
+    `heartbeat` is called after every few megabytes.
     """
     for name in names:
         path = manifest.path / name
         with _open_no_link(path) as file:
-            if sha256(file, alive) != manifest.files[name].sha256:
+            if sha256(file, heartbeat) != manifest.files[name].sha256:
                 raise InputError(
                     f"{path} does not have the content that was saved (its SHA-256 differs)"
                 )
@@ -194,14 +194,14 @@ def list_files(directory: Path) -> dict[str, int]:
     return files
 
 
-def sha256(file: BinaryIO, alive: Callable[[], None] = lambda: None) -> str:
-    """The SHA-256 of the rest of an open file, in hexadecimal; `alive` is called after every
+def sha256(file: BinaryIO, heartbeat: Callable[[], None] = lambda: None) -> str:
+    """The SHA-256 of the rest of an open file, in hexadecimal; `heartbeat` is called after every
     block.
     """
     digest = hashlib.sha256()
     while block := file.read(2**22):
         digest.update(block)
-        alive()
+        heartbeat()
     return digest.hexdigest()
 
 

@@ -159,11 +159,11 @@ def differences(found: Manifest, config: GKDConfig) -> list[str]:
     changes, heading = [], None
     now = json.loads(json.dumps(redact(config.to_dict())))
     before = found.state["config"]
-    for knob in dataclasses.fields(GKDConfig):
-        heading = knob.metadata["heading"] or heading
-        influential = heading not in WITHOUT_INFLUENCE and knob.name != "local_rank"
-        if influential and knob.name in before and before[knob.name] != now.get(knob.name):
-            changes.append((knob.name, before[knob.name], now.get(knob.name)))
+    for option in dataclasses.fields(GKDConfig):
+        heading = option.metadata["heading"] or heading
+        influential = heading not in WITHOUT_INFLUENCE and option.name != "local_rank"
+        if influential and option.name in before and before[option.name] != now.get(option.name):
+            changes.append((option.name, before[option.name], now.get(option.name)))
     for name, version in store.library_versions().items():
         if found.versions.get(name) != version:
             changes.append((name, found.versions.get(name), version))

@@ -42,7 +42,7 @@ def load_engine(
     `rank` of `world`.
 
     Weights, moments, loss scale, learning-rate schedule and counters are those of the checkpoint. A
-    collective. Raises InputError, on all ranks, for what cannot be cut anew.
+    collective. Raises InputError, on all ranks, for what cannot be resharded.
     """
     require_same_student(engine, directory)
     if engine.zero_optimization_stage() != 3:

@@ -64,14 +64,14 @@ def save(
     step: int,
     write: Callable[[Path], None],
     state: dict[str, Any],
-    alive: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write `checkpoint-<step>` and return its path. A collective.
 
     `write(directory)` runs on every rank and puts that rank's files there; an error in it must not
     keep this rank from collectives that others wait in (engine_files.py does that for DeepSpeed's
     engine). `state` is what JSON can hold; rank 0's is kept, with secrets hidden, and comes back as
-    `Manifest.state`. `alive` is called at every stage and while files are hashed.
+    `Manifest.state`. `heartbeat` is called at every stage and while files are hashed.
 
     Raises CheckpointError, on all ranks, when any rank failed; the temporary directory is gone by
     then.
@@ -79,7 +79,7 @@ def save(
     run_dir, rank, world = Path(run_dir), ranks.rank(), ranks.world_size()
 
     def stage(work: Callable[[], Any]) -> list[Any]:
-        alive()
+        heartbeat()
         return together(f"the checkpoint of step {step} was not written", work)
 
     directory = stage(lambda: _begin(run_dir, step) if rank == 0 else None)[0]
@@ -90,7 +90,7 @@ def save(
         # asked.
         names = sorted(set().union(*stage(lambda: set(manifest.list_files(directory)))))
         mine = [name for name in names if _owner(name, world) == rank]
-        sealed = stage(lambda: _seal(directory, mine, alive))
+        sealed = stage(lambda: _seal(directory, mine, heartbeat))
         files = {name: entry for part in sealed for name, entry in part.items()}
         body = {"step": step, "world_size": world, "files": files, "state": state}
         return stage(lambda: _commit(run_dir, directory, body) if rank == 0 else None)[0]
@@ -121,7 +121,7 @@ def _check_visible(directory: Path) -> None:
 
 
 def _seal(
-    directory: Path, names: list[str], alive: Callable[[], None]
+    directory: Path, names: list[str], heartbeat: Callable[[], None]
 ) -> dict[str, dict[str, Any]]:
     """Flush files to the disk and hash them. The rank that wrote a file does it: its host has the
     pages.
@@ -135,7 +135,7 @@ def _seal(
         with open(directory / name, "rb") as file:
             os.fsync(file.fileno())
             entries[name] = Entry(
-                os.fstat(file.fileno()).st_size, manifest.sha256(file, alive)
+                os.fstat(file.fileno()).st_size, manifest.sha256(file, heartbeat)
             )._asdict()
         manifest.check_harmless(directory / name)
     return entries
@@ -278,14 +278,16 @@ def _lock(run_dir: Path) -> tuple[int | None, str]:
 
 
 def find(
-    run_dir: str | Path, wanted: bool | str | Path | None, alive: Callable[[], None] = lambda: None
+    run_dir: str | Path,
+    wanted: bool | str | Path | None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> tuple[Manifest | None, PassedOver]:
     """The checkpoint to resume from, verified, and what was passed over for it. A collective.
 
     `wanted` is True (there must be one), "auto" (None when the run has none yet, so that a first
     start and a requeued one are the same command), a path (that one or an error), or None or False
     (no resume). The newest is the one saved last, which is not the highest step once a run was sent
-    back to an earlier one. `alive` is called often while files are verified.
+    back to an earlier one. `heartbeat` is called often while files are verified.
 
     Raises InputError on every rank: nothing to resume from, only damaged ones, or the path does not
     verify.
@@ -294,7 +296,7 @@ def find(
     if wanted is None or wanted is False:
         return None, []
     if wanted is not True and wanted != "auto":
-        found, reason = _verify_together(Path(wanted), alive)
+        found, reason = _verify_together(Path(wanted), heartbeat)
         if found is None:
             raise InputError(
                 f"cannot resume from {wanted}: {reason}; name another checkpoint or 'auto'."
@@ -307,7 +309,7 @@ def find(
         raise InputError(f"cannot look for checkpoints in {run_dir}: {reason}; correct output_dir.")
     candidates, passed_over = listing
     for path in candidates:
-        found, reason = _verify_together(path, alive)
+        found, reason = _verify_together(path, heartbeat)
         if found is not None:
             return found, passed_over
         passed_over.append((path, reason))
@@ -352,7 +354,7 @@ def _candidates(run_dir: Path) -> tuple[list[Path], PassedOver]:
     return candidates, passed_over
 
 
-def _verify_together(path: Path, alive: Callable[[], None]) -> tuple[Manifest | None, str]:
+def _verify_together(path: Path, heartbeat: Callable[[], None]) -> tuple[Manifest | None, str]:
     """(manifest, "") or (None, why not), the same on every rank; the work of hashing is shared."""
     found, reason = ranks.broadcast(
         _attempt(lambda: manifest.check_names(path)) if ranks.rank() == 0 else None
@@ -360,7 +362,7 @@ def _verify_together(path: Path, alive: Callable[[], None]) -> tuple[Manifest | 
     if found is None:
         return None, reason
     mine = [name for name in found.files if _owner(name, ranks.world_size()) == ranks.rank()]
-    reasons = ranks.gather(_attempt(lambda: manifest.check_contents(found, mine, alive))[1])
+    reasons = ranks.gather(_attempt(lambda: manifest.check_contents(found, mine, heartbeat))[1])
     reason = next(filter(None, reasons), "")
     return (None, reason) if reason else (found, "")
 

@@ -1,4 +1,4 @@
-"""GKDConfig: every knob of a run, its meaning, its default and its bounds.
+"""GKDConfig: every field of a run, its meaning, its default and its bounds.
 
     from gkd_ds import GKDConfig
     args = GKDConfig(output_dir="runs/first", per_device_train_batch_size=1, lmbda=1.0)
@@ -11,7 +11,7 @@ it is set to anything else: to support a field, act on it and delete its name th
 Everything knowable without files is checked when the object is made (`validate`); files and
 directories by `validate_files`, which the command line and the trainer call before any model is
 loaded, and by `check_output_dir_is_free`, before training. All raise InputError. Nothing here
-imports torch, so a wrong knob answers at once. `python -m gkd_ds.train --help` prints the fields.
+imports torch, so a wrong field answers at once. `python -m gkd_ds.train --help` prints the fields.
 """
 
 import dataclasses
@@ -170,7 +170,7 @@ PATHS = (
 )
 
 
-def knob(
+def option(
     default: Any, help: str, *, heading: str | None = None, secret: bool = False, **bounds: float
 ) -> Any:
     """A field: its default (`dict` and `list` mean an empty one), its meaning, and inclusive
@@ -183,7 +183,7 @@ def knob(
 
 @dataclass
 class GKDConfig:
-    """All knobs of a run. See the module docstring; each field's line says what it does.
+    """All fields of a run. See the module docstring; each field's line says what it does.
 
     Raises:
         InputError: a value of the wrong type or out of bounds, a combination that contradicts
@@ -191,97 +191,97 @@ class GKDConfig:
             field of TRL's that is not supported and was changed.
     """
 
-    output_dir: str | None = knob(
+    output_dir: str | None = option(
         None,
         "Directory of the run: metrics, checkpoints, final model (default trainer_output).",
         heading="The run",
     )
-    overwrite_output_dir: bool = knob(
+    overwrite_output_dir: bool = option(
         False, "Start over in an output_dir that already holds a run."
     )
-    do_train: bool = knob(False, "Accepted for TRL's scripts; calling train() is what trains.")
-    do_eval: bool = knob(
+    do_train: bool = option(False, "Accepted for TRL's scripts; calling train() is what trains.")
+    do_eval: bool = option(
         False, "Accepted for TRL's scripts; the command line reads the evaluation split if set."
     )
-    seed: int = knob(
+    seed: int = option(
         42, "Seed of the model, of every sampled token and of the source draws.", low=0, below=2**32
     )
-    data_seed: int | None = knob(
+    data_seed: int | None = option(
         None, "Seed of the sample order (default: seed).", low=0, below=2**32
     )
-    full_determinism: bool = knob(False, "Deterministic kernels only (slower on GPUs).")
-    max_runtime: float | str | None = knob(
+    full_determinism: bool = option(False, "Deterministic kernels only (slower on GPUs).")
+    max_runtime: float | str | None = option(
         None,
         "Stop with a checkpoint after this time: seconds, or text such as 3h30m; all ranks agree on it.",
     )
-    stop_file: str | None = knob(
+    stop_file: str | None = option(
         None, "Stop with a checkpoint when this file appears (default <output_dir>/STOP)."
     )
-    max_bad_updates: int = knob(
+    max_bad_updates: int = option(
         5, "Stop with a diagnosis after this many skipped updates in a row.", low=1
     )
-    watchdog_timeout: float = knob(
+    watchdog_timeout: float = option(
         1800.0, "Seconds without progress on any rank before the run is ended.", above=0
     )
 
-    model_name_or_path: str | None = knob(
+    model_name_or_path: str | None = option(
         None, "The student: a local directory or a hub name.", heading="Models"
     )
-    teacher_model_name_or_path: str | None = knob(
+    teacher_model_name_or_path: str | None = option(
         None, "The teacher: a local directory or a hub name."
     )
-    model_init_kwargs: dict | None = knob(
+    model_init_kwargs: dict | None = option(
         None, "Keyword arguments of the student's from_pretrained."
     )
-    teacher_model_init_kwargs: dict | None = knob(
+    teacher_model_init_kwargs: dict | None = option(
         None, "Keyword arguments of the teacher's from_pretrained."
     )
-    trust_remote_code: bool = knob(False, "Allow models that bring their own Python code.")
-    attn_implementation: str | None = knob(
+    trust_remote_code: bool = option(False, "Allow models that bring their own Python code.")
+    attn_implementation: str | None = option(
         None, "Attention of both models: eager, sdpa, flash_attention_2, ..."
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = knob(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = option(
         None, "Type of the student's weights (default: float32 unless bf16 or fp16)."
     )
-    disable_dropout: bool = knob(True, "Switch dropout off in the student.")
+    disable_dropout: bool = option(True, "Switch dropout off in the student.")
 
-    dataset_name: str | None = knob(
+    dataset_name: str | None = option(
         None, "A hub name, a JSON, JSONL or Parquet file, or a directory of them.", heading="Data"
     )
-    dataset_config: str | None = knob(None, "Configuration of the data set on the hub.")
-    dataset_train_split: str = knob("train", "Split to train on.")
-    dataset_test_split: str = knob("test", "Split to evaluate on.")
-    dataset_num_proc: int | None = knob(None, "Processes that tokenize.", low=1)
-    row_errors: Literal["strict", "skip"] = knob(
+    dataset_config: str | None = option(None, "Configuration of the data set on the hub.")
+    dataset_train_split: str = option("train", "Split to train on.")
+    dataset_test_split: str = option("test", "Split to evaluate on.")
+    dataset_num_proc: int | None = option(None, "Processes that tokenize.", low=1)
+    row_errors: Literal["strict", "skip"] = option(
         "strict", "A malformed row ends the run (strict) or is counted (skip)."
     )
-    max_skipped_rows: int = knob(
+    max_skipped_rows: int = option(
         100, "With row_errors=skip: more malformed rows than this end the run.", low=0
     )
-    chat_template_path: str | None = knob(
+    chat_template_path: str | None = option(
         None, "Chat template: a Jinja file, or a tokenizer's directory or hub name."
     )
-    eos_token: str | None = knob(None, "End-of-turn token, if not the tokenizer's.")
-    pad_token: str | None = knob(None, "Padding token, if not the tokenizer's.")
-    max_length: int | None = knob(
+    eos_token: str | None = option(None, "End-of-turn token, if not the tokenizer's.")
+    pad_token: str | None = option(None, "Padding token, if not the tokenizer's.")
+    max_length: int | None = option(
         1024, "Tokens of prompt and completion together; null for no bound.", low=2
     )
-    pad_to_multiple_of: int | None = knob(None, "Pad sequences to a multiple of this.", low=1)
-    remove_unused_columns: bool = knob(
+    pad_to_multiple_of: int | None = option(None, "Pad sequences to a multiple of this.", low=1)
+    remove_unused_columns: bool = option(
         True, "Accepted for TRL's scripts; only known columns are ever read."
     )
-    dataloader_drop_last: bool = knob(
+    dataloader_drop_last: bool = option(
         False, "Leave out the last window of an epoch when it is not full."
     )
 
-    lmbda: float = knob(
+    lmbda: float = option(
         0.5,
         "Share of on-policy micro-batches: 0 never samples the student, 1 always does.",
         heading="Distillation",
         low=0,
         high=1,
     )
-    beta: float = knob(
+    beta: float = option(
         0.5,
         "L = beta*KL(P|M) + (1-beta)*KL(Q|M) with M = beta*P + (1-beta)*Q, P the teacher, Q the student; 0 is "
         "exactly KL(P|Q) and 1 exactly KL(Q|P), while the mixture tends to 0 at both ends (L/beta to KL(P|Q), "
@@ -289,279 +289,291 @@ class GKDConfig:
         low=0,
         high=1,
     )
-    temperature: float = knob(0.9, "Temperature of sampling only; 0 decodes greedily.", low=0)
-    divergence_temperature: float = knob(
+    temperature: float = option(0.9, "Temperature of sampling only; 0 decodes greedily.", low=0)
+    divergence_temperature: float = option(
         1.0, "Temperature of both distributions in the divergence.", above=0
     )
-    max_new_tokens: int = knob(128, "Longest sampled completion, in tokens.", low=1)
-    seq_kd: bool = knob(
+    max_new_tokens: int = option(128, "Longest sampled completion, in tokens.", low=1)
+    seq_kd: bool = option(
         False,
         "Micro-batches that are not on-policy use completions generated by the teacher: "
         "one pass over its weights per token of the longest, beside the one that scores the window.",
     )
-    rollout_engine: Literal["auto", "hybrid", "gather", "sharded"] = knob(
+    rollout_engine: Literal["auto", "hybrid", "gather", "sharded"] = option(
         "auto",
         "How the student samples: DeepSpeed's hybrid engine, gathered once per window, or partitioned throughout.",
     )
 
-    per_device_train_batch_size: int = knob(
+    per_device_train_batch_size: int = option(
         8, "Samples per rank and micro-batch.", heading="Batches and length", low=1
     )
-    gradient_accumulation_steps: int = knob(
+    gradient_accumulation_steps: int = option(
         1, "Micro-batches per window, that is, per update.", low=1
     )
-    num_train_epochs: float = knob(3.0, "Passes over the data.", above=0)
-    max_steps: int = knob(-1, "Updates; if positive, num_train_epochs does not count.", low=-1)
+    num_train_epochs: float = option(3.0, "Passes over the data.", above=0)
+    max_steps: int = option(-1, "Updates; if positive, num_train_epochs does not count.", low=-1)
 
-    learning_rate: float = knob(2e-5, "Peak learning rate.", heading="Optimizer", low=0)
-    weight_decay: float = knob(0.0, "Decoupled weight decay; biases and norms are left out.", low=0)
-    adam_beta1: float = knob(0.9, "Decay of Adam's first moment.", low=0, below=1)
-    adam_beta2: float = knob(0.999, "Decay of Adam's second moment.", low=0, below=1)
-    adam_epsilon: float = knob(1e-8, "Adam's epsilon.", above=0)
-    max_grad_norm: float = knob(
+    learning_rate: float = option(2e-5, "Peak learning rate.", heading="Optimizer", low=0)
+    weight_decay: float = option(
+        0.0, "Decoupled weight decay; biases and norms are left out.", low=0
+    )
+    adam_beta1: float = option(0.9, "Decay of Adam's first moment.", low=0, below=1)
+    adam_beta2: float = option(0.999, "Decay of Adam's second moment.", low=0, below=1)
+    adam_epsilon: float = option(1e-8, "Adam's epsilon.", above=0)
+    max_grad_norm: float = option(
         1.0, "Norm to which gradients are clipped; 0 for no clipping.", low=0
     )
-    optim: Literal["adamw_torch_fused", "adamw_torch"] = knob(
+    optim: Literal["adamw_torch_fused", "adamw_torch"] = option(
         "adamw_torch_fused", "Optimizer: AdamW, fused or not."
     )
-    lr_scheduler_type: str = knob(
+    lr_scheduler_type: str = option(
         "linear", "Schedule of the learning rate: " + ", ".join(SCHEDULES) + "."
     )
-    lr_scheduler_kwargs: dict | None = knob(
+    lr_scheduler_kwargs: dict | None = option(
         dict, "Arguments of the schedule, such as num_cycles or min_lr."
     )
-    warmup_ratio: float = knob(
+    warmup_ratio: float = option(
         0.0, "Share of the updates over which the learning rate rises from 0.", low=0, high=1
     )
-    warmup_steps: int = knob(
+    warmup_steps: int = option(
         0,
         "Updates over which the learning rate rises from 0; if positive, warmup_ratio does not count.",
         low=0,
     )
 
-    bf16: bool | None = knob(
+    bf16: bool | None = option(
         None,
         "bfloat16 training; null: where the accelerator is a GPU that supports it, else fp32.",
         heading="Precision and memory",
     )
-    fp16: bool = knob(False, "float16 training with loss scaling.")
-    tf32: bool | None = knob(None, "TF32 products on GPUs; null keeps torch's setting.")
-    gradient_checkpointing: bool = knob(
+    fp16: bool = option(False, "float16 training with loss scaling.")
+    tf32: bool | None = option(None, "TF32 products on GPUs; null keeps torch's setting.")
+    gradient_checkpointing: bool = option(
         True, "Recompute activations in the learn phase (never while sampling)."
     )
-    gradient_checkpointing_kwargs: dict | None = knob(None, "Arguments of gradient checkpointing.")
-    rollout_memory_mb: int | None = knob(
+    gradient_checkpointing_kwargs: dict | None = option(
+        None, "Arguments of gradient checkpointing."
+    )
+    rollout_memory_mb: int | None = option(
         None,
         "MiB of one rank's KV cache; the window is sampled in as many batches as that takes; null: in one.",
         low=1,
     )
-    offload_optimizer_states: bool = knob(
+    offload_optimizer_states: bool = option(
         False,
         "Keep the student's optimizer states in host memory during rollouts, which then have their room.",
     )
-    score_memory_mb: int = knob(1024, "MiB of activations inside a layer of the teacher.", low=1)
-    targets_memory_mb: int = knob(
+    score_memory_mb: int = option(1024, "MiB of activations inside a layer of the teacher.", low=1)
+    targets_memory_mb: int = option(
         4096,
         "MiB of the teacher's hidden states kept on the device; beyond it they go to the host.",
         low=0,
     )
-    loss_memory_mb: int = knob(
+    loss_memory_mb: int = option(
         64, "MiB of the logits chunk in the loss, both models together.", low=1
     )
-    learn_tokens_per_micro_batch: int | None = knob(
+    learn_tokens_per_micro_batch: int | None = option(
         None,
         "Tokens per forward of the learn phase; null: as many as the widest micro-batch would hold.",
         low=1,
     )
 
-    deepspeed: dict | str | None = knob(
+    deepspeed: dict | str | None = option(
         None,
         "The student's DeepSpeed file or a dict; null: built-in ZeRO-3.",
         heading="DeepSpeed and processes",
     )
-    teacher_deepspeed: dict | str | None = knob(
+    teacher_deepspeed: dict | str | None = option(
         None, "The teacher's DeepSpeed file or a dict; null: built-in resident ZeRO-3."
     )
-    deepspeed_log_level: Literal["debug", "info", "warning", "error", "critical"] = knob(
+    deepspeed_log_level: Literal["debug", "info", "warning", "error", "critical"] = option(
         "error", "How much of DeepSpeed's own log to show."
     )
-    use_cpu: bool = knob(False, "Run on the CPU even where there is an accelerator.")
-    local_rank: int = knob(-1, "Rank on this node, given by the launcher.", low=-1)
+    use_cpu: bool = option(False, "Run on the CPU even where there is an accelerator.")
+    local_rank: int = option(-1, "Rank on this node, given by the launcher.", low=-1)
     ddp_backend: Literal["nccl", "gloo", "mpi", "ccl", "hccl", "xccl", "cncl", "mccl"] | None = (
-        knob(None, "Backend of torch.distributed; null: the accelerator's.")
+        option(None, "Backend of torch.distributed; null: the accelerator's.")
     )
-    ddp_timeout: int = knob(1800, "Seconds after which a collective gives up.", low=1)
+    ddp_timeout: int = option(1800, "Seconds after which a collective gives up.", low=1)
 
-    report_to: list | str | None = knob(
+    report_to: list | str | None = option(
         None, "Where metrics go besides metrics.jsonl: wandb, or none.", heading="Logging"
     )
-    run_name: str | None = knob(None, "Name of the run on W&B.")
-    project: str = knob("huggingface", "W&B project (the variable WANDB_PROJECT wins).")
-    logging_strategy: IntervalStrategy = knob("steps", "When to log: no, steps, epoch.")
-    logging_steps: float = knob(
+    run_name: str | None = option(None, "Name of the run on W&B.")
+    project: str = option("huggingface", "W&B project (the variable WANDB_PROJECT wins).")
+    logging_strategy: IntervalStrategy = option("steps", "When to log: no, steps, epoch.")
+    logging_steps: float = option(
         10, "Log every so many updates; below 1: a share of all updates.", low=0
     )
-    logging_first_step: bool = knob(False, "Log the first update too.")
-    logging_nan_inf_filter: bool = knob(
+    logging_first_step: bool = option(False, "Log the first update too.")
+    logging_nan_inf_filter: bool = option(
         True, "Leave losses that are NaN or infinite out of logged averages."
     )
-    log_rollouts: int = knob(
+    log_rollouts: int = option(
         4, "Sampled completions logged each time, beside the teacher's probability of them.", low=0
     )
-    logging_dir: str | None = knob(None, "Directory of W&B's local files (default output_dir).")
-    log_level: Literal["passive", "detail", "debug", "info", "warning", "error", "critical"] = knob(
-        "passive", "Level of our own log; passive leaves Python's logging as it is."
+    logging_dir: str | None = option(None, "Directory of W&B's local files (default output_dir).")
+    log_level: Literal["passive", "detail", "debug", "info", "warning", "error", "critical"] = (
+        option("passive", "Level of our own log; passive leaves Python's logging as it is.")
     )
-    disable_tqdm: bool | None = knob(
+    disable_tqdm: bool | None = option(
         None, "Plain lines instead of a progress bar; null: a bar on a terminal only."
     )
-    include_num_input_tokens_seen: bool | str = knob(
+    include_num_input_tokens_seen: bool | str = option(
         False, "Count input tokens: all, non_padding, no."
     )
-    skip_memory_metrics: bool = knob(True, "Leave memory figures out of the metrics.")
+    skip_memory_metrics: bool = option(True, "Leave memory figures out of the metrics.")
 
-    eval_strategy: IntervalStrategy = knob(
+    eval_strategy: IntervalStrategy = option(
         "no", "When to evaluate: no, steps, epoch.", heading="Evaluation"
     )
-    eval_steps: float | None = knob(
+    eval_steps: float | None = option(
         None, "Evaluate every so many updates (default logging_steps); below 1: a share.", above=0
     )
-    eval_delay: float = knob(0, "Updates or epochs before the first evaluation.", low=0)
-    eval_on_start: bool = knob(False, "Evaluate before the first update.")
-    per_device_eval_batch_size: int = knob(8, "Samples per rank and batch when evaluating.", low=1)
-    eval_on_policy: bool = knob(
+    eval_delay: float = option(0, "Updates or epochs before the first evaluation.", low=0)
+    eval_on_start: bool = option(False, "Evaluate before the first update.")
+    per_device_eval_batch_size: int = option(
+        8, "Samples per rank and batch when evaluating.", low=1
+    )
+    eval_on_policy: bool = option(
         True, "Evaluate on the student's own samples as well as on reference completions."
     )
-    eval_max_samples: int | None = knob(None, "Evaluate on the first so many samples only.", low=1)
-    load_best_model_at_end: bool = knob(False, "End with the best checkpoint instead of the last.")
-    metric_for_best_model: str | None = knob(
+    eval_max_samples: int | None = option(
+        None, "Evaluate on the first so many samples only.", low=1
+    )
+    load_best_model_at_end: bool = option(
+        False, "End with the best checkpoint instead of the last."
+    )
+    metric_for_best_model: str | None = option(
         None, "Metric that decides which is best (default loss)."
     )
-    greater_is_better: bool | None = knob(
+    greater_is_better: bool | None = option(
         None, "Whether that metric should rise (default: not for a loss or divergence)."
     )
-    prediction_loss_only: bool = knob(
+    prediction_loss_only: bool = option(
         False, "Accepted for TRL's scripts; evaluation only ever returns losses."
     )
 
-    save_strategy: SaveStrategy = knob(
+    save_strategy: SaveStrategy = option(
         "steps", "When to write a checkpoint: no, steps, epoch, best.", heading="Checkpoints"
     )
-    save_steps: float = knob(
+    save_steps: float = option(
         500, "Write a checkpoint every so many updates; below 1: a share of all updates.", low=0
     )
-    save_total_limit: int | None = knob(
+    save_total_limit: int | None = option(
         None, "Checkpoints to keep; older ones are deleted; null keeps all.", low=1
     )
-    save_only_model: bool = knob(
+    save_only_model: bool = option(
         False,
         "Checkpoints without optimizer and position; they cannot be resumed. A stop writes a whole one.",
     )
-    resume_from_checkpoint: bool | str | None = knob(
+    resume_from_checkpoint: bool | str | None = option(
         None,
         "A checkpoint's directory; true: the newest valid one in output_dir; auto: the same, or start if "
         "there is none.",
     )
-    restore_callback_states_from_checkpoint: bool = knob(
+    restore_callback_states_from_checkpoint: bool = option(
         False, "Restore the state of callbacks on resume."
     )
-    ignore_data_skip: bool = knob(
+    ignore_data_skip: bool = option(
         False, "On resume start at the beginning of the data instead of where it stopped."
     )
 
-    push_to_hub: bool = knob(False, "Push the model to the hub when it is saved.", heading="Hub")
-    hub_model_id: str | None = knob(
+    push_to_hub: bool = option(False, "Push the model to the hub when it is saved.", heading="Hub")
+    hub_model_id: str | None = option(
         None, "Repository on the hub (default: the name of output_dir)."
     )
-    hub_strategy: Literal["every_save", "end", "checkpoint", "all_checkpoints"] = knob(
+    hub_strategy: Literal["every_save", "end", "checkpoint", "all_checkpoints"] = option(
         "every_save", "What to push, and when."
     )
-    hub_token: str | None = knob(
+    hub_token: str | None = option(
         None,
         "Token of the hub (default: the one you logged in with); never written anywhere.",
         secret=True,
     )
-    hub_private_repo: bool | None = knob(None, "Make the repository private.")
-    hub_revision: str | None = knob(None, "Branch to push to.")
+    hub_private_repo: bool | None = option(None, "Make the repository private.")
+    hub_revision: str | None = option(None, "Branch to push to.")
 
-    do_predict: bool = knob(False, "Run a prediction loop.", heading="Of TRL's, not supported")
-    per_gpu_train_batch_size: int | None = knob(None, "Old name of per_device_train_batch_size.")
-    per_gpu_eval_batch_size: int | None = knob(None, "Old name of per_device_eval_batch_size.")
-    push_to_hub_model_id: str | None = knob(None, "Old name of hub_model_id.")
-    push_to_hub_organization: str | None = knob(None, "Old: organization of the repository.")
-    push_to_hub_token: str | None = knob(None, "Old name of hub_token.", secret=True)
-    no_cuda: bool = knob(False, "Old name of use_cpu.")
-    use_mps_device: bool = knob(False, "Run on Apple's MPS.")
-    tpu_num_cores: int | None = knob(None, "TPU cores.")
-    tpu_metrics_debug: bool = knob(False, "Debug TPU metrics.")
-    eval_accumulation_steps: int | None = knob(None, "Batches of predictions kept on the device.")
-    eval_do_concat_batches: bool = knob(True, "Concatenate predictions.")
-    eval_use_gather_object: bool = knob(False, "Gather predictions as objects.")
-    batch_eval_metrics: bool = knob(False, "Call compute_metrics batch by batch.")
-    include_inputs_for_metrics: bool = knob(False, "Give the inputs to compute_metrics.")
-    include_for_metrics: list = knob(list, "What to give to compute_metrics.")
-    label_names: list | None = knob(None, "Columns with labels.")
-    use_legacy_prediction_loop: bool = knob(False, "Use the old evaluation loop.")
-    past_index: int = knob(-1, "Output that carries a past.")
-    bf16_full_eval: bool = knob(False, "Evaluate entirely in bfloat16.")
-    fp16_full_eval: bool = knob(False, "Evaluate entirely in float16.")
-    fp16_opt_level: str = knob("O1", "Level of apex.")
-    fp16_backend: str = knob("auto", "Old name of half_precision_backend.")
-    half_precision_backend: str = knob("auto", "Library for mixed precision.")
-    jit_mode_eval: bool = knob(False, "Evaluate a traced model.")
-    debug: list | str = knob("", "Debugging aids.")
-    torch_empty_cache_steps: int | None = knob(None, "Empty torch's cache every so many steps.")
-    auto_find_batch_size: bool = knob(False, "Search for a batch size that fits.")
-    log_level_replica: str = knob("warning", "Level of the log of other ranks.")
-    log_on_each_node: bool = knob(True, "Log on the first rank of every node.")
-    save_safetensors: bool = knob(True, "Write models as safetensors.")
-    save_on_each_node: bool = knob(False, "Write checkpoints on every node.")
-    dataloader_num_workers: int = knob(0, "Processes that load data.")
-    dataloader_prefetch_factor: int | None = knob(None, "Batches loaded ahead by each process.")
-    dataloader_persistent_workers: bool = knob(False, "Keep the loading processes between epochs.")
-    dataloader_pin_memory: bool = knob(True, "Load into pinned memory.")
-    group_by_length: bool = knob(False, "Draw batches of similar lengths.")
-    length_column_name: str = knob("length", "Column with lengths computed before.")
-    fsdp: list | str | None = knob(None, "Shard with FSDP.")
-    fsdp_min_num_params: int = knob(0, "FSDP's smallest shard.")
-    fsdp_transformer_layer_cls_to_wrap: str | None = knob(None, "FSDP's layer class.")
-    fsdp_config: dict | str | None = knob(None, "FSDP's configuration.")
-    accelerator_config: dict | str | None = knob(None, "accelerate's configuration.")
-    parallelism_config: dict | None = knob(None, "accelerate's parallelism.")
-    mp_parameters: str = knob("", "SageMaker's model parallelism.")
-    ddp_find_unused_parameters: bool | None = knob(None, "DDP: look for unused parameters.")
-    ddp_bucket_cap_mb: int | None = knob(None, "DDP: bucket size.")
-    ddp_broadcast_buffers: bool | None = knob(None, "DDP: broadcast buffers.")
-    label_smoothing_factor: float = knob(0.0, "Label smoothing.")
-    neftune_noise_alpha: float | None = knob(None, "Noise in the embeddings.")
-    optim_args: str | None = knob(None, "Arguments of other optimizers.")
-    optim_target_modules: str | list | None = knob(
+    do_predict: bool = option(False, "Run a prediction loop.", heading="Of TRL's, not supported")
+    per_gpu_train_batch_size: int | None = option(None, "Old name of per_device_train_batch_size.")
+    per_gpu_eval_batch_size: int | None = option(None, "Old name of per_device_eval_batch_size.")
+    push_to_hub_model_id: str | None = option(None, "Old name of hub_model_id.")
+    push_to_hub_organization: str | None = option(None, "Old: organization of the repository.")
+    push_to_hub_token: str | None = option(None, "Old name of hub_token.", secret=True)
+    no_cuda: bool = option(False, "Old name of use_cpu.")
+    use_mps_device: bool = option(False, "Run on Apple's MPS.")
+    tpu_num_cores: int | None = option(None, "TPU cores.")
+    tpu_metrics_debug: bool = option(False, "Debug TPU metrics.")
+    eval_accumulation_steps: int | None = option(None, "Batches of predictions kept on the device.")
+    eval_do_concat_batches: bool = option(True, "Concatenate predictions.")
+    eval_use_gather_object: bool = option(False, "Gather predictions as objects.")
+    batch_eval_metrics: bool = option(False, "Call compute_metrics batch by batch.")
+    include_inputs_for_metrics: bool = option(False, "Give the inputs to compute_metrics.")
+    include_for_metrics: list = option(list, "What to give to compute_metrics.")
+    label_names: list | None = option(None, "Columns with labels.")
+    use_legacy_prediction_loop: bool = option(False, "Use the old evaluation loop.")
+    past_index: int = option(-1, "Output that carries a past.")
+    bf16_full_eval: bool = option(False, "Evaluate entirely in bfloat16.")
+    fp16_full_eval: bool = option(False, "Evaluate entirely in float16.")
+    fp16_opt_level: str = option("O1", "Level of apex.")
+    fp16_backend: str = option("auto", "Old name of half_precision_backend.")
+    half_precision_backend: str = option("auto", "Library for mixed precision.")
+    jit_mode_eval: bool = option(False, "Evaluate a traced model.")
+    debug: list | str = option("", "Debugging aids.")
+    torch_empty_cache_steps: int | None = option(None, "Empty torch's cache every so many steps.")
+    auto_find_batch_size: bool = option(False, "Search for a batch size that fits.")
+    log_level_replica: str = option("warning", "Level of the log of other ranks.")
+    log_on_each_node: bool = option(True, "Log on the first rank of every node.")
+    save_safetensors: bool = option(True, "Write models as safetensors.")
+    save_on_each_node: bool = option(False, "Write checkpoints on every node.")
+    dataloader_num_workers: int = option(0, "Processes that load data.")
+    dataloader_prefetch_factor: int | None = option(None, "Batches loaded ahead by each process.")
+    dataloader_persistent_workers: bool = option(
+        False, "Keep the loading processes between epochs."
+    )
+    dataloader_pin_memory: bool = option(True, "Load into pinned memory.")
+    group_by_length: bool = option(False, "Draw batches of similar lengths.")
+    length_column_name: str = option("length", "Column with lengths computed before.")
+    fsdp: list | str | None = option(None, "Shard with FSDP.")
+    fsdp_min_num_params: int = option(0, "FSDP's smallest shard.")
+    fsdp_transformer_layer_cls_to_wrap: str | None = option(None, "FSDP's layer class.")
+    fsdp_config: dict | str | None = option(None, "FSDP's configuration.")
+    accelerator_config: dict | str | None = option(None, "accelerate's configuration.")
+    parallelism_config: dict | None = option(None, "accelerate's parallelism.")
+    mp_parameters: str = option("", "SageMaker's model parallelism.")
+    ddp_find_unused_parameters: bool | None = option(None, "DDP: look for unused parameters.")
+    ddp_bucket_cap_mb: int | None = option(None, "DDP: bucket size.")
+    ddp_broadcast_buffers: bool | None = option(None, "DDP: broadcast buffers.")
+    label_smoothing_factor: float = option(0.0, "Label smoothing.")
+    neftune_noise_alpha: float | None = option(None, "Noise in the embeddings.")
+    optim_args: str | None = option(None, "Arguments of other optimizers.")
+    optim_target_modules: str | list | None = option(
         None, "Modules that other optimizers treat specially."
     )
-    adafactor: bool = knob(False, "Use Adafactor.")
-    trackio_space_id: str | None = knob("trackio", "Space of Trackio.")
-    hub_always_push: bool = knob(False, "Push even when the last push has not finished.")
-    torchdynamo: str | None = knob(None, "Old name of torch_compile_backend.")
-    torch_compile: bool = knob(False, "Compile the model.")
-    torch_compile_backend: str | None = knob(None, "Backend of compilation.")
-    torch_compile_mode: str | None = knob(None, "Mode of compilation.")
-    ray_scope: str | None = knob("last", "Scope of Ray's hyperparameter search.")
-    include_tokens_per_second: bool = knob(False, "Log tokens per second.")
-    use_liger_kernel: bool = knob(False, "Use Liger's kernels.")
-    liger_kernel_config: dict | None = knob(None, "Which of Liger's kernels.")
-    average_tokens_across_devices: bool = knob(
+    adafactor: bool = option(False, "Use Adafactor.")
+    trackio_space_id: str | None = option("trackio", "Space of Trackio.")
+    hub_always_push: bool = option(False, "Push even when the last push has not finished.")
+    torchdynamo: str | None = option(None, "Old name of torch_compile_backend.")
+    torch_compile: bool = option(False, "Compile the model.")
+    torch_compile_backend: str | None = option(None, "Backend of compilation.")
+    torch_compile_mode: str | None = option(None, "Mode of compilation.")
+    ray_scope: str | None = option("last", "Scope of Ray's hyperparameter search.")
+    include_tokens_per_second: bool = option(False, "Log tokens per second.")
+    use_liger_kernel: bool = option(False, "Use Liger's kernels.")
+    liger_kernel_config: dict | None = option(None, "Which of Liger's kernels.")
+    average_tokens_across_devices: bool = option(
         True, "Divide the loss by the tokens of all ranks together."
     )
-    dataset_text_field: str = knob("text", "Column with plain text.")
-    dataset_kwargs: dict | None = knob(None, "Further arguments for preparing the data set.")
-    packing: bool = knob(False, "Pack several samples into one sequence.")
-    packing_strategy: str = knob("bfd", "How to pack.")
-    eval_packing: bool | None = knob(None, "Pack when evaluating.")
-    padding_free: bool = knob(False, "Flatten batches instead of padding them.")
-    completion_only_loss: bool | None = knob(None, "Loss on the completion only.")
-    assistant_only_loss: bool = knob(False, "Loss on the assistant's turns only.")
-    loss_type: str = knob("nll", "Loss of TRL's supervised trainer.")
-    activation_offloading: bool = knob(False, "Move activations to the host.")
+    dataset_text_field: str = option("text", "Column with plain text.")
+    dataset_kwargs: dict | None = option(None, "Further arguments for preparing the data set.")
+    packing: bool = option(False, "Pack several samples into one sequence.")
+    packing_strategy: str = option("bfd", "How to pack.")
+    eval_packing: bool | None = option(None, "Pack when evaluating.")
+    padding_free: bool = option(False, "Flatten batches instead of padding them.")
+    completion_only_loss: bool | None = option(None, "Loss on the completion only.")
+    assistant_only_loss: bool = option(False, "Loss on the assistant's turns only.")
+    loss_type: str = option("nll", "Loss of TRL's supervised trainer.")
+    activation_offloading: bool = option(False, "Move activations to the host.")
 
     def __post_init__(self) -> None:
         self.validate()

@@ -1,8 +1,8 @@
 """Read a DeepSpeed JSON file and refuse what contradicts GKDConfig, before torch or DeepSpeed are
 imported.
 
-One owner per knob: GKDConfig owns batch sizes, accumulation, learning rate, clipping, precision and
-tracking; the DeepSpeed file owns ZeRO, offload and communication. In it our knobs are "auto",
+One owner per field: GKDConfig owns batch sizes, accumulation, learning rate, clipping, precision and
+tracking; the DeepSpeed file owns ZeRO, offload and communication. In it our fields are "auto",
 absent, or equal to ours.
 """
 
@@ -115,7 +115,7 @@ def refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_student_file(file: dict, config: Any) -> None:
-    """Refuse what contradicts `config` (a GKDConfig) or belongs to another knob.
+    """Refuse what contradicts `config` (a GKDConfig) or belongs to another field.
 
     Raises:
         InputError: with the key, the field, and what to change.

@@ -145,7 +145,7 @@ def precision(config: GKDConfig) -> torch.dtype:
 
 
 def student_config(config: GKDConfig, world_size: int, hidden_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of the student: the user's file, with the knobs that GKDConfig
+    """The DeepSpeed configuration of the student: the user's file, with the fields that GKDConfig
     owns filled in.
     """
     resolved = _read(config.deepspeed) or {
@@ -306,7 +306,7 @@ def stage(engine) -> int:
 
 
 @contextmanager
-def whole_parameters(engine, counters: Counters) -> Iterator[None]:
+def gathered_parameters(engine, counters: Counters) -> Iterator[None]:
     """All parameters of a ZeRO-3 engine whole on every rank, with one gather; ZeRO's hooks are off
     meanwhile.
 

@@ -94,9 +94,9 @@ class Student:
         samples: list[Sample],
         sampling: Sampling,
         max_rows: int | None = None,
-        alive: Callable[[], None] = lambda: None,
+        heartbeat: Callable[[], None] = lambda: None,
     ) -> Completions:
-        """Complete the prompts of one window; `alive` is called often. Collective, also for a rank
+        """Complete the prompts of one window; `heartbeat` is called often. Collective, also for a rank
         without samples.
         """
         prompts = [sample.prompt_ids for sample in samples]
@@ -115,14 +115,20 @@ class Student:
                         self.device,
                         max_rows,
                         ranks.any_rank,
-                        alive,
+                        heartbeat,
                     )
-            with self._room_for_rollout(), zero.whole_parameters(self.engine, self.counters):
+            with self._room_for_rollout(), zero.gathered_parameters(self.engine, self.counters):
                 if self.rollout_engine == "hybrid":
                     return hybrid.generate(self.engine, self.model, prompts, sample_ids, sampling)
                 with accelerator.fast_decoding(self.model):
                     return decode(
-                        forward, prompts, sample_ids, sampling, self.device, max_rows, alive=alive
+                        forward,
+                        prompts,
+                        sample_ids,
+                        sampling,
+                        self.device,
+                        max_rows,
+                        heartbeat=heartbeat,
                     )
         finally:
             self.model.train()
@@ -156,7 +162,7 @@ class Student:
         sampling = Sampling(8, 0.0, 0, (), 0, self.vocabulary)
         forward = causal_lm.decoding_forward(self.model, self.vocabulary)
         prompts = [[1, 2, 3, 4, 5, 6]]
-        with zero.whole_parameters(self.engine, self.counters):
+        with zero.gathered_parameters(self.engine, self.counters):
             ours = hybrid.generate(self.engine, self.model, prompts, [0], sampling)
             self.model.eval()
             plain = decode(forward, prompts, [0], sampling, self.device)

@@ -67,7 +67,7 @@ def _divergence(pipeline: Pipeline, rollouts: list[Rollout]) -> tuple[float, flo
     """(divergence per token, entropy per token, tokens) of rollouts, over all ranks."""
     learned: Learned = pipeline.measure(rollouts, pipeline.score(rollouts))
     tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
-    divergence, entropy, tokens = ranks.total(
+    divergence, entropy, tokens = ranks.all_reduce_sum(
         [sum(learned.divergence), sum(learned.entropy), tokens]
     )
     return divergence / max(tokens, 1), entropy / max(tokens, 1), tokens

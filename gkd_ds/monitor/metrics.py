@@ -29,7 +29,7 @@ def update_row(
     """
     local = _local_sums(rollouts, learned)
     local["decoded_rows"] = pipeline.decoded_rows
-    sums = dict(zip(local, ranks.total(list(local.values()))))
+    sums = dict(zip(local, ranks.all_reduce_sum(list(local.values()))))
     tokens = max(sums["tokens"], 1)
     seconds = pipeline.seconds
     row: dict[str, Any] = {

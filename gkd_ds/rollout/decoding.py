@@ -134,14 +134,14 @@ def decode(
     device: torch.device,
     max_rows: int | None = None,
     agree: Callable[[bool], bool] = bool,
-    alive: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> Completions:
     """Complete every prompt.
 
     Args: `forward` runs the model on new tokens and extends the cache; `max_rows` bounds the rows
     decoded at a time (None: all); `agree` is the logical *or* over the ranks that must run
     `forward` in step (parameters that stay partitioned), and the identity where each rank decodes
-    on its own; `alive` is called every few steps.
+    on its own; `heartbeat` is called every few steps.
     """
     batch = _Batch(forward, prompts, sample_ids, sampling, device, max_rows or max(len(prompts), 1))
     while agree(batch.live > 0 or bool(batch.waiting)):
@@ -149,7 +149,7 @@ def decode(
             batch.refill()
         batch.advance(SYNC_EVERY)
         batch.drop_finished()
-        alive()
+        heartbeat()
     return batch.completions()
 
 

@@ -7,7 +7,7 @@ signal only leaves a note, and at safe points the ranks agree whether to stop:
     with Interrupts(stop_file=run_dir / "STOP", max_runtime=config.max_runtime) as interrupts:
         try:
             for each window:
-                rollout, interrupts.obey(between_windows=False), score, ..., interrupts.obey()
+                rollout, interrupts.raise_if_stop_requested(between_windows=False), score, ..., interrupts.raise_if_stop_requested()
         except StopAgreed as reason:
             save, close the tracker, then ranks.barrier() and sys.exit(STOPPED)
 
@@ -96,7 +96,7 @@ class Interrupts:
         """The handler. It must never raise, however often it is called: a save may be under way."""
         self._received = max(self._received, 1 + SIGNALS.index(number))
 
-    def obey(self, between_windows: bool = True) -> None:
+    def raise_if_stop_requested(self, between_windows: bool = True) -> None:
         """Raise StopAgreed, on all ranks, when `agreed_reason` has one."""
         if reason := self.agreed_reason(between_windows):
             raise StopAgreed(reason)
@@ -111,7 +111,7 @@ class Interrupts:
         """
         if self._reason is None:
             world = ranks.world_size()
-            strongest = ranks.maximum(
+            strongest = ranks.all_reduce_max(
                 [self._request(between_windows) * world + ranks.rank() % world]
             )[0]
             request, rank = divmod(strongest, world)

@@ -49,7 +49,7 @@ def barrier() -> None:
     gather(None)
 
 
-def maximum(values: list[int]) -> list[int]:
+def all_reduce_max(values: list[int]) -> list[int]:
     """The largest of each integer over all ranks: one all-reduce of int64, and one wait for the
     device.
     """
@@ -62,10 +62,10 @@ def maximum(values: list[int]) -> list[int]:
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` holds on at least one rank."""
-    return bool(maximum([int(flag)])[0])
+    return bool(all_reduce_max([int(flag)])[0])
 
 
-def total(values: list[float]) -> list[float]:
+def all_reduce_sum(values: list[float]) -> list[float]:
     """The sum of each number over all ranks: one all-reduce of `len(values)` float64, and one host
     sync.
     """

@@ -99,21 +99,21 @@ class Teacher:
 
     @torch.no_grad()
     def score(
-        self, rollouts: list[Rollout], alive: Callable[[], None] = lambda: None
+        self, rollouts: list[Rollout], heartbeat: Callable[[], None] = lambda: None
     ) -> TeacherTargets:
         """The teacher's last hidden states at the completion positions of `rollouts`, in their
         order.
 
         One pass over the weights, or as few as `targets_memory_mb` allows for the hidden states of
-        a whole window: the same number on every rank. `alive` is called after every layer.
+        a whole window: the same number on every rank. `heartbeat` is called after every layer.
         Collective, also for a rank that has no rollouts.
         """
         with self.swap_files.in_use():
-            return self._score(rollouts, alive)
+            return self._score(rollouts, heartbeat)
 
-    def _score(self, rollouts: list[Rollout], alive: Callable[[], None]) -> TeacherTargets:
+    def _score(self, rollouts: list[Rollout], heartbeat: Callable[[], None]) -> TeacherTargets:
         passes = self._passes([len(rollout) for rollout in rollouts])
-        (count,) = ranks.maximum([len(passes)])
+        (count,) = ranks.all_reduce_max([len(passes)])
         hidden: list[Tensor | None] = [None] * len(rollouts)
         for number in range(count):
             chunks = passes[number] if number < len(passes) else []
@@ -122,7 +122,7 @@ class Teacher:
                 for chunk in chunks
             ]
             hidden_of_chunk = self._pass(
-                batches or [sequence_batch([], self.pad_id, self.device)], alive
+                batches or [sequence_batch([], self.pad_id, self.device)], heartbeat
             )
             for chunk, hidden_NE in zip(chunks, hidden_of_chunk):
                 lengths = [len(rollouts[row].completion_ids) for row in chunk]
@@ -152,13 +152,13 @@ class Teacher:
             room -= tokens
         return passes
 
-    def _pass(self, batches: list[SequenceBatch], alive: Callable[[], None]) -> list[Tensor]:
+    def _pass(self, batches: list[SequenceBatch], heartbeat: Callable[[], None]) -> list[Tensor]:
         self.counters.teacher_passes += 1
         self.counters.teacher_bytes += _bytes([self.embedding.weight])
-        return zero.run_pass(self.engine, lambda: self._stream(batches, alive))
+        return zero.run_pass(self.engine, lambda: self._stream(batches, heartbeat))
 
     def _stream(
-        self, batches: list[SequenceBatch], alive: Callable[[], None] = lambda: None
+        self, batches: list[SequenceBatch], heartbeat: Callable[[], None] = lambda: None
     ) -> list[Tensor]:
         """One pass over the layers for all batches; per batch the hidden states at its completion
         positions.
@@ -182,7 +182,7 @@ class Teacher:
             for chunk, output_BTE in zip(chunks, outputs):
                 chunk.hidden_BTE = output_BTE
                 chunk.calls[index] = None
-            alive()
+            heartbeat()
         selected = []
         for chunk, batch in zip(chunks, batches):
             with self._doors(lambda slot, call, chunk=chunk: chunk.hidden_BTE):
@@ -241,7 +241,7 @@ class Teacher:
         samples: list[Sample],
         sampling: Sampling,
         max_rows: int | None = None,
-        alive: Callable[[], None] = lambda: None,
+        heartbeat: Callable[[], None] = lambda: None,
     ) -> Completions:
         """Complete prompts for sequence-level distillation. Every decode step is one pass over the
         weights.
@@ -266,7 +266,7 @@ class Teacher:
                 self.device,
                 max_rows,
                 ranks.any_rank,
-                alive,
+                heartbeat,
             )
 
     @torch.no_grad()

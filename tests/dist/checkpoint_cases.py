@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from gkd_ds.checkpoint import store, manifest
-from gkd_ds.runtime import ranks
+from gkd_ds.checkpoint import manifest, store
 from gkd_ds.checkpoint.store import CheckpointError
+from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.interrupts import Interrupts
 from tests.dist import forked
@@ -32,7 +32,9 @@ def save(run_dir: Path, step: int, value: int) -> Path:
 
     def write(directory: Path) -> None:
         (directory / "engine").mkdir(exist_ok=True)
-        torch.save({"value": value}, directory / "engine" / f"zero_pp_rank_{ranks.rank()}_optim_states.pt")
+        torch.save(
+            {"value": value}, directory / "engine" / f"zero_pp_rank_{ranks.rank()}_optim_states.pt"
+        )
         if ranks.rank() == 0:
             (directory / "shared.json").write_text(json.dumps(value))
 
@@ -43,7 +45,9 @@ def value_of(found: manifest.Manifest) -> int:
     """The value that all files and the manifest of a checkpoint agree on."""
     values = {json.loads((found.path / "shared.json").read_text()), found.state["value"]}
     for rank in range(WORLD):
-        values.add(torch.load(found.path / "engine" / f"zero_pp_rank_{rank}_optim_states.pt")["value"])
+        values.add(
+            torch.load(found.path / "engine" / f"zero_pp_rank_{rank}_optim_states.pt")["value"]
+        )
     (value,) = values
     return value
 
@@ -166,7 +170,9 @@ def damage(base: Path) -> None:
     for rank in range(WORLD):
         for kind in ("flipped", "missing", "unlisted"):
             shutil.rmtree(run_dir, ignore_errors=True)
-            assert forked.run(WORLD, lambda: (save(run_dir, 1, value=1), save(run_dir, 2, value=2))) == [0, 0]
+            assert forked.run(
+                WORLD, lambda: (save(run_dir, 1, value=1), save(run_dir, 2, value=2))
+            ) == [0, 0]
             path = run_dir / "checkpoint-2" / "engine" / f"zero_pp_rank_{rank}_optim_states.pt"
             raw = bytearray(path.read_bytes())
             raw[-5] ^= 1
@@ -179,7 +185,9 @@ def damage(base: Path) -> None:
             assert forked.run(WORLD, lambda: find_and_note(run_dir)) == [0, 0]
             found = outcomes(run_dir)
             explicit = run_dir / "checkpoint-2"
-            assert forked.run(WORLD, lambda explicit=explicit: find_and_note(run_dir, str(explicit))) == [
+            assert forked.run(
+                WORLD, lambda explicit=explicit: find_and_note(run_dir, str(explicit))
+            ) == [
                 0,
                 0,
             ]
@@ -209,12 +217,16 @@ def stops(base: Path) -> None:
                 if ask == "runtime":
                     time.sleep(0.3)
                 elif window == 2 and ranks.rank() == rank:
-                    stop_file.touch() if ask == "file" else os.kill(os.getpid(), getattr(signal, ask))
+                    stop_file.touch() if ask == "file" else os.kill(
+                        os.getpid(), getattr(signal, ask)
+                    )
                 ranks.barrier()
                 reason = interrupts.agreed_reason()
                 if reason:
                     break
-            os.kill(os.getpid(), signal.SIGTERM)  # a second signal, or the launcher's on the way out
+            os.kill(
+                os.getpid(), signal.SIGTERM
+            )  # a second signal, or the launcher's on the way out
             save(run_dir, window, value=window)
         note(run_dir, [window, reason, stop_file.exists()])
         ranks.barrier()
@@ -249,7 +261,9 @@ def stale(base: Path) -> None:
 
     def save_unseen() -> None:
         if ranks.rank() == 0:
-            manifest.list_files = lambda path: {k: v for k, v in everything(path).items() if "rank_1" not in k}
+            manifest.list_files = lambda path: {
+                k: v for k, v in everything(path).items() if "rank_1" not in k
+            }
         save(run_dir, 1, value=1)
 
     codes = forked.run(WORLD, save_unseen)

@@ -10,12 +10,12 @@ import json
 
 import torch
 
-from gkd_ds.engine import zero
-from gkd_ds.runtime import ranks
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.pipeline import count_tokens
 from gkd_ds.config.recipe import read_recipe
+from gkd_ds.engine import zero
+from gkd_ds.pipeline import count_tokens
 from gkd_ds.records import Rollout, Source
+from gkd_ds.runtime import ranks
 from gkd_ds.train import build
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from gkd_ds.checkpoint import store, engine_files
-from gkd_ds.runtime import faults, ranks
+from gkd_ds.checkpoint import engine_files, store
 from gkd_ds.checkpoint.store import CheckpointError
+from gkd_ds.runtime import faults, ranks
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.train import leave
 
@@ -26,13 +26,17 @@ CONFIG = {
 KINDS = {f"stage {stage}": {"zero_optimization": {"stage": stage}} for stage in (0, 1, 2)}
 KINDS["stage 0, bf16"] = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}
 KINDS["stage 1, bf16"] = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
-KINDS["stage 2, in host memory"] = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+KINDS["stage 2, in host memory"] = {
+    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+}
 KINDS["stage 2, in host memory"] |= {"zero_force_ds_cpu_optimizer": False}
 
 
 def make_engine(kind: dict | None = None, width: int = 32) -> deepspeed.DeepSpeedEngine:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(16, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(16, width), torch.nn.Tanh(), torch.nn.Linear(width, 1)
+    )
     return deepspeed.initialize(model=model, config=CONFIG | (kind or {}))[0]
 
 

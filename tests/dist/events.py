@@ -1,11 +1,10 @@
-"""A callback that notes which of transformers' events come, and a run that makes all of them come.
-"""
+"""A callback that notes which of transformers' events come, and a run that makes all of them come."""
 
 from __future__ import annotations
 
 from transformers import TrainerCallback
 
-EVENT_KNOBS = {
+EVENT_FIELDS = {
     "num_train_epochs": 2,
     "max_steps": -1,
     "eval_strategy": "steps",
@@ -16,7 +15,7 @@ EVENT_KNOBS = {
 }
 # Windows of several micro-batches, the last one in the middle of an epoch; everything but logging
 # by epochs.
-SHORT_KNOBS = {
+SHORT_FIELDS = {
     "num_train_epochs": 5,
     "max_steps": 4,
     "gradient_accumulation_steps": 2,

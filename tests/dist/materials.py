@@ -18,7 +18,9 @@ PADDED = 416  # rows of an embedding for 384 tokens
 def make_materials(directory: Path) -> Path:
     """Every model is a directory of its own; all share one tokenizer. Takes ten seconds."""
     tokenizer = make_tokenizer()
-    make = lambda family, name, **how: make_model(family, directory / name, tokenizer=tokenizer, **how)  # noqa: E731
+    make = lambda family, name, **how: make_model(
+        family, directory / name, tokenizer=tokenizer, **how
+    )  # noqa: E731
     make("llama", "student", seed=1, vocab_size=PADDED)
     make("llama", "untied", seed=1, tie_word_embeddings=False)
     make("llama", "wide", seed=1, hidden=256, vocab_size=512, init_range=0.1)
@@ -32,8 +34,22 @@ def make_materials(directory: Path) -> Path:
     for number, family in enumerate(FAMILIES):
         # Both heads are tied or not in turn, and the vocabulary is padded on one side in turn.
         tied, padded = number % 2 == 0, number % 3 == 0
-        make(family, f"{family}-s", seed=3, tie_word_embeddings=tied, vocab_size=PADDED if padded else None)
-        make(family, f"{family}-t", seed=4, layers=3, hidden=96, tie_word_embeddings=not tied, vocab_size=PADDED)
+        make(
+            family,
+            f"{family}-s",
+            seed=3,
+            tie_word_embeddings=tied,
+            vocab_size=PADDED if padded else None,
+        )
+        make(
+            family,
+            f"{family}-t",
+            seed=4,
+            layers=3,
+            hidden=96,
+            tie_word_embeddings=not tied,
+            vocab_size=PADDED,
+        )
         # transformers would add a token to some families' tokenizers when it loads them (Qwen's
         # <|endoftext|>), and then the pairs would not share a vocabulary. Without one a teacher is
         # taken to use the student's.

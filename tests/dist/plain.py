@@ -19,11 +19,15 @@ def load(directory: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
-def divergence(student_logits: Tensor, teacher_logits: Tensor, beta: float, temperature: float) -> Tensor:
+def divergence(
+    student_logits: Tensor, teacher_logits: Tensor, beta: float, temperature: float
+) -> Tensor:
     """The generalized JSD of every position, for 0 < beta < 1, written with probabilities in
     float64.
     """
-    q, p = (logits.double().div(temperature).softmax(-1) for logits in (student_logits, teacher_logits))
+    q, p = (
+        logits.double().div(temperature).softmax(-1) for logits in (student_logits, teacher_logits)
+    )
     m = beta * p + (1 - beta) * q
     return beta * F.kl_div(m.log(), p, reduction="none").sum(-1) + (1 - beta) * (
         F.kl_div(m.log(), q, reduction="none").sum(-1)
@@ -74,5 +78,7 @@ def update_(
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=epsilon, foreach=False).step()
+    torch.optim.AdamW(
+        groups, lr=learning_rate, betas=(0.9, 0.999), eps=epsilon, foreach=False
+    ).step()
     return float(norm)

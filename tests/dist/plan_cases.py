@@ -23,10 +23,10 @@ from torch import distributed
 
 from gkd_ds import GKDConfig, GKDTrainer
 from gkd_ds.engine import zero
-from gkd_ds.rollout.kv_cache import RoomyLayer
-from gkd_ds.plan.run import make_plan
 from gkd_ds.plan.memory import count_memory
+from gkd_ds.plan.run import make_plan
 from gkd_ds.plan.work import count_work
+from gkd_ds.rollout.kv_cache import RoomyLayer
 from tests.dist import forked
 from tests.tiny import make_chat_rows, make_model, make_tokenizer
 
@@ -50,14 +50,20 @@ def config_of(directory: Path, teacher_on: str, optimizer_on: str, prompt_tokens
     zero = {"stage": 3, "reduce_bucket_size": 100_000, "stage3_param_persistence_threshold": 0}
     teacher, optimizer = ({"device": place} for place in (teacher_on, optimizer_on))
     if teacher_on == "nvme":
-        teacher |= {"nvme_path": str(directory / "nvme"), "buffer_count": "auto", "buffer_size": "auto"}
+        teacher |= {
+            "nvme_path": str(directory / "nvme"),
+            "buffer_count": "auto",
+            "buffer_size": "auto",
+        }
     if optimizer_on == "nvme":
         optimizer |= {"nvme_path": str(directory / "nvme-optimizer")}
     return GKDConfig(
         output_dir=str(directory / "run"),
         overwrite_output_dir=True,
         model_name_or_path=str(directory / ("large" if optimizer_on == "nvme" else "student")),
-        teacher_model_name_or_path=str(directory / ("large" if teacher_on == "nvme" else "teacher")),
+        teacher_model_name_or_path=str(
+            directory / ("large" if teacher_on == "nvme" else "teacher")
+        ),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=ROWS,
         max_steps=2,
@@ -92,7 +98,7 @@ class Meter:
     """
 
     def __init__(self):
-        self.phase, self.received, self.alive = "", defaultdict(int), defaultdict(int)
+        self.phase, self.received, self.heartbeat = "", defaultdict(int), defaultdict(int)
         for name, size in COLLECTIVES.items():
             counted = self._counted(getattr(distributed, name), size)
             setattr(distributed, name, counted)
@@ -109,17 +115,21 @@ class Meter:
 
     def watch(self, trainer: GKDTrainer) -> None:
         """Attribute everything to the phases of `trainer`'s last window."""
-        phase_of, backward, score = trainer.pipeline.phase, trainer.student.backward, trainer.pipeline.score
+        phase_of, backward, score = (
+            trainer.pipeline.phase,
+            trainer.student.backward,
+            trainer.pipeline.score,
+        )
 
         @contextlib.contextmanager
         def phase(name):
             if name == "rollout":
                 self.received.clear()
-                self.alive.clear()
+                self.heartbeat.clear()
                 self.counted, self.kv_cache = dict(vars(trainer.counters)), 0
             self.phase, read = name, drive_bytes_read()
-            with phase_of(name) as alive:
-                yield lambda: (self.sweep(), alive())
+            with phase_of(name) as heartbeat:
+                yield lambda: (self.sweep(), heartbeat())
             self.received[f"{name} from NVMe"] += drive_bytes_read() - read
             self.phase = ""
 
@@ -135,11 +145,17 @@ class Meter:
             self.targets = targets.hidden_NE.nbytes
             return targets
 
-        trainer.pipeline.phase, trainer.student.backward, trainer.pipeline.score = phase, swept_backward, measured_score
+        trainer.pipeline.phase, trainer.student.backward, trainer.pipeline.score = (
+            phase,
+            swept_backward,
+            measured_score,
+        )
 
     def sweep(self) -> None:
         """Note the bytes of all tensors that Python knows."""
-        self.alive[self.phase] = max(self.alive[self.phase], tensor_bytes(tensors_alive()) - self.before)
+        self.heartbeat[self.phase] = max(
+            self.heartbeat[self.phase], tensor_bytes(tensors_alive()) - self.before
+        )
         if self.phase == "rollout":
             layers = [thing for thing in gc.get_objects() if isinstance(thing, RoomyLayer)]
             kept = tensor_bytes(t for layer in layers for t in (layer.keys_BHCD, layer.values_BHCD))
@@ -175,13 +191,19 @@ def measure(trainer: GKDTrainer, meter: Meter) -> dict[str, dict]:
     optimizer = student.optimizer
     shards = [p.ds_tensor for p in student.module.parameters()]
     parameters = tensor_bytes(shards)
-    fp32_gradients = {"nvme": swapped_bytes(trainer.args.deepspeed, "offload_optimizer", "*_gradient_*.swp")}
+    fp32_gradients = {
+        "nvme": swapped_bytes(trainer.args.deepspeed, "offload_optimizer", "*_gradient_*.swp")
+    }
     if optimizer.swap_optimizer:
         on_nvme = swapped_bytes(trainer.args.deepspeed, "offload_optimizer")
         states, where = on_nvme - fp32_gradients["nvme"], "nvme"
     else:
         masters = optimizer.fp32_partitioned_groups_flat
-        moments = [state[name] for state in optimizer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        moments = [
+            state[name]
+            for state in optimizer.optimizer.state.values()
+            for name in ("exp_avg", "exp_avg_sq")
+        ]
         states = tensor_bytes([*shards, *masters, *moments]) - parameters
         where = "host" if optimizer.offload_optimizer else "device"
     on_nvme = [p for p in teacher.module.parameters() if zero.is_on_nvme(p)]
@@ -191,7 +213,9 @@ def measure(trainer: GKDTrainer, meter: Meter) -> dict[str, dict]:
     places = {
         "student parameters": {"device": parameters},
         "student gradients": {
-            "host" if optimizer.offload_optimizer else "device": tensor_bytes([optimizer.grad_partitions_flat_buffer])
+            "host" if optimizer.offload_optimizer else "device": tensor_bytes(
+                [optimizer.grad_partitions_flat_buffer]
+            )
         },
         "optimizer states": {where: states},
         **({"gradients in fp32": fp32_gradients} if optimizer.swap_optimizer else {}),
@@ -205,11 +229,19 @@ def measure(trainer: GKDTrainer, meter: Meter) -> dict[str, dict]:
     }
     now = vars(trainer.counters)
     return {
-        "places": {what: {place: size for place, size in sizes.items() if size} for what, sizes in places.items()},
-        "phases": dict(meter.alive),
+        "places": {
+            what: {place: size for place, size in sizes.items() if size}
+            for what, sizes in places.items()
+        },
+        "phases": dict(meter.heartbeat),
         "ranks": {phase: meter.received[phase] for phase in ("rollout", "score", "learn")},
-        "nvme": {phase: meter.received[f"{phase} from NVMe"] for phase in ("rollout", "score", "learn")},
-        "counts": {name: now[name] - meter.counted[name] for name in ("teacher_passes", "student_gathers", "teacher_bytes")}
+        "nvme": {
+            phase: meter.received[f"{phase} from NVMe"] for phase in ("rollout", "score", "learn")
+        },
+        "counts": {
+            name: now[name] - meter.counted[name]
+            for name in ("teacher_passes", "student_gathers", "teacher_bytes")
+        }
         | {"micro_batches": trainer._learned.micro_batches},
     }
 
@@ -218,7 +250,11 @@ def swapped_bytes(file: dict, block: str, pattern: str = "*.swp") -> int:
     """This rank's part of what is on NVMe."""
     path = file["zero_optimization"][block].get("nvme_path")
     rank = distributed.get_rank()
-    return sum(found.stat().st_size for found in Path(path).rglob(f"rank{rank}/**/{pattern}")) if path else 0
+    return (
+        sum(found.stat().st_size for found in Path(path).rglob(f"rank{rank}/**/{pattern}"))
+        if path
+        else 0
+    )
 
 
 def train_and_note(config: GKDConfig, rows: list[dict], note: Path) -> None:
@@ -256,9 +292,15 @@ def predict(config: GKDConfig, ranks: int, prompt_tokens: int) -> dict[str, dict
     teacher = plan.teacher
     return {
         "places": {what: sizes for (_, what), sizes in places.items()},
-        "phases": {phase: phases["always"] + phases[phase] for phase in ("rollout", "score", "learn")},
-        "ranks": {phase: work[phase].links.get("ranks", 0) for phase in ("rollout", "score", "learn")},
-        "nvme": {phase: work[phase].links.get("nvme", 0) for phase in ("rollout", "score", "learn")},
+        "phases": {
+            phase: phases["always"] + phases[phase] for phase in ("rollout", "score", "learn")
+        },
+        "ranks": {
+            phase: work[phase].links.get("ranks", 0) for phase in ("rollout", "score", "learn")
+        },
+        "nvme": {
+            phase: work[phase].links.get("nvme", 0) for phase in ("rollout", "score", "learn")
+        },
         "counts": {
             "teacher_passes": plan.teacher_passes,
             "student_gathers": 1,
@@ -270,16 +312,29 @@ def predict(config: GKDConfig, ranks: int, prompt_tokens: int) -> dict[str, dict
 
 def main() -> None:
     directory = Path(sys.argv[1])
-    tokenizer, rows = make_tokenizer(), make_chat_rows(1) * 12  # all samples are equally long: no padding
-    prompt = tokenizer.apply_chat_template(rows[0]["messages"][:-1], add_generation_prompt=True)["input_ids"]
+    tokenizer, rows = (
+        make_tokenizer(),
+        make_chat_rows(1) * 12,
+    )  # all samples are equally long: no padding
+    prompt = tokenizer.apply_chat_template(rows[0]["messages"][:-1], add_generation_prompt=True)[
+        "input_ids"
+    ]
     for name, layers, hidden in (("student", 2, 128), ("teacher", 3, 128), ("large", 3, 768)):
-        shape = {"layers": layers, "hidden": hidden, "tie_word_embeddings": False, "init_range": 0.02}
+        shape = {
+            "layers": layers,
+            "hidden": hidden,
+            "tie_word_embeddings": False,
+            "init_range": 0.02,
+        }
         make_model("llama", directory / name, tokenizer=tokenizer, **shape)
     for case in CASES + NVME_CASES:
         if "nvme" in case and not Path("/usr/include/libaio.h").exists():
             continue
         ranks, teacher_on, optimizer_on = case
-        config, note = config_of(directory, teacher_on, optimizer_on, len(prompt)), directory / "measured.json"
+        config, note = (
+            config_of(directory, teacher_on, optimizer_on, len(prompt)),
+            directory / "measured.json",
+        )
         codes = forked.run(ranks, lambda c=config, n=note: train_and_note(c, rows, n), limit=180)
         assert codes == [0] * ranks, (case, codes)
         predicted, measured = predict(config, ranks, len(prompt)), json.loads(note.read_text())

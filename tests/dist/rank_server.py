@@ -13,7 +13,6 @@ Tests of the launcher start it for real.
 
 from __future__ import annotations
 
-from tests import ROOT
 import gc
 import importlib
 import json
@@ -27,6 +26,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tests import ROOT
 
 # A rank on a busy machine takes seconds for what takes milliseconds: limits are there to end hangs,
 # not to measure.
@@ -77,7 +78,9 @@ class Job:
     def said(self, rank: int | None = None) -> str:
         """stdout and stderr of one rank, or of all."""
         logs = self.logs if rank is None else [self.logs[rank]]
-        return "".join(log.read_text(errors="replace") for log in logs if log.exists())  # made when a rank starts
+        return "".join(
+            log.read_text(errors="replace") for log in logs if log.exists()
+        )  # made when a rank starts
 
     def wait_for(self, text: str, rank: int = 0, limit: float = LIMIT) -> None:
         """Return as soon as a rank has said `text`."""
@@ -93,8 +96,7 @@ def poll(condition, otherwise: str, limit: float = LIMIT) -> None:
 
 
 class Server:
-    """The client's end. Jobs run one after the other unless a test starts several before it waits.
-    """
+    """The client's end. Jobs run one after the other unless a test starts several before it waits."""
 
     def __enter__(self) -> Server:
         self.process = subprocess.Popen(
@@ -119,22 +121,25 @@ class Server:
         env: dict[str, str] | None = None,
         module: str = "gkd_ds.train",
     ) -> Job:
-        """Start ranks with one recipe, or with one each, in `module`'s main(argv). Returns at once.
-        """
+        """Start ranks with one recipe, or with one each, in `module`'s main(argv). Returns at once."""
         recipes = [config] * world if isinstance(config, dict) else list(config)
         run_dir = Path(recipes[0]["output_dir"])
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         paths = []
         for rank, recipe in enumerate(recipes):
             path = run_dir.with_name(f"{run_dir.name}.recipe-{rank}.yaml")
-            path.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in recipe.items()))
+            path.write_text(
+                "".join(f"{name}: {json.dumps(value)}\n" for name, value in recipe.items())
+            )
             paths.append(str(path))
         logs = [run_dir.with_name(f"{run_dir.name}.log-{rank}") for rank in range(world)]
         order = {"recipes": paths, "logs": [str(log) for log in logs], "module": module}
         order["env"] = {**(env or {}), "GKD_FAULT": fault}
         return Job(self, self.ask(order), logs, run_dir)
 
-    def run(self, world: int, config: dict[str, Any] | Sequence[dict[str, Any]], **options: Any) -> Job:
+    def run(
+        self, world: int, config: dict[str, Any] | Sequence[dict[str, Any]], **options: Any
+    ) -> Job:
         """Start ranks that must all end with 0."""
         job = self.start(world, config, **options)
         codes = job.wait()
@@ -160,7 +165,9 @@ def serve() -> None:
     import deepspeed
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    assert deepspeed.ops.__compatible_ops__ and get_checkpoint_conversion_mapping("llama") is None  # both are slow once
+    assert (
+        deepspeed.ops.__compatible_ops__ and get_checkpoint_conversion_mapping("llama") is None
+    )  # both are slow once
     gc.freeze()  # children need not look at what is here already
     for line in sys.stdin:
         order = json.loads(line)
@@ -185,7 +192,9 @@ def _fork(rank: int, order: dict[str, Any], port: int, answers) -> int:
             os.dup2(descriptor, target)
         world = len(order["recipes"])
         os.environ.update(order["env"])
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world))
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world)
+        )
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         code = importlib.import_module(order["module"]).main(["--config", order["recipes"][rank]])
     except SystemExit as request:

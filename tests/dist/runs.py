@@ -11,7 +11,16 @@ from tests.tiny import make_jsonl, make_model, make_tokenizer
 
 # Of a row of metrics, what must be the same whenever the same window was computed. Times and speeds
 # are left out.
-RESULTS = ("loss", "lr", "grad_norm", "source", "completion_tokens", "student_logprob", "entropy", "skipped")
+RESULTS = (
+    "loss",
+    "lr",
+    "grad_norm",
+    "source",
+    "completion_tokens",
+    "student_logprob",
+    "entropy",
+    "skipped",
+)
 EXACT = 0.0
 
 
@@ -60,7 +69,12 @@ def assert_same(run_dir: str | Path, reference: str | Path, tolerance: float = E
         for name in RESULTS:
             value, expected = row[name], theirs[step][name]
             if isinstance(expected, float) and tolerance:
-                assert abs(value - expected) <= tolerance * max(1.0, abs(expected)), (step, name, value, expected)
+                assert abs(value - expected) <= tolerance * max(1.0, abs(expected)), (
+                    step,
+                    name,
+                    value,
+                    expected,
+                )
             else:
                 assert value == expected, (step, name, value, expected)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tests import ROOT
 import json
 import os
 import socket
@@ -10,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from tests import ROOT
 
 PATIENCE = 1500  # seconds; two free cores need a tenth of it
 ON_ONE_RANK = ("seed_example", "rollouts", "blocked_imports")
@@ -22,16 +23,22 @@ class Results:
         self.directory, self.world, self.log = directory, world, log
 
     def __getitem__(self, scenario: str) -> list[dict]:
-        return [self._read(self.directory / f"{scenario}.{rank}.json") for rank in range(self.world)]
+        return [
+            self._read(self.directory / f"{scenario}.{rank}.json") for rank in range(self.world)
+        ]
 
     def _read(self, path: Path) -> dict:
-        assert path.exists(), f"{path.stem} did not end; the last lines of the launch:\n{self.log[-1500:]}"
+        assert path.exists(), (
+            f"{path.stem} did not end; the last lines of the launch:\n{self.log[-1500:]}"
+        )
         outcome = json.loads(path.read_text())
         assert "error" not in outcome, f"{path.stem}:\n{outcome['error']}"
         return outcome["result"]
 
 
-def _launch(command: Sequence[str], directory: Path, materials: Path, world: int, scenarios: Sequence[str]) -> Results:
+def _launch(
+    command: Sequence[str], directory: Path, materials: Path, world: int, scenarios: Sequence[str]
+) -> Results:
     environment = {
         **os.environ,
         "DS_ACCELERATOR": "cpu",
@@ -65,10 +72,24 @@ def on_two_ranks(materials: Path, directory: Path) -> Results:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = ["deepspeed", "--num_accelerators", "2", "--master_port", port, "--module", "tests.dist.worker"]
+    command = [
+        "deepspeed",
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        port,
+        "--module",
+        "tests.dist.worker",
+    ]
     return _launch(command, directory, materials, world=2, scenarios=[])
 
 
 def on_one_rank(materials: Path, directory: Path) -> Results:
     """Those scenarios that two ranks are compared with, in a plain process without launcher."""
-    return _launch([sys.executable, "-m", "tests.dist.worker"], directory, materials, world=1, scenarios=ON_ONE_RANK)
+    return _launch(
+        [sys.executable, "-m", "tests.dist.worker"],
+        directory,
+        materials,
+        world=1,
+        scenarios=ON_ONE_RANK,
+    )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from tests import ROOT
 import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
+from tests import ROOT
 from tests.dist.test_runs import NVME
 from tools import aio_tune
-
 
 
 def tune(*arguments: str) -> subprocess.CompletedProcess:
@@ -25,7 +23,9 @@ def tune(*arguments: str) -> subprocess.CompletedProcess:
 def test_it_measures_every_setting_and_prints_a_block_that_deepspeed_knows(tmp_path):
     result = tune("--dir", str(tmp_path), "--file_mb", "1", "--repeats", "2")
     assert result.returncode == 0, result.stderr
-    rows = [line.split() for line in result.stdout.splitlines() if re.match(r" +\d+ +\d+ +\d+ ", line)]
+    rows = [
+        line.split() for line in result.stdout.splitlines() if re.match(r" +\d+ +\d+ +\d+ ", line)
+    ]
     assert len(rows) == len(aio_tune.grid())
     assert all(float(row[5]) > 0 and float(row[-1]) > 0 for row in rows)
     block = json.loads(result.stdout[result.stdout.index("{") :])["aio"]
@@ -37,11 +37,18 @@ def test_it_measures_every_setting_and_prints_a_block_that_deepspeed_knows(tmp_p
 def test_a_directory_that_is_not_there_is_named(tmp_path):
     result = tune("--dir", str(tmp_path / "none"))
     assert result.returncode == 1
-    assert result.stderr == f"--dir {tmp_path / 'none'} is not a directory; make it, on the drive to be measured.\n"
+    assert (
+        result.stderr
+        == f"--dir {tmp_path / 'none'} is not a directory; make it, on the drive to be measured.\n"
+    )
 
 
 def test_the_cheapest_of_the_equally_fast_is_chosen():
-    many, few, slow = aio_tune.Setting(4, 128, 1 << 20), aio_tune.Setting(2, 8, 1 << 20), aio_tune.Setting(1, 8, 1 << 20)
+    many, few, slow = (
+        aio_tune.Setting(4, 128, 1 << 20),
+        aio_tune.Setting(2, 8, 1 << 20),
+        aio_tune.Setting(1, 8, 1 << 20),
+    )
     many.read, few.read, slow.read = [3.0, 3.0], [2.9, 2.9], [2.0, 2.0]
     assert aio_tune.best([many, few, slow]) is few
     few.read = [2.7, 2.7]

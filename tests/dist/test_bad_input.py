@@ -54,35 +54,57 @@ def occupied(recipe: dict[str, Any], place: Path) -> dict[str, Any]:
 
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
-IMAGE = {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "A cat"}]}
+IMAGE = {
+    "messages": [
+        {"role": "user", "content": [{"type": "image"}]},
+        {"role": "assistant", "content": "A cat"},
+    ]
+}
 CASES = {
     "vocabulary": (other_vocabulary, "student and teacher do not share a vocabulary"),
     "no eos": (no_eos, "the tokenizer has no end-of-sequence token"),
     "no rows": (data(), "train.jsonl"),
     "malformed row": (data(GOOD, {"messages": "Hello"}), "line 2"),
     "an image": (data(GOOD, IMAGE), "line 2"),
-    "long prompt": (lambda recipe, place: {"max_length": 8}, "leaves no room for a completion within max_length=8"),
+    "long prompt": (
+        lambda recipe, place: {"max_length": 8},
+        "leaves no room for a completion within max_length=8",
+    ),
     "occupied": (occupied, "already holds a run (metrics.jsonl)"),
-    "no model": (lambda recipe, place: {"model_name_or_path": str(place)}, "neither a model's directory that exists nor a hub name"),
+    "no model": (
+        lambda recipe, place: {"model_name_or_path": str(place)},
+        "neither a model's directory that exists nor a hub name",
+    ),
 }
 
 
 @pytest.fixture(scope="module")
-def jobs(server: Server, recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+def jobs(
+    server: Server, recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Job]:
     """All at once: most of the time they wait for each other."""
     started = {}
     for name, (change, _) in CASES.items():
         home = tmp_path_factory.mktemp("bad")
-        mine = {**recipe, "max_steps": 1, "output_dir": str(home / "run"), **change(recipe, home / "place")}
+        mine = {
+            **recipe,
+            "max_steps": 1,
+            "output_dir": str(home / "run"),
+            **change(recipe, home / "place"),
+        }
         started[name] = server.start(2, mine)
     return started
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_one_sentence_and_exit_code_2_on_every_rank(jobs: dict[str, Job], name: str) -> None:
+def test_bad_input_is_one_sentence_and_exit_code_2_on_every_rank(
+    jobs: dict[str, Job], name: str
+) -> None:
     job, (_, part) = jobs[name], CASES[name]
     assert job.wait() == [2, 2], job.said()
     (sentence,) = job.said(0).splitlines()
     assert sentence.startswith("gkd_ds: error: ") and part in sentence
     assert job.said(1) == "", "one sentence per node; no traceback, no progress of loading"
-    assert not job.run_dir.exists() or [path.name for path in job.run_dir.iterdir()] == ["metrics.jsonl"]
+    assert not job.run_dir.exists() or [path.name for path in job.run_dir.iterdir()] == [
+        "metrics.jsonl"
+    ]

@@ -2,7 +2,6 @@
 to one.
 """
 
-from tests import ROOT
 import json
 import os
 import subprocess
@@ -12,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+from tests import ROOT
+
+ENVIRONMENT = {
+    **os.environ,
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+}
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +26,15 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     """What tests.dist.checkpoint_cases saw, by group; its ranks are real processes, forked after
     importing torch.
     """
-    command = [sys.executable, "-m", "tests.dist.checkpoint_cases", str(tmp_path_factory.mktemp("cases"))]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.dist.checkpoint_cases",
+        str(tmp_path_factory.mktemp("cases")),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     groups = defaultdict(list)
     for line in done.stdout.splitlines():
@@ -53,18 +66,28 @@ def test_full_disk_on_one_rank_is_everybody_s_error(seen: dict[str, list[dict]])
         first, second = case["outcomes"]
         assert first == second
         message, found, left = first
-        assert f"step 2 was not written because of rank {case['rank']}: No space left on device" in message
+        assert (
+            f"step 2 was not written because of rank {case['rank']}: No space left on device"
+            in message
+        )
         assert found == 1 and left == ["checkpoint-1", "latest"]
 
 
 def test_all_ranks_agree_on_damage(seen: dict[str, list[dict]]) -> None:
-    reasons = {"flipped": "content that was saved", "missing": "is missing", "unlisted": "is not listed"}
+    reasons = {
+        "flipped": "content that was saved",
+        "missing": "is missing",
+        "unlisted": "is not listed",
+    }
     *damaged, four = seen["damage"]
     assert len(damaged) == 6
     for case in damaged:
         assert case["found"] == [1, 1]
         assert case["explicit"][0] == case["explicit"][1]
-        assert "cannot resume from" in case["explicit"][0] and reasons[case["kind"]] in case["explicit"][0]
+        assert (
+            "cannot resume from" in case["explicit"][0]
+            and reasons[case["kind"]] in case["explicit"][0]
+        )
     assert four["found"] == [1, 1]
 
 
@@ -78,7 +101,9 @@ def test_stops_are_agreed(seen: dict[str, list[dict]]) -> None:
         window, reason, stop_file_left = first
         assert window == 2 and not stop_file_left
         assert (
-            "stop file" if case["ask"] == "file" else f"{case['ask']} was received by rank {case['rank']}"
+            "stop file"
+            if case["ask"] == "file"
+            else f"{case['ask']} was received by rank {case['rank']}"
         ) in reason
     assert runtime["codes"] == [75, 75]
     window, reason, _ = runtime["outcomes"][0]
@@ -106,8 +131,16 @@ def master_port() -> int:
 
 def test_deepspeed_engine(tmp_path: Path, master_port: int) -> None:
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
-    command += ["--master_port", str(master_port), "--module", "tests.dist.engine_worker", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+    command += [
+        "--master_port",
+        str(master_port),
+        "--module",
+        "tests.dist.engine_worker",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=180
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     for rank in range(2):
         result = json.loads((tmp_path / f"result-{rank}.json").read_text())
@@ -116,14 +149,18 @@ def test_deepspeed_engine(tmp_path: Path, master_port: int) -> None:
         assert "because of rank 1: No space left on device" in failed
         assert left == ["checkpoint-1", "latest"]
         assert "because of rank 1: PicklingError: not this" in unwritable
-        assert "would call 'pathlib.PosixPath'" in unreadable, "what no resume would read is not saved"
+        assert "would call 'pathlib.PosixPath'" in unreadable, (
+            "what no resume would read is not saved"
+        )
         assert len(result["files"]) == 4 and all(
             name.startswith("engine/zero_pp_rank_") for name in result["files"]
         )
         assert result["step"] == 3 and result["same"], "losses after a resume are equal bit for bit"
         assert len(result["kinds"]) == 6
         assert all(result["kinds"].values()), result["kinds"]
-        assert {name: said.partition("checkpoint-2 ")[2] for name, said in result["refusals"].items()} == {
+        assert {
+            name: said.partition("checkpoint-2 ")[2] for name, said in result["refusals"].items()
+        } == {
             "another stage": "was written with ZeRO stage 1, and this run has 2; set deepspeed as it was then.",
             "stage 3": "was written with ZeRO stage 1, and this run has 3; set deepspeed as it was then.",
             "another precision": "was written with precision fp32, and this run has bf16; set bf16 and fp16 as it was "

@@ -2,13 +2,13 @@
 late or by one.
 """
 
-from tests import ROOT
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from tests import ROOT
 from tests.tiny import make_everything
 
 SCRIPT = """
@@ -38,13 +38,28 @@ def test_the_best_is_saved_and_one_rank_s_late_stop_stops_all(tmp_path):
     make_everything(tmp_path, rows=12)
     (tmp_path / "script.py").write_text(SCRIPT)
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [launcher, "--num_accelerators", "2", "--master_port", "29617", tmp_path / "script.py", tmp_path]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [
+        launcher,
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        "29617",
+        tmp_path / "script.py",
+        tmp_path,
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     # The first evaluation is the best so far: it is saved, and the save makes rank 0 ask for the
     # end.
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert (tmp_path / "run" / "checkpoint-1" / "manifest.json").is_file()
     assert [row["step"] for row in rows if "loss" in row] == [1]
     assert (tmp_path / "run" / "FINISHED").read_text() == "1\n"

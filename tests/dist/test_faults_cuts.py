@@ -33,7 +33,9 @@ def settings(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(server: Server, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(
+    server: Server, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Two ranks, never interrupted."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     server.run(2, {**settings, "output_dir": str(run_dir)})
@@ -71,8 +73,12 @@ CHAINS = [
 ]
 
 
-@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: "-".join(point for point, _, _ in chain))
-def test_killed_in_every_phase(server: Server, settings, whole: Path, tmp_path: Path, chain) -> None:
+@pytest.mark.parametrize(
+    "chain", CHAINS, ids=lambda chain: "-".join(point for point, _, _ in chain)
+)
+def test_killed_in_every_phase(
+    server: Server, settings, whole: Path, tmp_path: Path, chain
+) -> None:
     mine = {**settings, "output_dir": str(tmp_path / "run")}
     for point, occurrence, rank in chain:
         cut(server, mine, point, occurrence, rank)
@@ -90,22 +96,35 @@ STOPS = [
 ]
 
 
-def test_a_stop_is_obeyed_before_the_next_phase(server: Server, settings, whole: Path, tmp_path: Path) -> None:
+def test_a_stop_is_obeyed_before_the_next_phase(
+    server: Server, settings, whole: Path, tmp_path: Path
+) -> None:
     mine = {**settings, "output_dir": str(tmp_path / "run")}
     for fault, step in STOPS:
         job = server.start(2, mine, fault=fault)
         assert job.wait() == [STOPPED, STOPPED], f"{fault}\n{job.said()}"
-        assert f"stopped after update {step}: SIGTERM" in job.said() and "sleep at" not in job.said()
+        assert (
+            f"stopped after update {step}: SIGTERM" in job.said() and "sleep at" not in job.said()
+        )
     finish_and_compare(server, mine, whole)
 
 
-def test_an_evaluation_at_the_end_of_an_epoch_is_never_lost(server: Server, settings, whole: Path, tmp_path: Path):
+def test_an_evaluation_at_the_end_of_an_epoch_is_never_lost(
+    server: Server, settings, whole: Path, tmp_path: Path
+):
     """Killed in it, when the checkpoint of its step is written already; then after it, before the
     next checkpoint.
     """
-    mine = {**settings, "output_dir": str(tmp_path / "run"), "eval_strategy": "epoch", "num_train_epochs": 4}
+    mine = {
+        **settings,
+        "output_dir": str(tmp_path / "run"),
+        "eval_strategy": "epoch",
+        "num_train_epochs": 4,
+    }
     cut(server, mine, "evaluation", 1, 0)
-    assert Path(tmp_path / "run" / "checkpoint-3").is_dir() and not rows(tmp_path / "run", "eval/loss")
+    assert Path(tmp_path / "run" / "checkpoint-3").is_dir() and not rows(
+        tmp_path / "run", "eval/loss"
+    )
     cut(server, mine, "rollout", 3, 1)
     assert list(rows(tmp_path / "run", "eval/loss")) == [3]
     server.run(2, mine)
@@ -130,7 +149,12 @@ def test_killed_at_every_write_step_of_a_save(
         killed_at += re.findall(r"GKD_FAULT: kill at (\S+)", job.said(rank))
     expected = {"save.write", "save.file", "save.hash"}
     if rank == 0:
-        expected |= {f"save.{step}" for step in ("begin", "manifest", "latest_text", "rename", "latest", "done")}
+        expected |= {
+            f"save.{step}"
+            for step in ("begin", "manifest", "latest_text", "rename", "latest", "done")
+        }
     assert set(killed_at) == expected
-    assert killed_at.count("save.file") == killed_at.count("save.hash") == 2, "model and optimizer states"
+    assert killed_at.count("save.file") == killed_at.count("save.hash") == 2, (
+        "model and optimizer states"
+    )
     finish_and_compare(server, mine, whole)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tests import ROOT
 import json
 import os
 import re
@@ -14,36 +13,60 @@ from typing import Any
 
 import pytest
 
+from tests import ROOT
 from tests.dist.rank_server import Server, environment, poll
 
 STUCK = 70
 TIMEOUT = 20.0  # seconds; more than any phase of these models takes on a busy machine
 SLACK = 10.0  # seconds; nine jobs share the machine
-PHASES = ["rollout", "mid-rollout", "score", "mid-score", "learn", "mid-learn", "update", "evaluation", "save.file"]
+PHASES = [
+    "rollout",
+    "mid-rollout",
+    "score",
+    "mid-score",
+    "learn",
+    "mid-learn",
+    "update",
+    "evaluation",
+    "save.file",
+]
 
 
 @pytest.fixture(scope="module")
 def settings(recipe: dict[str, Any]) -> dict[str, Any]:
     evaluation = {"eval_strategy": "steps", "eval_steps": 1}
     saving = {"save_strategy": "steps", "save_steps": 1}
-    return {**recipe, **evaluation, **saving, "max_steps": 4, "lmbda": 1.0, "watchdog_timeout": TIMEOUT}
+    return {
+        **recipe,
+        **evaluation,
+        **saving,
+        "max_steps": 4,
+        "lmbda": 1.0,
+        "watchdog_timeout": TIMEOUT,
+    }
 
 
-def test_a_rank_that_sleeps_in_each_phase(server: Server, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_rank_that_sleeps_in_each_phase(
+    server: Server, settings: dict[str, Any], tmp_path: Path
+) -> None:
     """All at once: they only sleep. Both ranks end themselves, in time; the reports name the phase
     and the stack.
     """
     jobs, asleep = {}, {}
     for number, phase in enumerate(PHASES):
         run_dir = tmp_path / phase
-        jobs[phase] = server.start(2, {**settings, "output_dir": str(run_dir)}, fault=f"sleep:{phase}:2:{number % 2}")
+        jobs[phase] = server.start(
+            2, {**settings, "output_dir": str(run_dir)}, fault=f"sleep:{phase}:2:{number % 2}"
+        )
         jobs[phase].wait_for(f"GKD_FAULT: sleep at {phase}", number % 2)
         asleep[phase] = time.time()
     for number, (phase, job) in enumerate(jobs.items()):
         sleeper = number % 2
         assert job.wait() == [STUCK, STUCK], f"{phase}: {job.said()[-3000:]}"
         reports = [tmp_path / phase / f"watchdog-rank{rank}.txt" for rank in (0, 1)]
-        for rank, path in enumerate(reports):  # the other one waited for it in a collective, and says where
+        for rank, path in enumerate(
+            reports
+        ):  # the other one waited for it in a collective, and says where
             assert f"rank {rank} on" in path.read_text() and "in phase '" in path.read_text(), phase
             # Jobs are waited for one after the other, so the time of the report is taken, not that
             # of the answer.
@@ -52,7 +75,9 @@ def test_a_rank_that_sleeps_in_each_phase(server: Server, settings: dict[str, An
         shown = phase.removeprefix("mid-").partition(".")[0]
         assert f"rank {sleeper} on" in report and f"in phase '{shown}'" in report
         assert "faults.py" in report and "in _act" in report, "the stack of the rank that hangs"
-        sentence = report.splitlines()[0].partition("gkd_ds watchdog: ")[2]  # both are dated when they are written
+        sentence = report.splitlines()[0].partition("gkd_ds watchdog: ")[
+            2
+        ]  # both are dated when they are written
         assert sentence and sentence in job.said(sleeper)
 
 
@@ -62,7 +87,13 @@ def test_a_rank_that_dies_ends_the_launched_job(settings: dict[str, Any], tmp_pa
     """
     run_dir = tmp_path / "run"
     flags = [f"--{name}={value}" for name, value in {**settings, "output_dir": run_dir}.items()]
-    command = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", "2", "--module", "gkd_ds.train"]
+    command = [
+        Path(sys.executable).with_name("deepspeed"),
+        "--num_accelerators",
+        "2",
+        "--module",
+        "gkd_ds.train",
+    ]
     with open(tmp_path / "log", "w") as log:
         launcher = subprocess.Popen(
             [*command, *flags],
@@ -71,7 +102,9 @@ def test_a_rank_that_dies_ends_the_launched_job(settings: dict[str, Any], tmp_pa
             stdout=log,
             stderr=log,
         )
-        poll(lambda: "GKD_FAULT: kill" in (tmp_path / "log").read_text(), "the fault never came", 600)
+        poll(
+            lambda: "GKD_FAULT: kill" in (tmp_path / "log").read_text(), "the fault never came", 600
+        )
         code = launcher.wait(90)
     said = (tmp_path / "log").read_text()
     assert code != 0, said
@@ -89,7 +122,9 @@ def test_a_rank_that_dies_ends_the_launched_job(settings: dict[str, Any], tmp_pa
         ("torch", None, None),
     ],
 )
-def test_ranks_that_were_started_differently(server: Server, recipe, tmp_path: Path, field, there, here) -> None:
+def test_ranks_that_were_started_differently(
+    server: Server, recipe, tmp_path: Path, field, there, here
+) -> None:
     """Refused on both, by name, before any window and any model."""
     one = {**recipe, "max_steps": 2, "output_dir": str(tmp_path / "run")}
     if field == "training data":
@@ -112,7 +147,9 @@ def test_ranks_that_were_started_differently(server: Server, recipe, tmp_path: P
     elif field == "torch":
         for rank in range(2):
             (tmp_path / f"host-{rank}" / "torch-0.1.dist-info").mkdir(parents=True)
-        (tmp_path / "host-1" / "torch-0.1.dist-info" / "METADATA").write_text("Name: torch\nVersion: 0.1\n")
+        (tmp_path / "host-1" / "torch-0.1.dist-info" / "METADATA").write_text(
+            "Name: torch\nVersion: 0.1\n"
+        )
         (tmp_path / "host-0" / "torch-0.1.dist-info").rmdir()
         other = one
     else:

@@ -4,7 +4,6 @@ code, W&B closed.
 
 from __future__ import annotations
 
-from tests import ROOT
 import json
 import os
 import signal
@@ -16,11 +15,12 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.unit.test_tracking import records
 
 from gkd_ds.checkpoint import manifest
+from tests import ROOT
 from tests.dist.rank_server import LIMIT, Server, environment, poll
 from tests.dist.runs import assert_same, rows
-from tests.unit.test_tracking import records
 
 STOPPED = 75
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
@@ -47,17 +47,27 @@ def the_checkpoint(run_dir: Path) -> manifest.Manifest:
     """The only one, verified; nothing else is left of saving."""
     (path,) = run_dir.glob("checkpoint-*")
     found = manifest.verify(path)
-    assert list(rows(run_dir)) == list(range(1, found.step + 1)), "the metrics end where the checkpoint is"
+    assert list(rows(run_dir)) == list(range(1, found.step + 1)), (
+        "the metrics end where the checkpoint is"
+    )
     return found
 
 
 def wandb_exit_codes(run_dir: Path) -> list[int]:
     (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    return [record.exit.exit_code for record in records(file) if record.WhichOneof("record_type") == "exit"]
+    return [
+        record.exit.exit_code
+        for record in records(file)
+        if record.WhichOneof("record_type") == "exit"
+    ]
 
 
-@pytest.mark.parametrize("rank, number", [(1, signal.SIGTERM), (0, signal.SIGINT), (1, signal.SIGUSR1)])
-def test_a_signal_to_one_rank(server: Server, settings, tmp_path: Path, rank: int, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    "rank, number", [(1, signal.SIGTERM), (0, signal.SIGINT), (1, signal.SIGUSR1)]
+)
+def test_a_signal_to_one_rank(
+    server: Server, settings, tmp_path: Path, rank: int, number: signal.Signals
+) -> None:
     run_dir = tmp_path / "run"
     job = server.start(2, {**settings, "output_dir": str(run_dir), "report_to": "wandb"})
     wait_for_update(run_dir, 2)
@@ -85,8 +95,15 @@ def test_a_stop_saves_more_than_the_model(server: Server, settings, tmp_path: Pa
     for this step.
     """
     run_dir = tmp_path / "run"
-    mine = {**settings, "output_dir": str(run_dir), "save_only_model": True, "resume_from_checkpoint": "auto"}
-    job = server.start(2, {**mine, "save_strategy": "steps", "save_steps": 2}, fault="term:update:2:1")
+    mine = {
+        **settings,
+        "output_dir": str(run_dir),
+        "save_only_model": True,
+        "resume_from_checkpoint": "auto",
+    }
+    job = server.start(
+        2, {**mine, "save_strategy": "steps", "save_steps": 2}, fault="term:update:2:1"
+    )
     assert job.wait() == [STOPPED, STOPPED], job.said()
     assert the_checkpoint(run_dir).step == 2
     assert "resumed from" in server.run(2, {**mine, "max_steps": 3}).said()
@@ -102,7 +119,11 @@ def test_a_stop_file_and_a_second_run_meanwhile(server: Server, settings, tmp_pa
     job = server.start(2, {**settings, "max_steps": 10 * LONG, "output_dir": str(run_dir)})
     wait_for_update(run_dir, 2)
     (tmp_path / "other").mkdir()
-    second = {**settings, "output_dir": str(tmp_path / "other" / "run"), "overwrite_output_dir": True}
+    second = {
+        **settings,
+        "output_dir": str(tmp_path / "other" / "run"),
+        "overwrite_output_dir": True,
+    }
     (tmp_path / "other" / "run").symlink_to(run_dir)
     intruder = server.start(2, second)
     assert intruder.wait() == [2, 2], intruder.said()
@@ -154,12 +175,14 @@ def test_a_signal_to_the_launcher(settings, tmp_path: Path) -> None:
     workers = inner.children()
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(LAUNCHED) == -signal.SIGTERM
-    _, alive = psutil.wait_procs([inner, *workers], LAUNCHED)
-    for process in alive:
+    _, heartbeat = psutil.wait_procs([inner, *workers], LAUNCHED)
+    for process in heartbeat:
         process.kill()
-    assert not alive, "ranks go on without a launcher"
+    assert not heartbeat, "ranks go on without a launcher"
     first = the_checkpoint(run_dir).step
-    assert f"stopped after update {first}: the deepspeed launcher that started rank" in log.read_text()
+    assert (
+        f"stopped after update {first}: the deepspeed launcher that started rank" in log.read_text()
+    )
 
     launcher = launch(run_dir, {**settings, "resume_from_checkpoint": "auto"})
     wait_for_update(run_dir, first + 2, launcher)
@@ -199,7 +222,10 @@ def test_a_signal_to_local_sh_stops_with_the_code_of_a_stop(settings, tmp_path: 
         script.send_signal(signal.SIGTERM)
         time.sleep(0.3)
     assert script.wait(LAUNCHED) == STOPPED, (tmp_path / "log").read_text()
-    assert f"stopped after update {the_checkpoint(run_dir).step}: SIGTERM was received" in (tmp_path / "log").read_text()
+    assert (
+        f"stopped after update {the_checkpoint(run_dir).step}: SIGTERM was received"
+        in (tmp_path / "log").read_text()
+    )
 
 
 def test_a_signal_to_local_sh_before_there_are_ranks(settings, tmp_path: Path) -> None:
@@ -222,5 +248,8 @@ def test_local_sh_does_not_call_a_killed_launcher_a_success(settings, tmp_path: 
     assert script.wait(30) == 128 + signal.SIGKILL
     assert not psutil.wait_procs(everybody, LIMIT)[1], "ranks go on without a launcher"
     assert the_checkpoint(tmp_path / "run").step >= 1
-    assert local_sh(tmp_path, settings, "--overwrite_output_dir", "true", "--dry_run").wait(LAUNCHED) == 0
+    assert (
+        local_sh(tmp_path, settings, "--overwrite_output_dir", "true", "--dry_run").wait(LAUNCHED)
+        == 0
+    )
     assert "update" in (tmp_path / "log").read_text()

@@ -40,7 +40,9 @@ class _Bomb:
         return os.system, (self.command,)
 
 
-def test_a_malicious_pickle_in_a_checkpoint_does_not_run(server: Server, settings, tmp_path: Path) -> None:
+def test_a_malicious_pickle_in_a_checkpoint_does_not_run(
+    server: Server, settings, tmp_path: Path
+) -> None:
     """Even with a manifest that fits. The checkpoint before is taken; asked for by name it is
     refused.
     """
@@ -59,32 +61,49 @@ def test_a_malicious_pickle_in_a_checkpoint_does_not_run(server: Server, setting
         manifest.verify(last)
     mine |= {"max_steps": 3}
     by_name = server.start(2, {**mine, "resume_from_checkpoint": str(last)})
-    assert by_name.wait() == [2, 2] and "would call" in by_name.said() and "Traceback" not in by_name.said()
+    assert (
+        by_name.wait() == [2, 2]
+        and "would call" in by_name.said()
+        and "Traceback" not in by_name.said()
+    )
     said = server.run(2, {**mine, "resume_from_checkpoint": "auto"}).said()
     assert "passed over" in said and "would call" in said and "at step 1" in said
     assert not canary.exists()
 
 
 @pytest.mark.parametrize("role", ["model_name_or_path", "teacher_model_name_or_path"])
-def test_weights_in_pickles_are_refused(server: Server, settings, tmp_path: Path, role: str) -> None:
+def test_weights_in_pickles_are_refused(
+    server: Server, settings, tmp_path: Path, role: str
+) -> None:
     directory, canary = tmp_path / "model", tmp_path / "canary"
     shutil.copytree(settings[role], directory)
     (directory / "model.safetensors").unlink()
     (directory / "pytorch_model.bin").write_bytes(pickle.dumps(_Bomb(f"touch {canary}")))
     job = server.start(1, {**settings, role: str(directory), "output_dir": str(tmp_path / "run")})
     assert job.wait() == [2]
-    assert "no weights in safetensors" in job.said() and "Traceback" not in job.said() and not canary.exists()
+    assert (
+        "no weights in safetensors" in job.said()
+        and "Traceback" not in job.said()
+        and not canary.exists()
+    )
 
 
-def test_code_that_comes_with_a_model_does_not_run(server: Server, settings, tmp_path: Path) -> None:
+def test_code_that_comes_with_a_model_does_not_run(
+    server: Server, settings, tmp_path: Path
+) -> None:
     directory, canary = tmp_path / "model", tmp_path / "canary"
     shutil.copytree(settings["model_name_or_path"], directory)
     config = json.loads((directory / "config.json").read_text())
     config |= {"model_type": "custom", "architectures": ["Custom"]}
-    config["auto_map"] = {"AutoConfig": "custom.CustomConfig", "AutoModelForCausalLM": "custom.Custom"}
+    config["auto_map"] = {
+        "AutoConfig": "custom.CustomConfig",
+        "AutoModelForCausalLM": "custom.Custom",
+    }
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "custom.py").write_text(f"open({str(canary)!r}, 'w')\n")
-    job = server.start(1, {**settings, "model_name_or_path": str(directory), "output_dir": str(tmp_path / "run")})
+    job = server.start(
+        1, {**settings, "model_name_or_path": str(directory), "output_dir": str(tmp_path / "run")}
+    )
     assert job.wait() == [2], job.said()
     assert "Traceback" not in job.said() and not canary.exists()
 
@@ -99,7 +118,9 @@ def test_names_that_would_leave_the_run_directory(server: Server, settings, tmp_
     config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     (directory / "chat_template.jinja").unlink()
-    job = server.start(1, {**settings, "model_name_or_path": str(directory), "output_dir": str(tmp_path / "run")})
+    job = server.start(
+        1, {**settings, "model_name_or_path": str(directory), "output_dir": str(tmp_path / "run")}
+    )
     assert job.wait() == [2], job.said()
     assert "'../../../evil'" in job.said() and "Traceback" not in job.said()
     assert not list(tmp_path.rglob("evil*")) and not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -110,7 +131,11 @@ def test_secrets_are_written_nowhere(server: Server, settings, tmp_path: Path) -
     it fails.
     """
     # All different: one that is hidden must not hide another.
-    secrets = {"WANDB_API_KEY": f"{CANARY}-wandb", "HF_TOKEN": f"hf_{CANARY}-env", "DB_PASSWORD": f"{CANARY}-db"}
+    secrets = {
+        "WANDB_API_KEY": f"{CANARY}-wandb",
+        "HF_TOKEN": f"hf_{CANARY}-env",
+        "DB_PASSWORD": f"{CANARY}-db",
+    }
     secrets["AWS_SECRET_ACCESS_KEY"] = f"{CANARY}-aws"
     mine = {
         **settings,
@@ -129,7 +154,9 @@ def test_secrets_are_written_nowhere(server: Server, settings, tmp_path: Path) -
     job = server.start(2, failing, env=secrets, fault="raise:score:2")
     assert job.wait() == [1, 1] and "Traceback" in job.said()
     produced = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert {"metrics.jsonl", "README.md", "manifest.json", "config.resolved.json"} <= {path.name for path in produced}
+    assert {"metrics.jsonl", "README.md", "manifest.json", "config.resolved.json"} <= {
+        path.name for path in produced
+    }
     assert any(path.suffix == ".wandb" for path in produced)
     for path in produced + job.logs:
         assert CANARY.encode() not in path.read_bytes(), path
@@ -140,28 +167,40 @@ def small_disk(tmp_path: Path):
     """A file system of its own; `yield`s a function that sets its size in bytes."""
     place = tmp_path / "disk"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place], capture_output=True
+    ).returncode:
         pytest.skip("a file system can be mounted by root only")
     yield place
     subprocess.run(["umount", "-l", place], check=True)
 
 
 @pytest.mark.parametrize("name", ["rollouts.jsonl", "config.resolved.json"])
-def test_a_file_of_the_run_that_cannot_be_written(server: Server, settings, tmp_path: Path, name: str) -> None:
+def test_a_file_of_the_run_that_cannot_be_written(
+    server: Server, settings, tmp_path: Path, name: str
+) -> None:
     """Only rank 0 writes it; both ranks say so, before the first window."""
     (tmp_path / "run" / name).mkdir(parents=True)
     job = server.start(2, {**settings, "output_dir": str(tmp_path / "run")})
     assert job.wait() == [2, 2], job.said()
-    assert f"{name} cannot be written (Is a directory)" in job.said() and "Traceback" not in job.said()
+    assert (
+        f"{name} cannot be written (Is a directory)" in job.said() and "Traceback" not in job.said()
+    )
 
 
-def test_disk_full_during_a_real_save(server: Server, settings, tmp_path: Path, small_disk: Path) -> None:
+def test_disk_full_during_a_real_save(
+    server: Server, settings, tmp_path: Path, small_disk: Path
+) -> None:
     """There is room for one checkpoint and a half: the second is given up, training ends, the first
     one is whole.
     """
     whole = {**settings, "output_dir": str(tmp_path / "whole")}
     server.run(2, whole)
-    size = sum(path.stat().st_size for path in (tmp_path / "whole" / "checkpoint-1").rglob("*") if path.is_file())
+    size = sum(
+        path.stat().st_size
+        for path in (tmp_path / "whole" / "checkpoint-1").rglob("*")
+        if path.is_file()
+    )
     run_dir = small_disk / "run"
     run_dir.mkdir()
     (run_dir.with_name("ballast")).write_bytes(bytes(64 * 2**20 - int(1.6 * size)))

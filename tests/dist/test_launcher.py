@@ -12,7 +12,15 @@ LAUNCHER = Path(sys.executable).with_name("deepspeed")
 
 def test_a_hostfile_that_does_not_exist_is_refused(tmp_path):
     make_everything(tmp_path, rows=8)
-    command = [LAUNCHER, "--hostfile", tmp_path / "nohosts", "--num_accelerators", "2", "--module", "gkd_ds.train"]
+    command = [
+        LAUNCHER,
+        "--hostfile",
+        tmp_path / "nohosts",
+        "--num_accelerators",
+        "2",
+        "--module",
+        "gkd_ds.train",
+    ]
     flags = [f"--{name}={tmp_path / value}" for name, value in {
         "model_name_or_path": "student", "teacher_model_name_or_path": "teacher", "dataset_name": "train.jsonl",
         "output_dir": "run",
@@ -32,7 +40,17 @@ def test_a_hostfile_that_does_not_exist_is_refused_by_the_trainer_of_a_script(tm
         "from gkd_ds import GKDConfig, GKDTrainer\n"
         f"GKDTrainer('some/student', 'some/teacher', GKDConfig(output_dir='{tmp_path / 'run'}'))\n"
     )
-    command = [LAUNCHER, "--hostfile", tmp_path / "nohosts", "--num_accelerators", "1", tmp_path / "script.py"]
+    command = [
+        LAUNCHER,
+        "--hostfile",
+        tmp_path / "nohosts",
+        "--num_accelerators",
+        "1",
+        tmp_path / "script.py",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
     assert done.returncode == 1, done.stderr
-    assert f"InputError: --hostfile {tmp_path / 'nohosts'} does not exist; correct its path" in done.stderr
+    assert (
+        f"InputError: --hostfile {tmp_path / 'nohosts'} does not exist; correct its path"
+        in done.stderr
+    )

@@ -1,6 +1,5 @@
 """Loading a model of a few hundred million parameters: no rank takes the memory of the whole."""
 
-from tests import ROOT
 import json
 import os
 import subprocess
@@ -9,13 +8,25 @@ from pathlib import Path
 
 import pytest
 
-BUFFER = 256  # MiB beside the shard: the largest parameter several times, and what loading itself needs
+from tests import ROOT
+
+BUFFER = (
+    256  # MiB beside the shard: the largest parameter several times, and what loading itself needs
+)
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_a_rank_takes_its_half_and_a_bounded_buffer(role: str):
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [launcher, "--num_accelerators", "2", "--master_port", "29618", "--module", "tools.bench.loading"]
+    command = [
+        launcher,
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        "29618",
+        "--module",
+        "tools.bench.loading",
+    ]
     settings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "--role", role],

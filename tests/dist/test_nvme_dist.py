@@ -17,9 +17,22 @@ MANY = 400  # updates, minutes of them
 
 
 @NVME
-def test_a_swap_file_that_is_damaged_in_mid_run_ends_the_job(server: Server, recipe: dict[str, Any], tmp_path: Path):
-    make_model("llama", tmp_path / "teacher", hidden=640, layers=1, tokenizer=make_tokenizer(vocab_size=300))
-    offload = {"device": "nvme", "nvme_path": str(tmp_path / "nvme"), "buffer_count": "auto", "buffer_size": "auto"}
+def test_a_swap_file_that_is_damaged_in_mid_run_ends_the_job(
+    server: Server, recipe: dict[str, Any], tmp_path: Path
+):
+    make_model(
+        "llama",
+        tmp_path / "teacher",
+        hidden=640,
+        layers=1,
+        tokenizer=make_tokenizer(vocab_size=300),
+    )
+    offload = {
+        "device": "nvme",
+        "nvme_path": str(tmp_path / "nvme"),
+        "buffer_count": "auto",
+        "buffer_size": "auto",
+    }
     run = tmp_path / "run"
     mine = {
         **recipe,

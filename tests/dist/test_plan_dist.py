@@ -2,7 +2,6 @@
 nine with NVMe.
 """
 
-from tests import ROOT
 import json
 import os
 import subprocess
@@ -11,25 +10,40 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.dist.plan_cases import CASES, NVME_CASES
 
-SETTINGS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+SETTINGS = {
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "HF_HUB_OFFLINE": "1",
+}
 TENTH = 0.1
-NO_LIBAIO = pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="NVMe offload needs libaio-dev")
+NO_LIBAIO = pytest.mark.skipif(
+    not Path("/usr/include/libaio.h").exists(), reason="NVMe offload needs libaio-dev"
+)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, dict]:
     command = [sys.executable, "-m", "tests.dist.plan_cases", str(tmp_path_factory.mktemp("plan"))]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **SETTINGS}, capture_output=True, text=True, timeout=900
+        command,
+        cwd=ROOT,
+        env={**os.environ, **SETTINGS},
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {tuple(result["case"]): result for result in found}
 
 
-@pytest.fixture(params=[*CASES, *(pytest.param(case, marks=NO_LIBAIO) for case in NVME_CASES)], ids=str)
+@pytest.fixture(
+    params=[*CASES, *(pytest.param(case, marks=NO_LIBAIO) for case in NVME_CASES)], ids=str
+)
 def result(request: pytest.FixtureRequest, results: dict[tuple, dict]) -> dict:
     """One configuration: (ranks, where the teacher is, where the student's optimizer is)."""
     return results[request.param]

@@ -25,20 +25,38 @@ SEED = 41  # windows 4 and 5 draw both sources
 
 @pytest.fixture(scope="module")
 def settings(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {**recipe, "max_steps": STEPS, "save_strategy": "steps", "save_steps": CUT, "lmbda": 0.5, "seed": SEED}
+    return {
+        **recipe,
+        "max_steps": STEPS,
+        "save_strategy": "steps",
+        "save_steps": CUT,
+        "lmbda": 0.5,
+        "seed": SEED,
+    }
 
 
 @pytest.fixture(scope="module")
-def whole(server: Server, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(
+    server: Server, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Two ranks, never interrupted."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     server.run(2, {**settings, "output_dir": str(run_dir)})
     sources = [row["source"] for row in rows(run_dir).values()]
-    assert any(s["student"] and s["data"] for s in sources[CUT:]), "a window with both sources comes after the cut"
+    assert any(s["student"] and s["data"] for s in sources[CUT:]), (
+        "a window with both sources comes after the cut"
+    )
     return run_dir
 
 
-def go_on(server: Server, settings: dict[str, Any], run_dir: Path, world: int, batch: int, accumulation: int) -> str:
+def go_on(
+    server: Server,
+    settings: dict[str, Any],
+    run_dir: Path,
+    world: int,
+    batch: int,
+    accumulation: int,
+) -> str:
     layout = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     resume = {"output_dir": str(run_dir), "resume_from_checkpoint": True}
     return server.run(world, {**settings, **layout, **resume}).said()
@@ -50,7 +68,9 @@ def assert_same_weights(run_dir: Path, reference: Path) -> None:
         torch.testing.assert_close(ours[name], weight, rtol=REORDERING, atol=REORDERING)
 
 
-def test_the_command_that_evaluates_may_stand_in_a_run_s_directory(server: Server, settings, whole: Path) -> None:
+def test_the_command_that_evaluates_may_stand_in_a_run_s_directory(
+    server: Server, settings, whole: Path
+) -> None:
     """Even with the student that is there; training there would be refused. It writes nothing."""
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     mine = {**settings, "output_dir": str(whole), "model_name_or_path": str(whole)}
@@ -60,17 +80,23 @@ def test_the_command_that_evaluates_may_stand_in_a_run_s_directory(server: Serve
 
 
 @pytest.mark.parametrize("world, batch, accumulation", [(1, 2, 2), (1, 1, 4), (1, 4, 1), (4, 1, 1)])
-def test_from_two_ranks(server: Server, settings, whole: Path, tmp_path: Path, world, batch, accumulation) -> None:
+def test_from_two_ranks(
+    server: Server, settings, whole: Path, tmp_path: Path, world, batch, accumulation
+) -> None:
     run_dir = copy_of(whole, tmp_path / "run", CUT)
     said = go_on(server, settings, run_dir, world, batch, accumulation)
-    assert f"cutting it anew for {world}" in said and f"at step {CUT}" in said
-    changed = f"differs from the checkpoint: per_device_train_batch_size was 1 and is now {batch}" in said
+    assert f"resharding it for {world}" in said and f"at step {CUT}" in said
+    changed = (
+        f"differs from the checkpoint: per_device_train_batch_size was 1 and is now {batch}" in said
+    )
     assert changed == (batch != 1) and "beta was" not in said
     assert_same(run_dir, whole, REORDERING)
     assert_same_weights(run_dir, whole)
 
 
-def test_from_one_rank_to_two_and_four(server: Server, settings, whole: Path, tmp_path: Path) -> None:
+def test_from_one_rank_to_two_and_four(
+    server: Server, settings, whole: Path, tmp_path: Path
+) -> None:
     """Three layouts in one run, whose draws stay those of the first."""
     run_dir = tmp_path / "run"
     one = {"per_device_train_batch_size": 2, "output_dir": str(run_dir)}
@@ -84,7 +110,9 @@ def test_from_one_rank_to_two_and_four(server: Server, settings, whole: Path, tm
     assert_same_weights(run_dir, whole)
 
 
-def test_many_groups_and_an_optimizer_in_host_memory(server: Server, settings, whole: Path, tmp_path: Path) -> None:
+def test_many_groups_and_an_optimizer_in_host_memory(
+    server: Server, settings, whole: Path, tmp_path: Path
+) -> None:
     """Groups of at most so many elements per rank: one rank makes other groups of the parameters
     than two did.
     """
@@ -102,20 +130,31 @@ def test_many_groups_and_an_optimizer_in_host_memory(server: Server, settings, w
 
 
 @pytest.mark.parametrize("stage, bf16", [(0, False), (1, False), (2, True)])
-def test_the_same_ranks_below_stage_3(server: Server, settings, tmp_path: Path, stage: int, bf16: bool) -> None:
+def test_the_same_ranks_below_stage_3(
+    server: Server, settings, tmp_path: Path, stage: int, bf16: bool
+) -> None:
     """Bit for bit, as at stage 3 (test_faults_cuts.py); more kinds of engines in
     test_checkpoint_dist.py.
     """
-    mine = {**settings, "deepspeed": {"zero_optimization": {"stage": stage}}, "bf16": bf16, "max_steps": CUT + 2}
+    mine = {
+        **settings,
+        "deepspeed": {"zero_optimization": {"stage": stage}},
+        "bf16": bf16,
+        "max_steps": CUT + 2,
+    }
     whole = tmp_path / "whole"
     server.run(2, {**mine, "output_dir": str(whole)})
     run_dir = copy_of(whole, tmp_path / "run", CUT)
     go_on(server, mine, run_dir, world=2, batch=1, accumulation=2)
     assert_same(run_dir, whole)
-    assert (run_dir / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (run_dir / "model.safetensors").read_bytes() == (
+        whole / "model.safetensors"
+    ).read_bytes()
 
 
-def test_another_global_batch_is_refused(server: Server, settings, whole: Path, tmp_path: Path) -> None:
+def test_another_global_batch_is_refused(
+    server: Server, settings, whole: Path, tmp_path: Path
+) -> None:
     run_dir = copy_of(whole, tmp_path / "run", CUT)
     job = server.start(1, {**settings, "output_dir": str(run_dir), "resume_from_checkpoint": True})
     assert job.wait() == [2]
@@ -125,8 +164,7 @@ def test_another_global_batch_is_refused(server: Server, settings, whole: Path, 
 def test_a_checkpoint_with_the_state_of_something_else_is_refused(
     server: Server, settings, whole: Path, tmp_path: Path
 ):
-    """Its digest is right, and tells no more than that nothing has changed since somebody wrote it.
-    """
+    """Its digest is right, and tells no more than that nothing has changed since somebody wrote it."""
     run_dir = copy_of(whole, tmp_path / "run", CUT)
     path = run_dir / f"checkpoint-{CUT}" / manifest.MANIFEST
     body = json.loads(path.read_text())
@@ -134,24 +172,47 @@ def test_a_checkpoint_with_the_state_of_something_else_is_refused(
     path.write_text(manifest.render(body))
     job = server.start(2, {**settings, "output_dir": str(run_dir), "resume_from_checkpoint": True})
     assert job.wait() == [2, 2]
-    assert "manifest.json lacks 'state.schedule.draw_samples'" in job.said() and "Traceback" not in job.said()
+    assert (
+        "manifest.json lacks 'state.schedule.draw_samples'" in job.said()
+        and "Traceback" not in job.said()
+    )
 
 
-def test_another_student_is_refused(server: Server, settings, recipe, whole: Path, tmp_path: Path) -> None:
+def test_another_student_is_refused(
+    server: Server, settings, recipe, whole: Path, tmp_path: Path
+) -> None:
     run_dir = copy_of(whole, tmp_path / "run", CUT)
-    deeper = {"model_name_or_path": recipe["teacher_model_name_or_path"], "gradient_accumulation_steps": 4}
-    job = server.start(1, {**settings, **deeper, "output_dir": str(run_dir), "resume_from_checkpoint": True})
+    deeper = {
+        "model_name_or_path": recipe["teacher_model_name_or_path"],
+        "gradient_accumulation_steps": 4,
+    }
+    job = server.start(
+        1, {**settings, **deeper, "output_dir": str(run_dir), "resume_from_checkpoint": True}
+    )
     assert job.wait() == [2]
-    assert "holds another student" in job.said() and "layers.1" in job.said() and "Traceback" not in job.said()
+    assert (
+        "holds another student" in job.said()
+        and "layers.1" in job.said()
+        and "Traceback" not in job.said()
+    )
 
 
 @pytest.mark.parametrize("world, accumulation", [(2, 2), (1, 4)])
 def test_a_checkpoint_of_the_model_alone_is_refused(
     server: Server, settings, tmp_path: Path, world: int, accumulation: int
 ) -> None:
-    mine = {**settings, "output_dir": str(tmp_path / "run"), "save_only_model": True, "max_steps": CUT}
+    mine = {
+        **settings,
+        "output_dir": str(tmp_path / "run"),
+        "save_only_model": True,
+        "max_steps": CUT,
+    }
     server.run(2, mine)
-    resume = {"resume_from_checkpoint": True, "gradient_accumulation_steps": accumulation, "max_steps": STEPS}
+    resume = {
+        "resume_from_checkpoint": True,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": STEPS,
+    }
     job = server.start(world, {**mine, **resume})
     assert job.wait() == [2] * world, job.said()
     assert "state of" in job.said() and "Traceback" not in job.said()

@@ -15,12 +15,14 @@ from transformers import Trainer, TrainingArguments
 from gkd_ds import GKDConfig
 from gkd_ds.monitor.evaluation import metric_names
 from tests.dist import plain
-from tests.dist.events import EVENT_KNOBS, SHORT_KNOBS, Events
+from tests.dist.events import EVENT_FIELDS, SHORT_FIELDS, Events
 from tests.dist.scenarios import Results
 from tests.dist.test_parity import everybody_s_rollouts, losses
 from tests.tiny import MIXTURES
 
-NVME = pytest.mark.skipif(not Path("/usr/include/libaio.h").exists(), reason="NVMe offload needs libaio-dev")
+NVME = pytest.mark.skipif(
+    not Path("/usr/include/libaio.h").exists(), reason="NVMe offload needs libaio-dev"
+)
 
 
 def test_nothing_that_trl_brings_is_imported(one_rank: Results, two_ranks: Results) -> None:
@@ -43,7 +45,9 @@ def test_a_window_costs_one_gather_and_one_teacher_pass(two_ranks: Results) -> N
 
 def test_the_teacher_s_place_does_not_matter(two_ranks: Results) -> None:
     places = two_ranks["teacher_places"][0]
-    assert losses(places["cpu"]["rows"]) == pytest.approx(losses(places["resident"]["rows"]), rel=1e-6)
+    assert losses(places["cpu"]["rows"]) == pytest.approx(
+        losses(places["resident"]["rows"]), rel=1e-6
+    )
 
 
 @NVME
@@ -53,7 +57,9 @@ def test_a_teacher_on_nvme_gives_the_same_losses(two_ranks: Results) -> None:
     entries, equal = result["logits"]
     assert equal and entries > 1000, "its logits are the resident teacher's, bit by bit"
     # Of every layer the three matrices of its feed-forward part are large enough.
-    assert len(result["files"]) == 2 * 3 and min(result["files"]) >= 1 << 20, "the weights are in files"
+    assert len(result["files"]) == 2 * 3 and min(result["files"]) >= 1 << 20, (
+        "the weights are in files"
+    )
 
 
 @NVME
@@ -61,7 +67,9 @@ def test_a_teacher_on_nvme_gives_the_same_losses(two_ranks: Results) -> None:
     "damage, what",
     [("rewritten", "was written anew"), ("truncated", "bytes instead of"), ("deleted", "is gone")],
 )
-def test_a_damaged_swap_file_is_named_on_all_ranks_and_gives_no_target(two_ranks: Results, damage: str, what: str):
+def test_a_damaged_swap_file_is_named_on_all_ranks_and_gives_no_target(
+    two_ranks: Results, damage: str, what: str
+):
     first, second = two_ranks["teacher_on_nvme"]
     assert first[damage] == second[damage]
     assert first["file"] in first[damage] and what in first[damage]
@@ -74,7 +82,9 @@ def test_the_next_layer_is_read_while_one_computes(two_ranks: Results) -> None:
     """
     for rank in two_ranks["teacher_on_nvme"]:
         assert rank["away"]["auto"] == [[3, 0], [3, 3]]
-        assert rank["away"]["least"] == [[3, 2], [3, 3]], "one buffer more than a layer needs: one shard is read ahead"
+        assert rank["away"]["least"] == [[3, 2], [3, 3]], (
+            "one buffer more than a layer needs: one shard is read ahead"
+        )
         assert rank["least gives the same"]
 
 
@@ -86,7 +96,9 @@ def test_an_optimizer_on_nvme_gives_the_same_losses(two_ranks: Results) -> None:
 
 
 @NVME
-def test_an_optimizer_on_nvme_is_not_saved_because_it_could_not_be_resumed(two_ranks: Results) -> None:
+def test_an_optimizer_on_nvme_is_not_saved_because_it_could_not_be_resumed(
+    two_ranks: Results,
+) -> None:
     for rank in two_ranks["optimizer_on_nvme"]:
         assert "a run whose optimizer is on NVMe cannot be resumed" in rank["saved"]
     assert not list((two_ranks.directory / "nvme-saved").iterdir())
@@ -95,16 +107,27 @@ def test_an_optimizer_on_nvme_is_not_saved_because_it_could_not_be_resumed(two_r
 @NVME
 def test_too_few_buffers_are_refused_before_anything_is_read(two_ranks: Results) -> None:
     for rank in two_ranks["teacher_on_nvme"]:
-        assert "offload_param.buffer_count to 2, but this teacher needs 4" in rank["too few buffers"]
+        assert (
+            "offload_param.buffer_count to 2, but this teacher needs 4" in rank["too few buffers"]
+        )
 
 
-FEATURES = ["shipped", "offload_optimizer", "hpz", "comms_logger", "flops_profiler", "states_on_host"]
+FEATURES = [
+    "shipped",
+    "offload_optimizer",
+    "hpz",
+    "comms_logger",
+    "flops_profiler",
+    "states_on_host",
+]
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_deepspeed_s_switches_leave_the_losses_alone(two_ranks: Results, feature: str) -> None:
     results = two_ranks["scale_features"][0]
-    assert losses(results[feature]["rows"]) == pytest.approx(losses(results["plain"]["rows"]), rel=1e-6)
+    assert losses(results[feature]["rows"]) == pytest.approx(
+        losses(results["plain"]["rows"]), rel=1e-6
+    )
 
 
 def test_deepspeed_s_switches_do_what_they_say(two_ranks: Results) -> None:
@@ -127,7 +150,9 @@ def test_deepspeed_s_switches_do_what_they_say(two_ranks: Results) -> None:
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_mixtures_of_experts_learn_although_ranks_use_different_experts(two_ranks: Results, family: str) -> None:
+def test_mixtures_of_experts_learn_although_ranks_use_different_experts(
+    two_ranks: Results, family: str
+) -> None:
     ranks = two_ranks["scale_features"]
     gathered, sharded = (ranks[0][f"{family}/{engine}"]["rows"] for engine in ("gather", "sharded"))
     assert losses(sharded) == pytest.approx(losses(gathered), rel=1e-5)
@@ -136,8 +161,12 @@ def test_mixtures_of_experts_learn_although_ranks_use_different_experts(two_rank
         assert rank[f"{family}/gather"]["rollouts"] == rank[f"{family}/sharded"]["rollouts"]
 
 
-@pytest.mark.parametrize("name, allowed", [("data", "data"), ("student", "student"), ("teacher", "teacher")])
-def test_lmbda_and_seq_kd_say_who_writes(two_ranks: Results, materials: Path, name: str, allowed: str) -> None:
+@pytest.mark.parametrize(
+    "name, allowed", [("data", "data"), ("student", "student"), ("teacher", "teacher")]
+)
+def test_lmbda_and_seq_kd_say_who_writes(
+    two_ranks: Results, materials: Path, name: str, allowed: str
+) -> None:
     """The second window has one sample: rank 1 has none, and the second micro-batch none on any
     rank.
     """
@@ -148,8 +177,12 @@ def test_lmbda_and_seq_kd_say_who_writes(two_ranks: Results, materials: Path, na
     assert [row["perf/student_gathers"] for row in rows] == [int(allowed == "student")] * 2
     assert [row["perf/teacher_decode_passes"] > 0 for row in rows] == [allowed == "teacher"] * 2
     assert [len(rank[name]["rollouts"]) for rank in ranks] == [1, 0]
-    assert all(math.isfinite(row["loss"]) and row["skipped"] == 0 and row["grad_norm"] > 0 for row in rows)
-    assert rows[1]["completion_tokens"] == sum(len(r["completion_ids"]) for r in everybody_s_rollouts(ranks, name))
+    assert all(
+        math.isfinite(row["loss"]) and row["skipped"] == 0 and row["grad_norm"] > 0 for row in rows
+    )
+    assert rows[1]["completion_tokens"] == sum(
+        len(r["completion_ids"]) for r in everybody_s_rollouts(ranks, name)
+    )
 
 
 def test_mixed_sources_share_a_window(two_ranks: Results) -> None:
@@ -171,16 +204,36 @@ def test_the_teacher_writes_what_it_finds_likely(two_ranks: Results, materials: 
 
 def test_a_resumed_run_is_the_uninterrupted_run(two_ranks: Results) -> None:
     result = two_ranks["resume"][0]
-    compared = ("step", "epoch", "loss", "lr", "grad_norm", "source", "completion_tokens", "entropy", "skipped")
-    whole, half = ([{key: row[key] for key in compared} for row in result[run]] for run in ("whole", "half"))
+    compared = (
+        "step",
+        "epoch",
+        "loss",
+        "lr",
+        "grad_norm",
+        "source",
+        "completion_tokens",
+        "entropy",
+        "skipped",
+    )
+    whole, half = (
+        [{key: row[key] for key in compared} for row in result[run]] for run in ("whole", "half")
+    )
     assert [row["step"] for row in whole] == [1, 2, 3, 4]
     assert half == whole
-    assert any(row["source"]["student"] for row in whole[2:]) and len({row["lr"] for row in whole}) == 4
+    assert (
+        any(row["source"]["student"] for row in whole[2:])
+        and len({row["lr"] for row in whole}) == 4
+    )
 
 
-def test_a_used_directory_is_refused_by_train_on_all_ranks_and_not_by_the_trainer(two_ranks: Results) -> None:
+def test_a_used_directory_is_refused_by_train_on_all_ranks_and_not_by_the_trainer(
+    two_ranks: Results,
+) -> None:
     first, second = two_ranks["resume"]
-    assert "already holds a run (checkpoint-2)" in first["refused"] and first["refused"] == second["refused"]
+    assert (
+        "already holds a run (checkpoint-2)" in first["refused"]
+        and first["refused"] == second["refused"]
+    )
     assert first["untouched"] and second["untouched"]
 
 
@@ -189,7 +242,9 @@ def test_a_resumed_run_remembers_what_the_uninterrupted_run_remembers(two_ranks:
     compare with.
     """
     result = two_ranks["resume"][0]
-    whole, half = ([{**entry, "train_runtime": 0} for entry in history] for history in result["histories"])
+    whole, half = (
+        [{**entry, "train_runtime": 0} for entry in history] for history in result["histories"]
+    )
     assert half == whole
     assert [entry["step"] for entry in half] == [3, 4], "the run's summary comes last"
     assert half[0]["loss"] == pytest.approx(sum(row["loss"] for row in result["whole"][:3]) / 3)
@@ -206,7 +261,10 @@ def test_a_run_that_goes_on_within_an_epoch_begins_it(two_ranks: Results) -> Non
 
 def test_a_resumed_run_ends_with_the_same_weights(two_ranks: Results) -> None:
     assert two_ranks["resume"]
-    whole, half = (load_file(two_ranks.directory / f"resume-{run}" / "model.safetensors") for run in ("whole", "half"))
+    whole, half = (
+        load_file(two_ranks.directory / f"resume-{run}" / "model.safetensors")
+        for run in ("whole", "half")
+    )
     assert whole.keys() == half.keys()
     assert all(torch.equal(whole[name], half[name]) for name in whole)
 
@@ -229,8 +287,12 @@ def test_an_exception_while_sampling_leaves_the_engine_whole(two_ranks: Results)
         assert rank["written"] == 3
 
 
-@pytest.mark.parametrize("where, bad", [("targets", [1]), ("loss", [0, 2]), ("stage 2", [1]), ("stage 0", [1])])
-def test_nan_on_one_rank_skips_the_update_on_all(two_ranks: Results, where: str, bad: list[int]) -> None:
+@pytest.mark.parametrize(
+    "where, bad", [("targets", [1]), ("loss", [0, 2]), ("stage 2", [1]), ("stage 0", [1])]
+)
+def test_nan_on_one_rank_skips_the_update_on_all(
+    two_ranks: Results, where: str, bad: list[int]
+) -> None:
     rows, digests = (two_ranks["faults"][0][where][key] for key in ("rows", "digests"))
     assert [row["skipped"] for row in rows] == [int(window in bad) for window in range(4)]
     assert len(digests) == 4
@@ -255,14 +317,26 @@ def test_bf16_stays_close_to_fp32(two_ranks: Results) -> None:
 # ---------------------------------------------------------------------------------------- callbacks
 
 
-@pytest.mark.parametrize("run, knobs, steps, evaluations", [("long", EVENT_KNOBS, 6, 3), ("short", SHORT_KNOBS, 4, 2)])
+@pytest.mark.parametrize(
+    "run, fields, steps, evaluations", [("long", EVENT_FIELDS, 6, 3), ("short", SHORT_FIELDS, 4, 2)]
+)
 def test_events_come_in_transformers_order(
-    two_ranks: Results, materials: Path, tmp_path: Path, run: str, knobs: dict, steps: int, evaluations: int
+    two_ranks: Results,
+    materials: Path,
+    tmp_path: Path,
+    run: str,
+    fields: dict,
+    steps: int,
+    evaluations: int,
 ) -> None:
     """The same run by transformers' own Trainer, as far as its events go."""
     pytest.importorskip("accelerate")
     student, events = plain.load(materials / "student"), Events()
-    data = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 6 * knobs.get("gradient_accumulation_steps", 1)
+    data = (
+        [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}]
+        * 6
+        * fields.get("gradient_accumulation_steps", 1)
+    )
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         per_device_train_batch_size=2,
@@ -270,13 +344,21 @@ def test_events_come_in_transformers_order(
         report_to="none",
         disable_tqdm=True,
         save_only_model=True,
-        **knobs,
+        **fields,
     )
-    Trainer(student, arguments, train_dataset=data, eval_dataset=data[:2], callbacks=[events]).train()
+    Trainer(
+        student, arguments, train_dataset=data, eval_dataset=data[:2], callbacks=[events]
+    ).train()
     ours = two_ranks["callbacks"][0]["events"][run]
     # A window is one step whatever its micro-batches; predictions are not made batch by batch.
-    theirs = [event for event in events.seen if event not in ("on_prediction_step", "on_substep_end")]
-    assert theirs.count("on_step_end") == steps and theirs.count("on_evaluate") == evaluations and "on_save" in theirs
+    theirs = [
+        event for event in events.seen if event not in ("on_prediction_step", "on_substep_end")
+    ]
+    assert (
+        theirs.count("on_step_end") == steps
+        and theirs.count("on_evaluate") == evaluations
+        and "on_save" in theirs
+    )
     assert ours == theirs
     assert two_ranks["callbacks"][1]["events"][run] == ours
 
@@ -285,7 +367,9 @@ def test_the_logged_loss_is_the_mean_since_the_last_log(two_ranks: Results) -> N
     result = two_ranks["callbacks"][0]
     losses = result["losses"]
     assert len(set(losses)) == 4
-    assert result["logged"] == pytest.approx([(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2])
+    assert result["logged"] == pytest.approx(
+        [(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2]
+    )
 
 
 def test_early_stopping_stops_all_ranks(two_ranks: Results) -> None:
@@ -299,7 +383,11 @@ def test_early_stopping_stops_all_ranks(two_ranks: Results) -> None:
 def test_several_evaluation_sets_are_measured_by_name(two_ranks: Results) -> None:
     result = two_ranks["callbacks"][0]
     first, second = (row for row in result["early rows"] if "eval/few_loss" in row)
-    values = {f"eval/{name}_{key}" for name in ("few", "more") for key in metric_names(GKDConfig(eval_on_policy=False))}
+    values = {
+        f"eval/{name}_{key}"
+        for name in ("few", "more")
+        for key in metric_names(GKDConfig(eval_on_policy=False))
+    }
     assert set(first) == {"step", *values} and (first["step"], second["step"]) == (1, 2)
     single = next(row for row in result["event rows"] if "eval/loss" in row)
     assert set(single) == {"step", *(f"eval/{key}" for key in metric_names(GKDConfig()))}

@@ -12,7 +12,6 @@ those with plain torch.
 # ruff: noqa: E402
 from __future__ import annotations
 
-from tests import ROOT
 import dataclasses
 import functools
 import hashlib
@@ -24,6 +23,8 @@ import sys
 import time
 import traceback
 from pathlib import Path
+
+from tests import ROOT
 
 # Before anything else is imported: gkd_ds must run where none of these is installed (peft needs
 # accelerate).
@@ -39,26 +40,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallb
 
 from gkd_ds import GKDConfig, GKDTrainer
 from gkd_ds.checkpoint import store
-from gkd_ds.engine import accelerator, zero
-from gkd_ds.runtime import ranks
-from gkd_ds.teacher import nvme
 from gkd_ds.checkpoint.engine_files import save_engine
-from gkd_ds.runtime.errors import InputError
+from gkd_ds.engine import accelerator, zero
 from gkd_ds.monitor.guards import TrainingStopped
 from gkd_ds.pipeline import count_tokens
 from gkd_ds.records import Rollout, Sample, Source
+from gkd_ds.runtime import ranks
+from gkd_ds.runtime.errors import InputError
+from gkd_ds.teacher import nvme
 from gkd_ds.train import leave
-from tests.dist.events import EVENT_KNOBS, SHORT_KNOBS, Events, StopsEpochs
+from tests.dist.events import EVENT_FIELDS, SHORT_FIELDS, Events, StopsEpochs
 from tests.dist.materials import FAMILY_PAIRS
 from tests.tiny import MIXTURES, make_chat_rows
 
 SHIPPED = ROOT / "ds_configs"
-MATERIALS, RESULTS = (Path(argument) for argument in [a for a in sys.argv[1:] if not a.startswith("--local_rank")][:2])
+MATERIALS, RESULTS = (
+    Path(argument) for argument in [a for a in sys.argv[1:] if not a.startswith("--local_rank")][:2]
+)
 
 # By default DeepSpeed keeps parameters of fewer than 100,000 elements whole: of these models, all
 # of them.
 PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
-KNOBS = {
+FIELDS = {
     "deepspeed": PARTITIONED,
     "teacher_deepspeed": PARTITIONED,
     "per_device_train_batch_size": 2,
@@ -84,13 +87,19 @@ def shipped(name: str, block: str = "", **changes) -> dict:
 
 
 def build(
-    name: str, student="student", teacher="teacher", rows: int = 24, callbacks=None, eval_dataset=None, **knobs
+    name: str,
+    student="student",
+    teacher="teacher",
+    rows: int = 24,
+    callbacks=None,
+    eval_dataset=None,
+    **fields,
 ) -> GKDTrainer:
     """A trainer on the first `rows` chat rows; `student` and `teacher` are directories in
     MATERIALS, or models.
     """
     place = lambda model: str(MATERIALS / model) if isinstance(model, str) else model  # noqa: E731
-    config = GKDConfig(output_dir=str(RESULTS / name), **{**KNOBS, **knobs})
+    config = GKDConfig(output_dir=str(RESULTS / name), **{**FIELDS, **fields})
     dataset = Dataset.from_list(make_chat_rows(rows))
     return GKDTrainer(
         model=place(student),
@@ -110,7 +119,9 @@ def rows_of(name: str) -> list[dict]:
     """The rows of metrics of a run (rank 0 writes them, and only it may read them)."""
     if ranks.rank() != 0:
         return []
-    return [json.loads(line) for line in (RESULTS / name / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (RESULTS / name / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def as_json(rollouts: list[Rollout]) -> list[dict]:
@@ -136,14 +147,18 @@ def seed_example() -> dict:
         student, teacher = str(MATERIALS / "qwen2-student"), str(MATERIALS / "qwen2-teacher")
         tokenizer = AutoTokenizer.from_pretrained(student)
         if name == "objects":
-            student, teacher = (AutoModelForCausalLM.from_pretrained(path) for path in (student, teacher))
+            student, teacher = (
+                AutoModelForCausalLM.from_pretrained(path) for path in (student, teacher)
+            )
         # With the rows of seed 0 one uniform falls within 4e-8 of the border between two tokens:
         # too close for fp32 to tell, so a batch of one and a batch of two write different tokens
         # from there on.
         rows = make_chat_rows(4, seed=5)
         dataset = Dataset.from_dict({"messages": [row["messages"] for row in rows]})
         out = f"seed-{name}"
-        config = GKDConfig(output_dir=str(RESULTS / out), per_device_train_batch_size=2 // ranks.world_size())
+        config = GKDConfig(
+            output_dir=str(RESULTS / out), per_device_train_batch_size=2 // ranks.world_size()
+        )
         trainer = GKDTrainer(
             model=student,
             teacher_model=teacher,
@@ -153,8 +168,12 @@ def seed_example() -> dict:
             eval_dataset=dataset,
         )
         output = trainer.train()
-        results[name] = {"rows": rows_of(out), "steps": output.global_step, "train_loss": output.training_loss}
-        with torch.no_grad(), zero.whole_parameters(trainer.student.engine, zero.Counters()):
+        results[name] = {
+            "rows": rows_of(out),
+            "steps": output.global_step,
+            "train_loss": output.training_loss,
+        }
+        with torch.no_grad(), zero.gathered_parameters(trainer.student.engine, zero.Counters()):
             logits = trainer.model(input_ids=torch.arange(3, 40)[None]).logits
         if ranks.rank() == 0:
             save_file({"logits": logits}, RESULTS / f"{out}-logits.safetensors")
@@ -163,7 +182,7 @@ def seed_example() -> dict:
 
 # AdamW's first update is the sign of the gradient unless epsilon is of its size: then it shows the
 # gradient.
-UPDATE_KNOBS = {
+UPDATE_FIELDS = {
     "lmbda": 0.0,
     "weight_decay": 0.1,
     "max_grad_norm": 0.02,
@@ -172,7 +191,11 @@ UPDATE_KNOBS = {
 }
 UPDATES = {
     "accumulation-1": {"student": "student"},
-    "accumulation-3": {"student": "student", "gradient_accumulation_steps": 3, "gradient_checkpointing": False},
+    "accumulation-3": {
+        "student": "student",
+        "gradient_accumulation_steps": 3,
+        "gradient_checkpointing": False,
+    },
     "untied": {"student": "untied", "gradient_accumulation_steps": 3},
     "stage-2": {
         "student": "student",
@@ -185,12 +208,13 @@ UPDATES = {
 
 def update() -> dict:
     """One clipped AdamW update on the data's completions, which are of very different lengths."""
-    return {name: train(f"update-{name}", **UPDATE_KNOBS, **case) for name, case in UPDATES.items()}
+    return {
+        name: train(f"update-{name}", **UPDATE_FIELDS, **case) for name, case in UPDATES.items()
+    }
 
 
 def rollouts() -> dict:
-    """Samples 0..18 through both rollout engines, so many at a time. Rank 1 has fewer than rank 0.
-    """
+    """Samples 0..18 through both rollout engines, so many at a time. Rank 1 has fewer than rank 0."""
     results = {}
     for engine in ("gather", "sharded"):
         trainer = build(f"rollouts-{engine}", student="wide", rollout_engine=engine)
@@ -198,15 +222,21 @@ def rollouts() -> dict:
         assert trainer.student.rollout_engine == engine
         # A random model seldom writes one particular token: with these it stops after twenty tokens
         # on average.
-        pipeline.sampling = dataclasses.replace(pipeline.sampling, stop_ids=tuple(range(20, 40)), max_new_tokens=30)
+        pipeline.sampling = dataclasses.replace(
+            pipeline.sampling, stop_ids=tuple(range(20, 40)), max_new_tokens=30
+        )
         mine = range(19) if ranks.world_size() == 1 else (range(10), range(10, 19))[ranks.rank()]
         samples = [Sample(row, examples.prompt_ids[row], [], Source.STUDENT) for row in mine]
         for size in (1, 3, 8):
-            (calls,) = ranks.maximum([-(-len(samples) // size)])
+            (calls,) = ranks.all_reduce_max([-(-len(samples) // size)])
             written = []
             for call in range(calls):
-                written += pipeline.rollout(samples[call * size : (call + 1) * size], {Source.STUDENT})
-            results[f"{engine}/{size}"] = {rollout.sample_id: rollout.completion_ids for rollout in written}
+                written += pipeline.rollout(
+                    samples[call * size : (call + 1) * size], {Source.STUDENT}
+                )
+            results[f"{engine}/{size}"] = {
+                rollout.sample_id: rollout.completion_ids for rollout in written
+            }
     return results
 
 
@@ -251,14 +281,22 @@ class _Said(logging.Handler):
 def families() -> dict:
     """One on-policy window of every family, with a teacher of another family, width and depth."""
     return {
-        student: train(f"family-{student}", student=f"{student}-s", teacher=f"{teacher}-t", lmbda=1.0, temperature=1.0)
+        student: train(
+            f"family-{student}",
+            student=f"{student}-s",
+            teacher=f"{teacher}-t",
+            lmbda=1.0,
+            temperature=1.0,
+        )
         for student, teacher in FAMILY_PAIRS.items()
     }
 
 
 def counts() -> dict:
     return {
-        n: train(f"counts-{n}", per_device_train_batch_size=1, gradient_accumulation_steps=n, lmbda=1.0)
+        n: train(
+            f"counts-{n}", per_device_train_batch_size=1, gradient_accumulation_steps=n, lmbda=1.0
+        )
         for n in (1, 4, 8)
     }
 
@@ -268,7 +306,9 @@ PLACES = {"max_steps": 3, "lmbda": 0.5, "score_memory_mb": 1}
 
 def teacher_places() -> dict:
     return {
-        place: train(f"teacher-{place}", **PLACES, teacher_deepspeed=shipped(f"teacher_{place}.json"))
+        place: train(
+            f"teacher-{place}", **PLACES, teacher_deepspeed=shipped(f"teacher_{place}.json")
+        )
         for place in ("resident", "cpu")
     }
 
@@ -295,11 +335,16 @@ def scale_features() -> dict:
         trainer.train()
         results[name] = {
             "rows": rows_of(f"scale-{name}"),
-            "second copies": sum(p.ds_secondary_tensor is not None for p in trainer.model.parameters()),
+            "second copies": sum(
+                p.ds_secondary_tensor is not None for p in trainer.model.parameters()
+            ),
             "optimizer offloaded": bool(trainer.student.engine.optimizer.offload_optimizer),
             "shard": sum(p.ds_tensor.numel() for p in trainer.model.parameters()),
             "bytes moved": trainer.student.counters.optimizer_bytes,
-            "recorded": {name: sum(calls for calls, *_ in sizes.values()) for name, sizes in comms_logger.comms_dict.items()},
+            "recorded": {
+                name: sum(calls for calls, *_ in sizes.values())
+                for name, sizes in comms_logger.comms_dict.items()
+            },
         }
         deepspeed.comm.configure(enabled=False)  # it is one for the whole process
     for family in MIXTURES:
@@ -310,10 +355,12 @@ def scale_features() -> dict:
 
 
 def teacher_on_nvme() -> dict:
-    """A teacher whose shards are large enough for DeepSpeed to swap (1 MB), resident and on NVMe.
-    """
+    """A teacher whose shards are large enough for DeepSpeed to swap (1 MB), resident and on NVMe."""
     place = {"block": "offload_param", "nvme_path": str(RESULTS / "nvme")}
-    files = {"resident": shipped("teacher_resident.json"), "nvme": shipped("teacher_nvme.json", **place)}
+    files = {
+        "resident": shipped("teacher_resident.json"),
+        "nvme": shipped("teacher_nvme.json", **place),
+    }
     results, trainers = {}, {}
     for where, file in files.items():
         trainer = build(f"nvme-{where}", teacher="teacher-large", **PLACES, teacher_deepspeed=file)
@@ -358,7 +405,9 @@ def teacher_on_nvme() -> dict:
     return results
 
 
-def shards_away(trainer: GKDTrainer, rollouts: list[Rollout]) -> tuple[list[list[int]], torch.Tensor]:
+def shards_away(
+    trainer: GKDTrainer, rollouts: list[Rollout]
+) -> tuple[list[list[int]], torch.Tensor]:
     """For each layer that scoring has released, the shards of every layer that are nowhere but on
     the drive.
     """
@@ -381,8 +430,7 @@ def _truncate(path: Path) -> None:
 
 
 def optimizer_on_nvme() -> dict:
-    """A student whose optimizer states are large enough to be swapped, beside the same in memory.
-    """
+    """A student whose optimizer states are large enough to be swapped, beside the same in memory."""
     place = {"block": "offload_optimizer", "nvme_path": str(RESULTS / "nvme-optimizer")}
     files = {
         "memory": shipped("student_zero3.json"),
@@ -394,10 +442,14 @@ def optimizer_on_nvme() -> dict:
         trainer.train()
         results[where] = rows_of(f"optimizer-{where}")
     try:  # as an agreed stop would
-        store.save(RESULTS / "nvme-saved", 1, lambda where: save_engine(trainer.student.engine, where), {})
+        store.save(
+            RESULTS / "nvme-saved", 1, lambda where: save_engine(trainer.student.engine, where), {}
+        )
     except store.CheckpointError as error:
         results["saved"] = str(error)
-    results["bytes"] = sum(path.stat().st_size for path in (RESULTS / "nvme-optimizer").rglob("*.swp"))
+    results["bytes"] = sum(
+        path.stat().st_size for path in (RESULTS / "nvme-optimizer").rglob("*.swp")
+    )
     return results
 
 
@@ -429,8 +481,8 @@ def sources() -> dict:
     """Two windows of eight samples, of which the second has only one left: rank 1 has none,
     micro-batch 2 neither.
     """
-    knobs = {"rows": 9, "gradient_accumulation_steps": 2, "max_steps": 2}
-    return {name: train(f"source-{name}", **knobs, **case) for name, case in SOURCES.items()}
+    fields = {"rows": 9, "gradient_accumulation_steps": 2, "max_steps": 2}
+    return {name: train(f"source-{name}", **fields, **case) for name, case in SOURCES.items()}
 
 
 def resume() -> dict:
@@ -439,7 +491,7 @@ def resume() -> dict:
 
     As with TRL: only train() is told to resume. Without that it is refused, and nothing is written.
     """
-    knobs = {
+    fields = {
         "overwrite_output_dir": False,
         "student": "dropout",
         "teacher": "gpt_neox-t",
@@ -452,17 +504,19 @@ def resume() -> dict:
         "warmup_steps": 1,
         "logging_steps": 3,
     }
-    whole = build("resume-whole", **knobs)
+    whole = build("resume-whole", **fields)
     whole.train()
     whole_id = whole.tracker.run_id
     if ranks.rank() == 0:
         (RESULTS / "resume-half").mkdir()
         for entry in ("checkpoint-2", "metrics.jsonl", "latest"):
             source = RESULTS / "resume-whole" / entry
-            (shutil.copytree if source.is_dir() else shutil.copy)(source, RESULTS / "resume-half" / entry)
+            (shutil.copytree if source.is_dir() else shutil.copy)(
+                source, RESULTS / "resume-half" / entry
+            )
     ranks.barrier()
     events = Events()
-    half = build("resume-half", callbacks=[events], **knobs)
+    half = build("resume-half", callbacks=[events], **fields)
     entries = lambda: sorted(path.name for path in (RESULTS / "resume-half").iterdir())  # noqa: E731
     before, refused = entries(), ""
     try:
@@ -523,8 +577,8 @@ def generation_that_raises() -> dict:
 
 
 def precision() -> dict:
-    knobs = {"lmbda": 0.0, "max_steps": 3, "learning_rate": 1e-3}
-    return {"fp32": train("fp32", **knobs), "bf16": train("bf16", bf16=True, **knobs)}
+    fields = {"lmbda": 0.0, "max_steps": 3, "learning_rate": 1e-3}
+    return {"fp32": train("fp32", **fields), "bf16": train("bf16", bf16=True, **fields)}
 
 
 def callbacks() -> dict:
@@ -532,14 +586,14 @@ def callbacks() -> dict:
     which EarlyStoppingCallback ends.
     """
     events, short_events = Events(), Events()
-    build("events", rows=12, callbacks=[events], lmbda=0.0, **EVENT_KNOBS).train()
-    knobs = {**SHORT_KNOBS, "per_device_train_batch_size": 1}
-    short = build("events-short", rows=12, callbacks=[short_events], lmbda=0.0, **knobs)
+    build("events", rows=12, callbacks=[events], lmbda=0.0, **EVENT_FIELDS).train()
+    fields = {**SHORT_FIELDS, "per_device_train_batch_size": 1}
+    short = build("events-short", rows=12, callbacks=[short_events], lmbda=0.0, **fields)
     short.train()
     stopped = build(
         "early",
         callbacks=[EarlyStoppingCallback(early_stopping_patience=1), StopsEpochs()],
-        **{**EVENT_KNOBS, "eval_steps": 1, "save_steps": 1},
+        **{**EVENT_FIELDS, "eval_steps": 1, "save_steps": 1},
         learning_rate=0.0,
         load_best_model_at_end=True,
         eval_dataset={"few": eval_rows(2), "more": eval_rows(5)},
@@ -553,7 +607,12 @@ def callbacks() -> dict:
         "events": {"long": events.seen, "short": short_events.seen},
         "logged": [entry["loss"] for entry in short.state.log_history if "loss" in entry],
         "losses": [row["loss"] for row in rows_of("events-short") if "loss" in row],
-        "early": [state.global_step, state.max_steps, state.best_global_step, state.best_model_checkpoint],
+        "early": [
+            state.global_step,
+            state.max_steps,
+            state.best_global_step,
+            state.best_model_checkpoint,
+        ],
         "best": state.best_metric,
         "early rows": rows_of("early"),
         "event rows": rows_of("events"),
@@ -577,12 +636,14 @@ class WeightsAfterEachUpdate(TrainerCallback):
         self.digests.append(digest.hexdigest())
 
 
-def _with_nan(name: str, where: str, bad_windows: set[int], **knobs) -> dict:
+def _with_nan(name: str, where: str, bad_windows: set[int], **fields) -> dict:
     """NaN on rank 1 only, in the teacher's targets or in the loss, in some windows."""
     watch = WeightsAfterEachUpdate()
-    trainer = watch.trainer = build(name, max_steps=4, lmbda=0.5, callbacks=[watch], **knobs)
+    trainer = watch.trainer = build(name, max_steps=4, lmbda=0.5, callbacks=[watch], **fields)
     score, loss = trainer.teacher.score, trainer.student.loss
-    spoilt = lambda: ranks.rank() == ranks.world_size() - 1 and trainer.state.global_step in bad_windows  # noqa: E731
+    spoilt = lambda: (
+        ranks.rank() == ranks.world_size() - 1 and trainer.state.global_step in bad_windows
+    )  # noqa: E731
 
     def spoil_targets(*given):
         targets = score(*given)
@@ -611,14 +672,22 @@ def faults() -> dict:
         "targets": _with_nan("nan-targets", "targets", {1}),
         "loss": _with_nan("nan-loss", "loss", {0, 2}),
         "always": _with_nan("nan-always", "targets", {0, 1, 2, 3}, max_bad_updates=2),
-        "stage 2": _with_nan("nan-stage-2", "loss", {1}, deepspeed={"zero_optimization": {"stage": 2}}),
-        "stage 0": _with_nan("nan-stage-0", "loss", {1}, deepspeed={"zero_optimization": {"stage": 0}}),
+        "stage 2": _with_nan(
+            "nan-stage-2", "loss", {1}, deepspeed={"zero_optimization": {"stage": 2}}
+        ),
+        "stage 0": _with_nan(
+            "nan-stage-0", "loss", {1}, deepspeed={"zero_optimization": {"stage": 0}}
+        ),
     }
 
 
 def blocked_imports() -> dict:
     """Runs last: what was imported in spite of the block above."""
-    return {"imported": [name for name, module in sys.modules.items() if module and name.split(".")[0] in ABSENT]}
+    return {
+        "imported": [
+            name for name, module in sys.modules.items() if module and name.split(".")[0] in ABSENT
+        ]
+    }
 
 
 SCENARIOS = [
@@ -644,7 +713,7 @@ SCENARIOS = [
 
 
 def main(wanted: list[str]) -> None:
-    zero.start(GKDConfig(output_dir=str(RESULTS / "unused"), ddp_timeout=KNOBS["ddp_timeout"]))
+    zero.start(GKDConfig(output_dir=str(RESULTS / "unused"), ddp_timeout=FIELDS["ddp_timeout"]))
     for scenario in SCENARIOS:
         if wanted and scenario.__name__ not in wanted:
             continue

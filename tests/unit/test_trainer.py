@@ -37,8 +37,8 @@ def build(models, tmp_path, monkeypatch):
 
     monkeypatch.setattr(zero, "start", no_further)
 
-    def build(student=models / "student", teacher=models / "teacher", eval_dataset=None, **knobs):
-        config = GKDConfig(output_dir=str(tmp_path / "run"), **knobs)
+    def build(student=models / "student", teacher=models / "teacher", eval_dataset=None, **fields):
+        config = GKDConfig(output_dir=str(tmp_path / "run"), **fields)
         place = lambda model: model if isinstance(model, loading.PreTrainedModel) else str(model)  # noqa: E731
         with pytest.raises((InputError, AssertionError)) as caught:
             GKDTrainer(
@@ -175,14 +175,14 @@ def test_the_tokenizer_is_read_where_the_init_kwargs_say(models, tmp_path):
 # ---- evaluation
 
 
-@pytest.mark.parametrize("knobs, asked", [
+@pytest.mark.parametrize("fields, asked", [
     ({"eval_strategy": "steps"}, "eval_strategy is steps"),
     ({"eval_strategy": "epoch"}, "eval_strategy is epoch"),
     ({"eval_on_start": True}, "eval_on_start is set"),
 ])  # fmt: skip
-def test_an_evaluation_without_data_is_refused(build, knobs, asked):
-    assert f"{asked} but no eval_dataset is given" in build(**knobs)
-    assert build(eval_dataset=make_chat_rows(2), **knobs) == "all input was accepted"
+def test_an_evaluation_without_data_is_refused(build, fields, asked):
+    assert f"{asked} but no eval_dataset is given" in build(**fields)
+    assert build(eval_dataset=make_chat_rows(2), **fields) == "all input was accepted"
 
 
 @pytest.mark.parametrize("metric, sets, accepted", [
@@ -207,16 +207,16 @@ def test_the_best_model_s_metric_must_be_one_that_will_exist(build, metric, sets
 # ---- settings of loading
 
 
-@pytest.mark.parametrize("role, knobs", [
+@pytest.mark.parametrize("role, fields", [
     ("student", {"model_init_kwargs": {"revision": "main"}}),
     ("student", {"dtype": "bfloat16", "bf16": True}),
     ("teacher", {"teacher_model_init_kwargs": {"revision": "main"}}),
 ])  # fmt: skip
-def test_settings_of_loading_are_refused_beside_an_object(build, models, role, knobs):
+def test_settings_of_loading_are_refused_beside_an_object(build, models, role, fields):
     model = AutoModelForCausalLM.from_pretrained(models / role)
-    (name, *_) = knobs
+    (name, *_) = fields
     assert (
-        build(**{role: model}, **knobs)
+        build(**{role: model}, **fields)
         == f"{name} is set but the {role} is already a model; drop one of them."
     )
-    assert build(**knobs) == "all input was accepted"
+    assert build(**fields) == "all input was accepted"

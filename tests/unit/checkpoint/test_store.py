@@ -132,11 +132,11 @@ def test_long_saves_and_checks_say_that_they_are_alive(tmp_path: Path) -> None:
         (directory / "big").write_bytes(bytes(12 * 2**20))
 
     calls: list[float] = []
-    alive = lambda: calls.append(time.monotonic())  # noqa: E731
-    store.save(tmp_path, 1, write_much, {}, alive)
+    heartbeat = lambda: calls.append(time.monotonic())  # noqa: E731
+    store.save(tmp_path, 1, write_much, {}, heartbeat)
     assert len(calls) >= 6 + 3
     calls.clear()
-    store.find(tmp_path, True, alive)
+    store.find(tmp_path, True, heartbeat)
     assert len(calls) >= 3
 
 

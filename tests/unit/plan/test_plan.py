@@ -415,8 +415,8 @@ def test_what_is_said_to_hide_the_streaming_does(counts, batch, targets_memory_m
     for _ in range(2):
         plan = plan_of(counts, teacher=teacher, **settings)
         cross = tool.crossover(plan, cluster)
-        knobs = tool.what_hides(plan, cross)
-        settings |= {name: int(value) for name, value in (knob.split(": ") for knob in knobs)}
+        fields = tool.what_hides(plan, cross)
+        settings |= {name: int(value) for name, value in (option.split(": ") for option in fields)}
     assert cross.hidden and cross.tokens > 4096 * 4
 
 

@@ -369,5 +369,5 @@ def test_a_long_rollout_says_often_that_it_is_alive(model) -> None:
     beats = []
     sampling = replace(SAMPLING, max_new_tokens=40, stop_ids=())
     forward = decoding_forward(model, sampling.vocabulary)
-    decode(forward, prompts(2), [0, 1], sampling, CPU, alive=lambda: beats.append(1))
+    decode(forward, prompts(2), [0, 1], sampling, CPU, heartbeat=lambda: beats.append(1))
     assert len(beats) >= 40 // SYNC_EVERY

@@ -99,9 +99,9 @@ def test_first_window_is_always_allowed() -> None:
 def test_a_spent_budget_does_not_abandon_a_window() -> None:
     interrupts = Interrupts(max_runtime=0.01)
     time.sleep(0.02)
-    interrupts.obey(between_windows=False)
+    interrupts.raise_if_stop_requested(between_windows=False)
     with pytest.raises(StopAgreed, match="time budget of 0.01 s"):
-        interrupts.obey()
+        interrupts.raise_if_stop_requested()
 
 
 def test_works_outside_the_main_thread(tmp_path: Path) -> None:

@@ -112,14 +112,14 @@ def test_deepspeed_files_agree_with_any_recipe(path, monkeypatch, tmp_path):
         "no" if path.stem == "student_zero3_nvme_optimizer" else "steps"
     )  # that state cannot be resumed with
     for precision in ({"bf16": False}, {"bf16": True}, {"fp16": True}):
-        knobs = {
+        fields = {
             "gradient_accumulation_steps": 3,
             "learning_rate": 1e-3,
             "max_grad_norm": 0.5,
             **precision,
         }
-        knobs["save_strategy"] = saves
-        files = GKDConfig(**{field: str(path)}, **knobs).read_deepspeed_files()
+        fields["save_strategy"] = saves
+        files = GKDConfig(**{field: str(path)}, **fields).read_deepspeed_files()
         assert json.loads(path.read_text()) in files
 
 
