@@ -18,9 +18,10 @@ PADDED = 416  # rows of an embedding for 384 tokens
 def make_materials(directory: Path) -> Path:
     """Every model is a directory of its own; all share one tokenizer. Takes ten seconds."""
     tokenizer = make_tokenizer()
-    make = lambda family, name, **how: make_model(
-        family, directory / name, tokenizer=tokenizer, **how
-    )  # noqa: E731
+
+    def make(family: str, name: str, **how) -> None:
+        make_model(family, directory / name, tokenizer=tokenizer, **how)
+
     make("llama", "student", seed=1, vocab_size=PADDED)
     make("llama", "untied", seed=1, tie_word_embeddings=False)
     make("llama", "wide", seed=1, hidden=256, vocab_size=512, init_range=0.1)

@@ -641,9 +641,9 @@ def _with_nan(name: str, where: str, bad_windows: set[int], **fields) -> dict:
     watch = WeightsAfterEachUpdate()
     trainer = watch.trainer = build(name, max_steps=4, lmbda=0.5, callbacks=[watch], **fields)
     score, loss = trainer.teacher.score, trainer.student.loss
-    spoilt = lambda: (
-        ranks.rank() == ranks.world_size() - 1 and trainer.state.global_step in bad_windows
-    )  # noqa: E731
+
+    def spoilt() -> bool:
+        return ranks.rank() == ranks.world_size() - 1 and trainer.state.global_step in bad_windows
 
     def spoil_targets(*given):
         targets = score(*given)
