@@ -22,14 +22,22 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from gkd_ds.config.config import GKDConfig
+from gkd_ds.engine import loading
+from gkd_ds.engine.inputs import Inputs
+from gkd_ds.engine.zero import Counters
 from gkd_ds.learn.batching import length_groups
-from gkd_ds.learn.divergence import LossInputs, TeacherHead
+from gkd_ds.learn.divergence import generalized_jsd_objective
+from gkd_ds.learn.head import LossInputs, TeacherHead
+from gkd_ds.learn.objective import Objective
 from gkd_ds.learn.student import Student
-from gkd_ds.records import Rollout, Sample, Source, TeacherTargets, sequence_batch
-from gkd_ds.rollout.decoding import Completions, Sampling
+from gkd_ds.records import Completions, Rollout, Sample, Source, TeacherTargets, sequence_batch
+from gkd_ds.rollout.choose import rollout_engine_class
+from gkd_ds.rollout.engine import RolloutEngine
+from gkd_ds.rollout.sampling import Sampling
 from gkd_ds.runtime import faults, ranks
 from gkd_ds.runtime.watchdog import Watchdog
-from gkd_ds.teacher.streamed import Teacher
+from gkd_ds.teacher.streamed import StreamedTeacher
+from gkd_ds.teacher.teacher import Teacher
 
 # A micro-batch more costs about as much as this many padded tokens: ZeRO-3 gathers every layer once
 # more.
@@ -54,16 +62,60 @@ class Pipeline:
     def __init__(
         self,
         student: Student,
+        rollout_engine: RolloutEngine,
         teacher: Teacher,
-        config: GKDConfig,
+        objective: Objective,
         sampling: Sampling,
+        config: GKDConfig,
+        counters: Counters,
         watchdog: Watchdog,
     ):
-        self.student, self.teacher, self.config, self.sampling = student, teacher, config, sampling
-        self.watchdog = watchdog
+        self.student, self.rollout_engine, self.teacher = student, rollout_engine, teacher
+        self.objective, self.sampling, self.config = objective, sampling, config
+        self.counters, self.watchdog = counters, watchdog
         self.safe_point: Callable[[], None] = lambda: None
         self.seconds: dict[str, float] = {}
-        self.decoded_rows = 0
+        self.decoded_sequences = 0
+
+    @classmethod
+    def build(
+        cls, inputs: Inputs, total_updates: int, optimizers: tuple = (None, None)
+    ) -> Pipeline:
+        """Load both models and build their engines, the teacher first. Raises InputError."""
+        config, counters = inputs.config, Counters()
+        teacher_model = loading.load_teacher(inputs.teacher, config)
+        teacher = StreamedTeacher(teacher_model, config, inputs.vocabulary, inputs.pad_id, counters)
+        model = loading.load_student(inputs.student, config, ranks.world_size())
+        engine_class = rollout_engine_class(config, model)
+        student = Student(
+            model,
+            config,
+            inputs.vocabulary,
+            total_updates,
+            counters,
+            optimizers,
+            prepare=engine_class.prepare,
+        )
+        sampling = Sampling(
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed,
+            stop_ids=tuple(inputs.stop_ids),
+            pad_id=inputs.pad_id,
+            vocabulary=inputs.vocabulary,
+            max_length=config.max_length,
+        )
+        objective = generalized_jsd_objective(config.beta, config.divergence_temperature)
+        return cls(
+            student,
+            engine_class(student),
+            teacher,
+            objective,
+            sampling,
+            config,
+            counters,
+            Watchdog(config.watchdog_timeout, config.output_dir),
+        )
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[], None]]:
@@ -96,67 +148,53 @@ class Pipeline:
         finally:
             self.safe_point = lambda: None
 
-    # -- rollout
-    # --------------------------------------------------------------------------------------
+    # -- rollout -----------------------------------------------------------------------------------
 
     def rollout(self, samples: list[Sample], sources: set[Source]) -> list[Rollout]:
-        """Complete `samples`, in their order. `sources` are those of the whole window, on all
-        ranks.
+        """Complete `samples`, in their order. `sources` are those of the whole window, on all ranks.
 
         A source that no rank uses costs nothing; one that any rank uses is run by all of them.
         """
         completed: dict[int, Rollout] = {}
-        self.decoded_rows = 0
+        self.decoded_sequences = 0
         with self.phase("rollout") as heartbeat:
-            for source, engine in ((Source.STUDENT, self.student), (Source.TEACHER, self.teacher)):
+            for source, complete in (
+                (Source.STUDENT, self._complete_by_student),
+                (Source.TEACHER, self._complete_by_teacher),
+            ):
                 if source in sources:
-                    rows = [row for row, sample in enumerate(samples) if sample.source is source]
-                    max_rows = self._max_rows(engine.model, [samples[row] for row in rows])
-                    completions = engine.generate(
-                        [samples[row] for row in rows], self.sampling, max_rows, heartbeat
-                    )
-                    self.decoded_rows += completions.decoded_rows
-                    completed.update(self._rollouts(rows, samples, completions))
-            for row, sample in enumerate(samples):
+                    indices = [i for i, sample in enumerate(samples) if sample.source is source]
+                    completions = complete([samples[i] for i in indices], heartbeat)
+                    self.decoded_sequences += completions.decoded_sequences
+                    completed.update(_rollouts(indices, samples, completions))
+            for index, sample in enumerate(samples):
                 if sample.source is Source.DATA:
                     ids = sample.data_completion_ids
                     stopped = ids[-1] in self.sampling.stop_ids
-                    completed[row] = Rollout(
+                    completed[index] = Rollout(
                         sample.sample_id, sample.source, sample.prompt_ids, ids, stopped
                     )
-        return [completed[row] for row in range(len(samples))]
+        return [completed[index] for index in range(len(samples))]
 
-    def _rollouts(
-        self, rows: list[int], samples: list[Sample], completions: Completions
-    ) -> dict[int, Rollout]:
-        return {
-            row: Rollout(
-                samples[row].sample_id, samples[row].source, samples[row].prompt_ids, ids, stopped
-            )
-            for row, ids, stopped in zip(rows, completions.token_ids, completions.stopped)
-        }
+    def _complete_by_student(
+        self, samples: list[Sample], heartbeat: Callable[[], None]
+    ) -> Completions:
+        with self.rollout_engine.window():
+            return self.rollout_engine.generate(samples, self.sampling, heartbeat)
 
-    def _max_rows(self, model, samples: list[Sample]) -> int | None:
-        """How many rows' key-value caches fit `rollout_memory_mb`."""
-        if self.config.rollout_memory_mb is None or not samples:
-            return None
-        longest = max(len(sample.prompt_ids) for sample in samples) + self.sampling.max_new_tokens
-        return max(
-            1, self.config.rollout_memory_mb * 2**20 // (longest * kv_bytes_per_token(model))
-        )
+    def _complete_by_teacher(
+        self, samples: list[Sample], heartbeat: Callable[[], None]
+    ) -> Completions:
+        return self.teacher.generate(samples, self.sampling, heartbeat)
 
-    # -- score
-    # --------------------------------------------------------------------------------------
+    # -- score -------------------------------------------------------------------------------------
 
     def score(self, rollouts: list[Rollout]) -> TeacherTargets:
-        """One pass of the teacher's weights. The place to serve data completions from a cache of
-        targets, later.
-        """
+        """The teacher's targets: one pass over its weights."""
         with self.phase("score") as heartbeat:
             return self.teacher.score(rollouts, heartbeat)
 
-    # -- learn
-    # --------------------------------------------------------------------------------------
+    # -- learn -------------------------------------------------------------------------------------
 
     def learn(self, rollouts: list[Rollout], targets: TeacherTargets, total_tokens: int) -> Learned:
         """Accumulate the gradient of (sum of the divergence over the window) / `total_tokens` (of
@@ -166,7 +204,7 @@ class Pipeline:
             return self._each_micro_batch(rollouts, targets, total_tokens, heartbeat)
 
     def measure(self, rollouts: list[Rollout], targets: TeacherTargets) -> Learned:
-        """The divergences alone, for evaluation."""
+        """The losses alone, for evaluation."""
         with self.student.evaluating(), self.phase("evaluation") as heartbeat:
             return self._each_micro_batch(rollouts, targets, None, heartbeat)
 
@@ -189,27 +227,27 @@ class Pipeline:
         padded_tokens = 0
         with self.teacher.whole_head() as head:
             for number, group in enumerate(groups):
-                batch = sequence_batch([rollouts[row] for row in group], pad_id, device)
+                batch = sequence_batch([rollouts[i] for i in group], pad_id, device)
                 padded_tokens += batch.input_ids_BT.numel()
-                inputs = self._loss_inputs(targets.of(group), batch.tokens_N, head)
+                inputs = self._loss_inputs(targets, group, batch.tokens_N, head)
                 loss, *per_token = self.student.loss(batch, inputs)
                 if total_tokens is not None:
                     self.student.backward(loss / total_tokens, is_last=number == len(groups) - 1)
-                lengths = [len(rollouts[row].completion_ids) for row in group]
+                lengths = [len(rollouts[i].completion_ids) for i in group]
                 self._add_by_rollout(sums_4R, torch.stack(per_token), group, lengths)
                 heartbeat()
         return Learned(*sums_4R.tolist(), micro_batches=len(groups), padded_tokens=padded_tokens)
 
     def _loss_inputs(
-        self, teacher_hidden_NE: Tensor, tokens_N: Tensor, head: TeacherHead
+        self, targets: TeacherTargets, group: list[int], tokens_N: Tensor, head: TeacherHead
     ) -> LossInputs:
         return LossInputs(
-            teacher_hidden_NE=teacher_hidden_NE,
-            tokens_N=tokens_N,
+            targets_NE=targets.of(group),
+            form=targets.form,
             teacher_head=head,
+            tokens_N=tokens_N,
             vocabulary=self.student.vocabulary,
-            beta=self.config.beta,
-            temperature=self.config.divergence_temperature,
+            objective=self.objective,
             chunk_bytes=self.config.loss_memory_mb * 2**20,
         )
 
@@ -228,17 +266,19 @@ class Pipeline:
         sums_4R: Tensor, per_token_4N: Tensor, group: list[int], lengths: list[int]
     ) -> None:
         owner = torch.tensor(
-            [row for row, length in zip(group, lengths) for _ in range(length)], dtype=torch.long
+            [i for i, length in zip(group, lengths) for _ in range(length)], dtype=torch.long
         )
         sums_4R.index_add_(1, owner.to(sums_4R.device), per_token_4N)
 
 
-def kv_bytes_per_token(model) -> int:
-    """Bytes of keys and values that one token of one row takes in all layers."""
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_dim * next(model.parameters()).element_size()
+def _rollouts(
+    indices: list[int], samples: list[Sample], completions: Completions
+) -> dict[int, Rollout]:
+    """The completed samples, by their index among all."""
+    return {
+        i: Rollout(samples[i].sample_id, samples[i].source, samples[i].prompt_ids, ids, stopped)
+        for i, ids, stopped in zip(indices, completions.token_ids, completions.stopped)
+    }
 
 
 def count_tokens(rollouts: list[Rollout]) -> int:

@@ -53,12 +53,26 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Completions:
+    """What samples were completed with: `token_ids[i]` and whether a stop token ended it.
+
+    `decoded_sequences` counts decode steps x sequences that were computed, `prefilled_tokens`
+    padded prompt tokens.
+    """
+
+    token_ids: list[list[int]]
+    stopped: list[bool]
+    decoded_sequences: int
+    prefilled_tokens: int
+
+
+@dataclass(frozen=True)
 class SequenceBatch:
     """Some rollouts as one right-padded tensor.
 
     `input_ids_BT` holds every token but the last of each sequence's end padding; `index_N` are the
     flat positions (b * T + t) whose hidden states predict a completion token, in rollout order;
-    `tokens_N` are those tokens. A batch without rollouts has one dummy row, so that every rank runs
+    `tokens_N` are those tokens. A batch without rollouts has one dummy sequence, so that every rank runs
     the same collectives.
     """
 
@@ -72,29 +86,36 @@ def sequence_batch(rollouts: list[Rollout], pad_id: int, device: torch.device) -
     the pad id.
     """
     width = max((len(r) for r in rollouts), default=1)
-    ids, index, tokens = [], [], []
-    for row, rollout in enumerate(rollouts):
+    ids, places, tokens = [], [], []
+    for index, rollout in enumerate(rollouts):
         ids.append(rollout.prompt_ids + rollout.completion_ids + [pad_id] * (width - len(rollout)))
-        first = row * width + len(rollout.prompt_ids) - 1
-        index.extend(range(first, first + len(rollout.completion_ids)))
+        first = index * width + len(rollout.prompt_ids) - 1
+        places.extend(range(first, first + len(rollout.completion_ids)))
         tokens.extend(rollout.completion_ids)
     as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
-    return SequenceBatch(as_tensor(ids or [[pad_id]]), as_tensor(index), as_tensor(tokens))
+    return SequenceBatch(as_tensor(ids or [[pad_id]]), as_tensor(places), as_tensor(tokens))
+
+
+class TargetForm(str, Enum):
+    """What a teacher's targets are. The loss asks for the form and never for the teacher's class."""
+
+    HIDDEN_STATES = "hidden states"  # `[N, E]`, which the loss multiplies by the teacher's head
 
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """The teacher's last hidden states at the completion positions of one rollout list,
-    concatenated: `[N, E]`.
+    """What the teacher says about every completion token of a list of rollouts, concatenated.
 
-    Not logits: `[N, V]` would be 20 to 70 times larger. The teacher's head is applied in the loss,
-    chunk by chunk. `offsets[i]:offsets[i + 1]` are the rows of rollout i.
+    `hidden_NE` are its last hidden states at the completion positions. Logits `[N, V]` would be 20
+    to 70 times larger, so the loss applies the teacher's head, chunk by chunk.
+    `offsets[i]:offsets[i + 1]` are the tokens of rollout i.
     """
 
     hidden_NE: Tensor
     offsets: list[int]
+    form: TargetForm = TargetForm.HIDDEN_STATES
 
-    def of(self, rows: list[int]) -> Tensor:
+    def of(self, indices: list[int]) -> Tensor:
         """The targets of some rollouts, in the order given."""
-        parts = [self.hidden_NE[self.offsets[row] : self.offsets[row + 1]] for row in rows]
+        parts = [self.hidden_NE[self.offsets[i] : self.offsets[i + 1]] for i in indices]
         return torch.cat(parts) if parts else self.hidden_NE[:0]

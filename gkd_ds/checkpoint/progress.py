@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
+
+from transformers.trainer_callback import TrainerState
 
 from gkd_ds.checkpoint import store
 from gkd_ds.checkpoint.manifest import MANIFEST, Manifest
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.monitor.guards import BadUpdates, RateLimit, WindowStats
+from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.redaction import redact
 
@@ -34,6 +39,21 @@ class Mean:
         return self.total / max(self.count, 1)
 
 
+def initial_state(config: GKDConfig, windows_per_epoch: int) -> TrainerState:
+    """transformers' TrainerState of a run that begins; `max_steps` is the number of its updates."""
+    by_epochs = math.ceil(config.num_train_epochs * windows_per_epoch)
+    state = TrainerState(
+        max_steps=config.max_steps if config.max_steps > 0 else by_epochs,
+        num_train_epochs=math.ceil(config.num_train_epochs),
+        train_batch_size=config.per_device_train_batch_size,
+        is_local_process_zero=os.environ.get("LOCAL_RANK", "0") == "0",
+        is_world_process_zero=ranks.rank() == 0,
+    )
+    state.compute_steps(config, state.max_steps)
+    state.eval_steps = state.eval_steps or state.logging_steps
+    return state
+
+
 @dataclass
 class Progress:
     """Steps are numbers of updates."""
@@ -49,6 +69,27 @@ class Progress:
     last_update: dict[str, float] = field(default_factory=dict)  # the rest of what on_log tells
     history: list[WindowStats] = field(default_factory=list)  # what the guards need of it
     told: RateLimit = field(default_factory=RateLimit)
+
+    def note_update(self, record: dict[str, Any], bad: str | None, only_finite: bool) -> None:
+        """Keep of an update's record what the log tells later; `bad` says why it was skipped."""
+        self.evaluations = 0
+        self.last_update = {
+            "grad_norm": record["grad_norm"],
+            "learning_rate": record["lr"],
+            "epoch": record["epoch"],
+        }
+        if bad is None:
+            self.train_loss.add(record["loss"])
+        if math.isfinite(record["loss"]) or not only_finite:
+            self.unlogged_loss.add(record["loss"])
+
+    def take_unlogged(self) -> dict[str, float] | None:
+        """What on_log tells of the updates since this was asked last; None if there were none."""
+        if not self.last_update:
+            return None
+        logs = {"loss": self.unlogged_loss.value, **self.last_update}
+        self.unlogged_loss, self.last_update = Mean(), {}
+        return logs
 
     @staticmethod
     def of(state: dict[str, Any], config: GKDConfig) -> Progress:

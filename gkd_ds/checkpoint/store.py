@@ -80,7 +80,7 @@ def save(
 
     def stage(work: Callable[[], Any]) -> list[Any]:
         heartbeat()
-        return together(f"the checkpoint of step {step} was not written", work)
+        return run_or_fail(f"the checkpoint of step {step} was not written", work)
 
     directory = stage(lambda: _begin(run_dir, step) if rank == 0 else None)[0]
     try:
@@ -198,24 +198,17 @@ def library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
-def together(failure: str, work: Callable[[], Any]) -> list[Any]:
+def run_or_fail(failure: str, work: Callable[[], Any]) -> list[Any]:
     """Do `work` on this rank; return every rank's result, or raise the same CheckpointError on
     every rank.
 
     `failure` begins its sentence; what follows is which rank failed, and why.
     """
-    cause, outcome = None, (None, None)
-    try:
-        outcome = (work(), None)
-    except (
-        Exception
-    ) as error:  # whatever it is, the other ranks must hear of it before this one leaves
-        cause, outcome = error, (None, _describe(error))
-    outcomes = ranks.gather(outcome)
-    for rank, (_, problem) in enumerate(outcomes):
-        if problem is not None:
-            raise CheckpointError(f"{failure} because of rank {rank}: {problem}") from cause
-    return [result for result, _ in outcomes]
+
+    def sentence(rank: int, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{failure} because of rank {rank}: {_describe(error)}")
+
+    return ranks.run_on_all_ranks(work, sentence)
 
 
 # -- one run only -----------------------------------------------------------------------------

@@ -85,7 +85,7 @@ class StepScheduler:
         last = min(first + self.window_samples, self.num_samples)
         return {self.source_at(step, place) for place in range(first, last, self.draw_samples)}
 
-    def rows(self, step: int, micro_batch: int, rank: int) -> range:
+    def places(self, step: int, micro_batch: int, rank: int) -> range:
         """Places in the epoch's order that this rank completes in this micro-batch; may be empty at
         an epoch's end.
         """

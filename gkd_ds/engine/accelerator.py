@@ -120,15 +120,18 @@ def _freed_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def fast_decoding(model: nn.Module) -> Iterator[None]:
+def fast_decoding(model: nn.Module, linear_types: tuple[type, ...]) -> Iterator[None]:
     """Make `model` quick for products of few rows while its weights stay whole and unchanged.
 
     torch's inference mode saves bookkeeping in every operation: of a decode step's many small ones,
     7 % of the time on the CPU. There, every linear layer's weight is laid out anew, too, since MKL
     is slow at few rows times a row-major matrix. Elsewhere nothing more is done yet: a CUDA graph
     or `torch.compile` of the decode step would start here.
+
+    `linear_types` are the classes of modules whose forward is exactly x @ weight.T + bias.
     """
-    relaid = [module for module in model.modules() if _is_plain_linear(module)] if on_cpu() else []
+    relaid = [m for m in model.modules() if type(m) in linear_types and _is_fp32(m)]
+    relaid = relaid if on_cpu() else []
     try:
         with torch.inference_mode():
             for module in relaid:
@@ -153,11 +156,8 @@ def _make_trainable(model: nn.Module) -> None:
                     tensors[name] = tensor.clone()
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
-    """Layers that are exactly x @ weight.T + bias in fp32."""
-    from gkd_ds.learn.divergence import DivergenceHead
-
-    return type(module) in (nn.Linear, DivergenceHead) and module.weight.dtype == torch.float32
+def _is_fp32(module: nn.Module) -> bool:
+    return module.weight.dtype == torch.float32
 
 
 def _relaid_forward(weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]:

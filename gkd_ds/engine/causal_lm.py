@@ -8,14 +8,53 @@ refused with a sentence instead of being trained on wrong logits.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from gkd_ds.learn.divergence import LogitTransform
-from gkd_ds.rollout.decoding import Forward
 from gkd_ds.runtime.errors import InputError
+
+# (ids [B, t], mask [B, L + t] or None, positions [B, t], cache) -> logits of the last position [B, V]
+Forward = Callable[[Tensor, "Tensor | None", Tensor, DynamicCache], Tensor]
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What some architectures do to the head's output: multiply it (Cohere, Granite), then squash
+    it (Gemma 2).
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model_config) -> LogitTransform:
+        """Read the transform from a transformers config; `check_head` compares it with the
+        model.
+        """
+        known = model_config.get_text_config().to_dict()
+        scale = known.get("logit_scale") or 1.0
+        if known.get("logits_scaling"):
+            scale /= known["logits_scaling"]
+        return cls(scale=scale, softcap=known.get("final_logit_softcapping"))
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def pull_back_(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
+        """Gradient with respect to the head's raw output, given the transformed `logits` where they
+        are needed.
+        """
+        if self.softcap is not None:
+            gradient = gradient.mul_(1 - (logits / self.softcap).square_())
+        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
 
 def body_forward(model: PreTrainedModel, input_ids_BT: Tensor | None = None, **kwargs) -> Tensor:

@@ -129,11 +129,11 @@ def load_tokenizer(model: Model, given: Any, config: GKDConfig) -> PreTrainedTok
     tokenizer = (
         given
         if given is not None
-        else _tokenizer_of(_name(model), config, config.model_init_kwargs)
+        else _tokenizer_of(name_of(model), config, config.model_init_kwargs)
     )
     if tokenizer is None:
         raise InputError(
-            f"the student {_name(model)!r} comes without a tokenizer; pass processing_class."
+            f"the student {name_of(model)!r} comes without a tokenizer; pass processing_class."
         )
     for template in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
         if not re.fullmatch(r"\w[\w.-]*", template):
@@ -185,7 +185,7 @@ def shared_vocabulary(
             (teacher, config.teacher_model_init_kwargs),
         )
     ]
-    teacher_tokenizer = _tokenizer_of(_name(teacher), config, config.teacher_model_init_kwargs)
+    teacher_tokenizer = _tokenizer_of(name_of(teacher), config, config.teacher_model_init_kwargs)
     if teacher_tokenizer is None:
         logger.warning("the teacher comes without a tokenizer; it is taken to use the student's.")
         teacher_tokenizer = tokenizer
@@ -242,7 +242,8 @@ def load_teacher(model: Model, config: GKDConfig) -> PreTrainedModel:
     )
 
 
-def _name(model: Model) -> str:
+def name_of(model: Model) -> str:
+    """The directory or hub name of a model."""
     return model if isinstance(model, str) else model.config._name_or_path
 
 

@@ -1,28 +1,25 @@
-"""The student: one DeepSpeed engine, two modes: rollout (decode the window) and learn (loss,
-backward, step).
+"""The student's DeepSpeed engine, and the steps of the learn phase: loss, backward, update.
+
+How it samples: rollout/.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.engine import accelerator, causal_lm, zero
-from gkd_ds.learn.divergence import DivergenceHead, LogitTransform, LossInputs
-from gkd_ds.records import Sample, SequenceBatch
-from gkd_ds.rollout import hybrid
-from gkd_ds.rollout.decoding import Completions, Sampling, decode
+from gkd_ds.engine import causal_lm, zero
+from gkd_ds.engine.causal_lm import LogitTransform
+from gkd_ds.learn.head import LossHead, LossInputs
+from gkd_ds.records import SequenceBatch
 from gkd_ds.runtime import ranks
-from gkd_ds.runtime.errors import InputError
-
-logger = logging.getLogger(__name__)
 
 
 class Student:
@@ -30,8 +27,8 @@ class Student:
 
     Args: `total_updates` is the length of the learning-rate schedule; `vocabulary` the number V of
     token ids that the student and the teacher share; `optimizers` an optional (torch optimizer,
-    scheduler) pair of the caller. Raises InputError when the architecture's logits cannot be
-    reproduced or the rollout engine is not possible.
+    scheduler) pair of the caller; `prepare` changes what the engine is made of, before it exists
+    (RolloutEngine.prepare). Raises InputError when the architecture's logits cannot be reproduced.
     """
 
     def __init__(
@@ -42,6 +39,7 @@ class Student:
         total_updates: int,
         counters: zero.Counters,
         optimizers: tuple = (None, None),
+        prepare: Callable[[dict[str, Any], zero.EngineRoot, PreTrainedModel], None] | None = None,
     ):
         self.model, self.config, self.vocabulary, self.counters = (
             model,
@@ -50,10 +48,10 @@ class Student:
             counters,
         )
         self.device = zero.device()
+        self._whole_norm = 0.0
         width = model.config.get_text_config().hidden_size
-        model.set_output_embeddings(
-            DivergenceHead(model.get_output_embeddings(), LogitTransform.of(model.config))
-        )
+        transform = LogitTransform.of(model.config)
+        model.set_output_embeddings(LossHead(model.get_output_embeddings(), transform))
         if config.disable_dropout:
             causal_lm.disable_dropout(model)
         if config.gradient_checkpointing:
@@ -62,11 +60,9 @@ class Student:
         ds_config = zero.student_config(config, ranks.world_size(), width)
         if optimizer is None and "optimizer" not in ds_config:
             optimizer = _optimizer(model, config)
-        self.rollout_engine = self._choose_rollout_engine()
         root = zero.EngineRoot(model=model)
-        if self.rollout_engine == "hybrid":
-            ds_config["hybrid_engine"] = hybrid.DS_BLOCK
-            root.config, root.generate = model.config, model.generate
+        if prepare is not None:
+            prepare(ds_config, root, model)
         self.engine = zero.initialize(
             root,
             ds_config,
@@ -79,105 +75,30 @@ class Student:
             # rank alone.
             self.engine.enable_backward_allreduce = False
         model.eval()
-        self._in_root(lambda: causal_lm.check_head(model, "student", self.device))
-        if self.rollout_engine == "hybrid":
-            self._check_hybrid()
+        self.run_pass(lambda: causal_lm.check_head(model, "student", self.device))
         # from_pretrained leaves a model in evaluation mode: neither dropout nor gradient
         # checkpointing would happen.
         model.train()
 
-    # -- rollout
-    # --------------------------------------------------------------------------------------
-
-    def generate(
-        self,
-        samples: list[Sample],
-        sampling: Sampling,
-        max_rows: int | None = None,
-        heartbeat: Callable[[], None] = lambda: None,
-    ) -> Completions:
-        """Complete the prompts of one window; `heartbeat` is called often. Collective, also for a rank
-        without samples.
-        """
-        prompts = [sample.prompt_ids for sample in samples]
-        sample_ids = [sample.sample_id for sample in samples]
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Around a rollout: no dropout, and the optimizer's states on the host if asked for."""
         self.model.eval()
-        forward = causal_lm.decoding_forward(self.model, self.vocabulary)
         try:
-            if self.rollout_engine == "sharded":
-                stepwise = lambda *args: self._in_root(lambda: forward(*args))  # noqa: E731
-                with self._room_for_rollout():
-                    return decode(
-                        stepwise,
-                        prompts,
-                        sample_ids,
-                        sampling,
-                        self.device,
-                        max_rows,
-                        ranks.any_rank,
-                        heartbeat,
-                    )
-            with self._room_for_rollout(), zero.gathered_parameters(self.engine, self.counters):
-                if self.rollout_engine == "hybrid":
-                    return hybrid.generate(self.engine, self.model, prompts, sample_ids, sampling)
-                with accelerator.fast_decoding(self.model):
-                    return decode(
-                        forward,
-                        prompts,
-                        sample_ids,
-                        sampling,
-                        self.device,
-                        max_rows,
-                        heartbeat=heartbeat,
-                    )
+            with self._room_for_rollout():
+                yield
         finally:
             self.model.train()
 
-    def _room_for_rollout(self):
+    def _room_for_rollout(self) -> AbstractContextManager[None]:
         if self.config.offload_optimizer_states:
             return zero.optimizer_states_on_host(self.engine, self.counters)
         return nullcontext()
 
-    def _choose_rollout_engine(self) -> str:
-        """`auto` gathers: no architecture has yet been seen to write the plain model's tokens with
-        kernels injected.
-        """
-        wanted, reason = self.config.rollout_engine, hybrid.obstacle(self.model)
-        if wanted == "hybrid" and reason:
-            raise InputError(
-                f"rollout_engine 'hybrid' is not possible here: {reason}; use 'gather' or 'auto'."
-            )
-        if wanted == "auto" and ranks.rank() == 0:
-            reason = (
-                reason
-                or f"DeepSpeed has no kernels for {type(self.model).__name__}, or they are not verified"
-            )
-            logger.warning(
-                "rollout_engine auto: the student is gathered once per window, because %s.", reason
-            )
-        return "gather" if wanted == "auto" else wanted
-
-    def _check_hybrid(self) -> None:
-        """The hybrid engine must write greedily what the plain model writes, or it is refused."""
-        sampling = Sampling(8, 0.0, 0, (), 0, self.vocabulary)
-        forward = causal_lm.decoding_forward(self.model, self.vocabulary)
-        prompts = [[1, 2, 3, 4, 5, 6]]
-        with zero.gathered_parameters(self.engine, self.counters):
-            ours = hybrid.generate(self.engine, self.model, prompts, [0], sampling)
-            self.model.eval()
-            plain = decode(forward, prompts, [0], sampling, self.device)
-        self.model.train()
-        hybrid.check(ours, plain)
-
-    # -- learn
-    # --------------------------------------------------------------------------------------
-
     def loss(
         self, batch: SequenceBatch, inputs: LossInputs
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Divergence of a micro-batch from the teacher: what `DivergenceHead` returns for it.
-        Collective.
-        """
+        """The objective on a micro-batch: what `LossHead` returns for it. Collective."""
 
         def run():
             hidden_BTD = causal_lm.body_forward(self.model, batch.input_ids_BT)
@@ -221,8 +142,6 @@ class Student:
         self.engine.step()
         return self.engine.was_step_applied()
 
-    _whole_norm = 0.0
-
     @property
     def grad_norm(self) -> float:
         """L2 norm of the last gradient, before clipping."""
@@ -244,7 +163,8 @@ class Student:
             zero.release_prefetched(self.engine)  # for a backward that does not come
             self.model.train()
 
-    def _in_root(self, run: Callable):
+    def run_pass(self, run: Callable[[], Any]) -> Any:
+        """One pass over the partitioned parameters, without gradients. Collective."""
         with torch.no_grad():
             return zero.run_pass(self.engine, run)
 

@@ -8,12 +8,14 @@ on-policy distillation removes.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.examples import Examples
 from gkd_ds.pipeline import Learned, Pipeline
 from gkd_ds.records import Rollout, Sample, Source
 from gkd_ds.runtime import ranks
+from gkd_ds.runtime.errors import InputError
 
 # Sample ids of evaluation lie far above those of training, and do not depend on the step: every
 # evaluation draws with the same uniforms, so that two of them differ by the student alone.
@@ -47,6 +49,18 @@ def evaluate(pipeline: Pipeline, examples: Examples, config: GKDConfig) -> dict[
     return metrics | {"samples": count, "runtime": time.perf_counter() - started}
 
 
+def evaluate_sets(
+    pipeline: Pipeline, sets: dict[str, Examples], config: GKDConfig, prefix: str
+) -> dict[str, float]:
+    """`evaluate` of several sets: `<prefix>_loss`, or `<prefix>_<name>_loss` for one with a name."""
+    metrics = {}
+    for name, examples in sets.items():
+        of_set = f"{prefix}_{name}" if name else prefix
+        values = evaluate(pipeline, examples, config)
+        metrics |= {f"{of_set}_{key}": value for key, value in values.items()}
+    return metrics
+
+
 def metric_names(config: GKDConfig) -> list[str]:
     """The keys of what `evaluate` returns, known before."""
     own = (
@@ -71,3 +85,32 @@ def _divergence(pipeline: Pipeline, rollouts: list[Rollout]) -> tuple[float, flo
         [sum(learned.divergence), sum(learned.entropy), tokens]
     )
     return divergence / max(tokens, 1), entropy / max(tokens, 1), tokens
+
+
+def refuse_impossible_evaluation(config: GKDConfig, sets: dict[str, Examples]) -> None:
+    """Raise InputError where evaluations are asked for that cannot be made, or cannot choose."""
+    if config.eval_strategy == "no" and not config.eval_on_start:
+        return
+    if not sets:
+        asked = "eval_on_start is set"
+        if not config.eval_on_start:
+            asked = f"eval_strategy is {config.eval_strategy.value}"
+        raise InputError(
+            f"{asked} but no eval_dataset is given; pass one to GKDTrainer, or switch evaluation "
+            "off."
+        )
+    if config.metric_for_best_model is not None:
+        prefixes = [f"eval_{name}_" if name else "eval_" for name in sets]
+        known = {prefix + name: None for prefix in prefixes for name in metric_names(config)}
+        metric_for_best_model(config, known)
+
+
+def metric_for_best_model(config: GKDConfig, metrics: dict[str, Any]) -> Any:
+    """The one of `metrics` that metric_for_best_model names. Raises InputError for another name."""
+    name = config.metric_for_best_model
+    key = name if name.startswith("eval_") else f"eval_{name}"
+    if key not in metrics:
+        raise InputError(
+            f"metric_for_best_model {name!r} is none of {', '.join(metrics)}; name one of them."
+        )
+    return metrics[key]

@@ -18,7 +18,6 @@ def update_row(
     rollouts: list[Rollout],
     learned: Learned,
     pipeline: Pipeline,
-    counters: Counters,
     before: Counters,
 ) -> dict[str, Any]:
     """Everything about one window but its step, epoch, learning rate, gradient norm and total time.
@@ -27,8 +26,9 @@ def update_row(
     Divergences, log-probabilities and entropies are means per completion token in nats; lengths are
     in tokens. Times are this rank's seconds, counts this rank's; all else is over all ranks.
     """
+    counters = pipeline.counters
     local = _local_sums(rollouts, learned)
-    local["decoded_rows"] = pipeline.decoded_rows
+    local["decoded_rows"] = pipeline.decoded_sequences
     sums = dict(zip(local, ranks.all_reduce_sum(list(local.values()))))
     tokens = max(sums["tokens"], 1)
     seconds = pipeline.seconds
@@ -91,6 +91,13 @@ def _local_sums(rollouts: list[Rollout], learned: Learned) -> dict[str, float]:
     own = [rollout.completion_ids for rollout in rollouts if rollout.source is Source.STUDENT]
     sums["student/looping"] = guards.looping_share(own) * len(own)
     return sums
+
+
+def what_was_bad(record: dict[str, Any]) -> str:
+    """Where the NaN or Inf of a skipped update was (guards.BAD_KINDS)."""
+    if not math.isfinite(record["teacher_logprob"]):
+        return "teacher targets"
+    return "gradients" if math.isfinite(record["loss"]) else "loss"
 
 
 def window_stats(row: dict[str, Any]) -> guards.WindowStats:

@@ -5,7 +5,7 @@ Injection replaces whole layers by DeepSpeed's own, which lag behind transformer
 are missing, its source knows neither grouped-query attention nor scaled rotations, and users report
 gibberish under ZeRO-3 (DeepSpeed issues 4788 and 3594; read, not tried here). So the engine is used
 only when asked for, after `obstacle` found none, and after `check` saw it write the plain model's
-tokens. Sampling is ours all the same (decoding.py), so tokens do not depend on the rollout engine.
+tokens. Sampling is ours all the same (sampling.py), so tokens do not depend on the rollout engine.
 NOT TESTED with kernels: this project has had no GPU. Without a policy (Qwen, Mistral, OPT) the
 engine runs natively.
 """
@@ -14,14 +14,21 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from deepspeed.module_inject.replace_policy import replace_policies
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from gkd_ds.engine import accelerator
-from gkd_ds.rollout.decoding import Completions, Sampling, draw, uniforms
+from gkd_ds.engine import accelerator, causal_lm, zero
+from gkd_ds.learn.student import Student
+from gkd_ds.records import Completions, Sample, Source
+from gkd_ds.rollout.decoding import decode
+from gkd_ds.rollout.engine import RolloutEngine
+from gkd_ds.rollout.sampling import Sampling, draw, uniforms
 from gkd_ds.runtime.errors import InputError
 
 DS_BLOCK = {
@@ -32,6 +39,71 @@ DS_BLOCK = {
 }
 
 
+class Hybrid(RolloutEngine):
+    """`rollout_engine: hybrid`. Raises InputError where it writes greedily what the plain model
+    does not.
+    """
+
+    def __init__(self, student: Student):
+        super().__init__(student)
+        probe = [Sample(0, [1, 2, 3, 4, 5, 6], [], Source.STUDENT)]
+        greedy = Sampling(8, 0.0, 0, (), 0, student.vocabulary)
+        forward = causal_lm.decoding_forward(student.model, student.vocabulary)
+        with self.window():
+            ours = self.generate(probe, greedy, lambda: None)
+            student.model.eval()  # the engine has left it in training mode
+            plain = decode(forward, [probe[0].prompt_ids], [0], greedy, student.device)
+        check(ours, plain)
+
+    @staticmethod
+    def prepare(ds_config: dict[str, Any], root: zero.EngineRoot, model: PreTrainedModel) -> None:
+        """Ask DeepSpeed for its hybrid engine, which wants a model's configuration and `generate`."""
+        ds_config["hybrid_engine"] = DS_BLOCK
+        root.config, root.generate = model.config, model.generate
+
+    @contextmanager
+    def window(self) -> Iterator[None]:
+        """The whole student on every rank."""
+        student = self.student
+        with student.sampling(), zero.gathered_parameters(student.engine, student.counters):
+            yield
+
+    def generate(
+        self, samples: list[Sample], sampling: Sampling, heartbeat: Callable[[], None]
+    ) -> Completions:
+        """One call of DeepSpeed's `generate`, which tells nobody how far it is."""
+        engine, device = self.student.engine, self.student.device
+        prompts = [sample.prompt_ids for sample in samples]
+        if not prompts:
+            return Completions([], [], 0, 0)
+        width = max(len(prompt) for prompt in prompts)
+        pads = [width - len(prompt) for prompt in prompts]
+        padded = [[sampling.pad_id] * pad + ids for pad, ids in zip(pads, prompts)]
+        ids_BL = torch.tensor(padded, device=device)
+        mask_BL = torch.tensor(
+            [[0] * pad + [1] * len(ids) for pad, ids in zip(pads, prompts)], device=device
+        )
+        limits = [sampling.limit(prompt) for prompt in prompts]
+        sample_ids = [sample.sample_id for sample in samples]
+        uniform_BP = uniforms(sampling.seed, sample_ids, max(limits), device)
+        with _inference_mode(engine):
+            tokens_BP = engine.module.generate(
+                input_ids=ids_BL,
+                attention_mask=mask_BL,
+                max_new_tokens=max(limits),
+                do_sample=False,
+                eos_token_id=list(sampling.stop_ids),
+                pad_token_id=sampling.pad_id,
+                logits_processor=LogitsProcessorList([_InverseCdf(uniform_BP, width, sampling)]),
+            )[:, width:].tolist()
+        completions = [
+            _cut(ids[:limit], sampling.stop_ids) for ids, limit in zip(tokens_BP, limits)
+        ]
+        stopped = [ids[-1] in sampling.stop_ids for ids in completions]
+        steps = len(prompts) * (len(tokens_BP[0]) - 1)
+        return Completions(completions, stopped, steps, ids_BL.numel())
+
+
 def obstacle(model: PreTrainedModel) -> str | None:
     """Why the hybrid engine cannot serve this model on this machine, as far as one can tell before
     trying.
@@ -40,7 +112,10 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return None  # nothing is injected, so nothing can be wrong
     text = model.config.get_text_config()
     if accelerator.on_cpu():
-        return f"DeepSpeed would inject kernels into {type(model).__name__}, and they are not implemented on the CPU"
+        name = type(model).__name__
+        return (
+            f"DeepSpeed would inject kernels into {name}, and they are not implemented on the CPU"
+        )
     heads = text.num_attention_heads
     if (getattr(text, "num_key_value_heads", None) or heads) != heads:
         return "DeepSpeed's injected attention does not know grouped queries"
@@ -59,47 +134,6 @@ def _has_policy(model: PreTrainedModel) -> bool:
         classes = policy._orig_layer_class
         known += classes if isinstance(classes, list) else [classes]
     return any(type(module) in known for module in model.modules())
-
-
-def generate(
-    engine,
-    model: PreTrainedModel,
-    prompts: list[list[int]],
-    sample_ids: list[int],
-    sampling: Sampling,
-):
-    """Complete prompts through the engine's `generate`; the parameters are whole. Returns
-    `Completions`.
-
-    No collective, since everything is whole: a rank without prompts has nothing to do, and ranks
-    may end at any time.
-    """
-    if not prompts:
-        return Completions([], [], 0, 0)
-    width = max(len(prompt) for prompt in prompts)
-    pads = [width - len(prompt) for prompt in prompts]
-    device = next(model.parameters()).device
-    ids_BL = torch.tensor(
-        [[sampling.pad_id] * pad + ids for pad, ids in zip(pads, prompts)], device=device
-    )
-    mask_BL = torch.tensor(
-        [[0] * pad + [1] * len(ids) for pad, ids in zip(pads, prompts)], device=device
-    )
-    limits = [sampling.limit(prompt) for prompt in prompts]
-    uniform_BP = uniforms(sampling.seed, sample_ids, max(limits), device)
-    with _inference_mode(engine):
-        tokens_BP = engine.module.generate(
-            input_ids=ids_BL,
-            attention_mask=mask_BL,
-            max_new_tokens=max(limits),
-            do_sample=False,
-            eos_token_id=list(sampling.stop_ids),
-            pad_token_id=sampling.pad_id,
-            logits_processor=LogitsProcessorList([_InverseCdf(uniform_BP, width, sampling)]),
-        )[:, width:].tolist()
-    completions = [_cut(row[:limit], sampling.stop_ids) for row, limit in zip(tokens_BP, limits)]
-    stopped = [ids[-1] in sampling.stop_ids for ids in completions]
-    return Completions(completions, stopped, len(prompts) * (len(tokens_BP[0]) - 1), ids_BL.numel())
 
 
 @contextlib.contextmanager

@@ -2,15 +2,19 @@
 are in use.
 
 transformers appends by concatenation, which copies the whole cache at every step. Here a step
-writes one position. Shapes: B rows, H key-value heads, L positions in use, C >= L positions of
+writes one position. Shapes: B sequences, H key-value heads, L positions in use, C >= L positions of
 room, D head width.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from gkd_ds.config.config import GKDConfig
+from gkd_ds.records import Sample
+from gkd_ds.rollout.sampling import Sampling
 
 # Positions that are added when the room is used up: the cache is copied once in so many steps.
 ROOM = 64
@@ -48,7 +52,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def replace(self, keys_BHLD: Tensor, values_BHLD: Tensor, capacity: int | None = None) -> None:
-        """Copy these into room of their own: other rows or positions, or more room for the same."""
+        """Copy these into room of their own: other sequences or positions, or more room for the same."""
         self.keys_BHCD, self.keys = _with_room(keys_BHLD, capacity)
         self.values_BHCD, self.values = _with_room(values_BHLD, capacity)
 
@@ -58,3 +62,22 @@ def _with_room(tensor_BHLD: Tensor, capacity: int | None) -> tuple[Tensor, Tenso
     room_BHCD = tensor_BHLD.new_empty(B, H, capacity or L + ROOM, D)
     room_BHCD[:, :, :L] = tensor_BHLD
     return room_BHCD, room_BHCD[:, :, :L]
+
+
+def sequences_that_fit(
+    model: PreTrainedModel, samples: list[Sample], sampling: Sampling, config: GKDConfig
+) -> int | None:
+    """How many sequences' keys and values fit `rollout_memory_mb`; None: as many as there are."""
+    if config.rollout_memory_mb is None or not samples:
+        return None
+    longest = max(len(sample.prompt_ids) for sample in samples) + sampling.max_new_tokens
+    return max(1, config.rollout_memory_mb * 2**20 // (longest * kv_bytes_per_token(model)))
+
+
+def kv_bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes of keys and values that one token of one sequence takes in all layers."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    element_size = next(model.parameters()).element_size()
+    return 2 * text.num_hidden_layers * heads * head_dim * element_size

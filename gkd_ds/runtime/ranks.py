@@ -6,6 +6,7 @@ collective: every rank calls it, in the same order. None of it is meant for the 
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,6 +75,28 @@ def all_reduce_sum(values: list[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=_device())
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def run_on_all_ranks(
+    work: Callable[[], Any],
+    failure: Callable[[int, Exception], Exception],
+    catch: type[Exception] | tuple[type[Exception], ...] = Exception,
+) -> list[Any]:
+    """Do `work` on this rank and return every rank's result. A collective.
+
+    Where it raises one of `catch` on any rank, all ranks raise `failure(rank, error)` of the first
+    such rank: none is left waiting for one that has gone.
+    """
+    result, problem, cause = None, None, None
+    try:
+        result = work()
+    except catch as error:
+        problem, cause = failure(rank(), error), error
+    outcomes = gather((result, problem))
+    for _, problem in outcomes:
+        if problem is not None:
+            raise problem from cause
+    return [result for result, _ in outcomes]
 
 
 def refuse_differences(fields: dict[str, str], what: str) -> None:

@@ -3,8 +3,7 @@
 Its layers may live in CPU memory or on NVMe. Every decoder layer becomes one unit of fetching;
 while it is here it runs over *all* chunks of the window before the next layer comes:
 
-    embed the window -> for each chunk: let the model prepare (masks, rotations), stopping at each
-    layer's door
+    embed the window -> for each chunk: let the model prepare (masks, rotations); no layer runs yet
                      -> for each layer: fetch it, run it over every chunk, release it
                      -> for each chunk: let the model finish (final norm)
 
@@ -26,10 +25,21 @@ from transformers import PreTrainedModel
 
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.engine import causal_lm, zero
+from gkd_ds.engine.causal_lm import LogitTransform
 from gkd_ds.learn.batching import length_groups
-from gkd_ds.learn.divergence import LogitTransform, TeacherHead
-from gkd_ds.records import Rollout, Sample, SequenceBatch, Source, TeacherTargets, sequence_batch
-from gkd_ds.rollout.decoding import Completions, Sampling, decode
+from gkd_ds.learn.head import TeacherHead
+from gkd_ds.records import (
+    Completions,
+    Rollout,
+    Sample,
+    SequenceBatch,
+    Source,
+    TeacherTargets,
+    sequence_batch,
+)
+from gkd_ds.rollout.decoding import decode
+from gkd_ds.rollout.kv_cache import sequences_that_fit
+from gkd_ds.rollout.sampling import Sampling
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.teacher import nvme
@@ -39,7 +49,7 @@ from gkd_ds.teacher import nvme
 CHUNK_OVERHEAD_TOKENS = 64
 
 
-class Teacher:
+class StreamedTeacher:
     """Wraps `model` (whole, or partitioned by `zero.load`). Raises InputError for architectures it
     cannot stream.
     """
@@ -94,8 +104,7 @@ class Teacher:
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
 
-    # -- score
-    # --------------------------------------------------------------------------------------
+    # -- score -------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def score(
@@ -217,8 +226,7 @@ class Teacher:
             hidden_NE = hidden_NE.cpu()
         return TeacherTargets(hidden_NE, offsets)
 
-    # -- the head of the learn phase
-    # ----------------------------------------------------------------------------
+    # -- the head of the learn phase ---------------------------------------------------------------
 
     @contextmanager
     def whole_head(self) -> Iterator[TeacherHead]:
@@ -233,14 +241,12 @@ class Teacher:
             )
             yield TeacherHead(weight, bias, LogitTransform.of(self.model.config))
 
-    # -- generate
-    # --------------------------------------------------------------------------------------
+    # -- generate ----------------------------------------------------------------------------------
 
     def generate(
         self,
         samples: list[Sample],
         sampling: Sampling,
-        max_rows: int | None = None,
         heartbeat: Callable[[], None] = lambda: None,
     ) -> Completions:
         """Complete prompts for sequence-level distillation. Every decode step is one pass over the
@@ -252,6 +258,7 @@ class Teacher:
         forward = causal_lm.decoding_forward(self.model, self.vocabulary)
         prompts = [sample.prompt_ids for sample in samples]
         sample_ids = [sample.sample_id for sample in samples]
+        room = sequences_that_fit(self.model, samples, sampling, self.config)
 
         def stepwise(*args) -> Tensor:
             self.counters.teacher_decode_passes += 1
@@ -264,7 +271,7 @@ class Teacher:
                 sample_ids,
                 sampling,
                 self.device,
-                max_rows,
+                room,
                 ranks.any_rank,
                 heartbeat,
             )

@@ -207,8 +207,7 @@ def deepspeed_rollout(case: Case, pace: Pace) -> None:
         pace.step()
 
 
-# -- what TRL's two trainers share
-# ------------------------------------------------------------------------------
+# -- what TRL's two trainers share -----------------------------------------------------------------
 
 
 def _common(case: Case) -> dict[str, Any]:

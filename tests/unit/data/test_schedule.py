@@ -31,7 +31,7 @@ def window(scheduler: StepScheduler, step: int) -> list[list[int]]:
         [
             place
             for rank in range(scheduler.world_size)
-            for place in scheduler.rows(step, micro_batch, rank)
+            for place in scheduler.places(step, micro_batch, rank)
         ]
         for micro_batch in range(scheduler.micro_batches)
     ]
@@ -97,8 +97,8 @@ def test_the_same_global_batch_holds_the_same_samples_for_any_number_of_ranks(wo
 
 def test_ranks_split_a_micro_batch_evenly_until_the_epoch_ends() -> None:
     scheduler = replace(SCHEDULER, num_samples=15)  # windows of 12: the second one has 3
-    assert [list(scheduler.rows(1, 0, rank)) for rank in (0, 1)] == [[12, 13], [14]]
-    assert [list(scheduler.rows(1, 1, rank)) for rank in (0, 1)] == [[], []]
+    assert [list(scheduler.places(1, 0, rank)) for rank in (0, 1)] == [[12, 13], [14]]
+    assert [list(scheduler.places(1, 1, rank)) for rank in (0, 1)] == [[], []]
 
 
 @pytest.mark.parametrize("seq_kd, other", [(False, Source.DATA), (True, Source.TEACHER)])

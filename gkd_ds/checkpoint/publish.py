@@ -1,0 +1,85 @@
+"""The student of a run as others see it: its directory, its model card, its way to the hub."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from transformers.trainer_callback import TrainerState
+
+from gkd_ds.checkpoint import export, store
+from gkd_ds.checkpoint.model_card import Card
+from gkd_ds.engine import loading, zero
+from gkd_ds.engine.inputs import Inputs
+from gkd_ds.learn.student import Student
+from gkd_ds.runtime import ranks
+
+
+class Publisher:
+    """Writes and uploads the student, with a card that tells how it was made."""
+
+    def __init__(self, inputs: Inputs, student: Student, state: TrainerState):
+        self.inputs, self.student, self.state = inputs, student, state
+        self.names = (loading.name_of(inputs.student), loading.name_of(inputs.teacher))
+
+    def save(self, directory: str | Path) -> None:
+        """Write a Hugging Face directory. A collective.
+
+        Raises CheckpointError, on all ranks, when it could not be written.
+        """
+        store.run_or_fail(
+            f"the student was not written to {directory}", lambda: self.write(Path(directory))
+        )
+
+    def write(self, directory: Path) -> None:
+        """The work of `save`: every rank gathers, rank 0 writes. Raises rank 0's error there."""
+        model = self.student.model
+        state_dict = zero.full_state_dict(self.student.engine, model)
+        if ranks.rank() == 0:
+            export.export_model(
+                model,
+                state_dict,
+                self.inputs.tokenizer,
+                model.generation_config,
+                directory,
+                self.card(),
+            )
+
+    def card(self) -> Card:
+        """What the run knows about its student."""
+        inputs, history = self.inputs, self.state.log_history
+        return {
+            "student": self.names[0],
+            "teacher": self.names[1],
+            "dataset": inputs.config.dataset_name,
+            "data_fingerprint": inputs.train.fingerprint if inputs.train is not None else None,
+            "config": inputs.config.to_dict(),
+            "step": self.state.global_step,
+            "metrics": next((entry for entry in reversed(history) if "eval_loss" in entry), None),
+        }
+
+    def push(
+        self,
+        message: str,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        checkpoint: str | None = None,
+        card: Card | None = None,
+    ) -> str | None:
+        """Upload output_dir; its address. Rank 0 does it, the others return None.
+
+        `card` replaces parts of the model card first. Raises RuntimeError when the hub refuses.
+        """
+        if ranks.rank() != 0:
+            return None
+        config = self.inputs.config
+        if token or revision:
+            config = dataclasses.replace(
+                config,
+                hub_token=token or config.hub_token,
+                hub_revision=revision or config.hub_revision,
+            )
+        if card:
+            export.write_card(config.output_dir, {**self.card(), **card})
+        return export.push_to_hub(config.output_dir, config, message, blocking, checkpoint)

@@ -1,0 +1,242 @@
+"""The run in its directory: begin or resume, save, end. What is in a checkpoint is decided here.
+
+store.py makes a checkpoint whole or absent; this file says what it holds, what must be the same for
+a run to go on from it, and what a run leaves behind when it ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_callback import TrainerState
+
+from gkd_ds.checkpoint import engine_files, resharding, store
+from gkd_ds.checkpoint.progress import TRAINER_STATE, Progress, check_state, differences
+from gkd_ds.checkpoint.publish import Publisher
+from gkd_ds.config.config import GKDConfig
+from gkd_ds.config.paths import open_anew
+from gkd_ds.data.windows import Windows
+from gkd_ds.learn.student import Student
+from gkd_ds.monitor.guards import BadUpdates
+from gkd_ds.monitor.tracker import Tracker
+from gkd_ds.runtime import ranks
+from gkd_ds.runtime.errors import InputError
+from gkd_ds.runtime.watchdog import Watchdog
+
+FINISHED_FILE = "FINISHED"
+
+
+class Session:
+    """One call of `train()`, as far as its directory is concerned. Every method is a collective.
+
+    `begin` sets `progress` and `tracker`, and brings `state` and `windows` to where the checkpoint
+    was.
+    """
+
+    def __init__(
+        self,
+        config: GKDConfig,
+        student: Student,
+        state: TrainerState,
+        windows: Windows,
+        publisher: Publisher,
+        watchdog: Watchdog,
+    ):
+        self.config, self.student, self.state = config, student, state
+        self.windows, self.publisher, self.watchdog = windows, publisher, watchdog
+        self.run_dir = Path(config.output_dir)
+        self.tracker: Tracker | None = None
+        self.progress: Progress | None = None
+        self.saved_step: int | None = None  # of the last checkpoint from which a run can go on
+
+    # -- beginning --------------------------------------------------------------------------------
+
+    def begin(self, resume: bool | str | None) -> None:
+        """Start the run anew, or go on from a checkpoint.
+
+        Raises InputError on all ranks where that is not possible, or the directory not writable.
+        """
+        config, run_dir = self.config, self.run_dir
+        found, passed_over = store.find(run_dir, resume, lambda: self.watchdog.beat("resume"))
+        if found is None and config.overwrite_output_dir:
+            _write_or_refuse(lambda: _clear(run_dir))
+        if found is not None:
+            self._check(found)
+        self.progress = Progress(
+            BadUpdates(config.max_bad_updates), evaluation_due=config.eval_on_start
+        )
+        run_id = found.state["tracker_run_id"] if found else None
+        _write_or_refuse(lambda: self._open_tracker(run_id))
+        for _, reason in passed_over:
+            self.tracker.say(f"resume: passed over {reason}")
+        if found is not None:
+            self._resume(found)
+        _write_or_refuse(lambda: self._prepare_run_dir(is_new=found is None))
+
+    def _open_tracker(self, run_id: str | None) -> None:
+        config = self.config
+        self.tracker = Tracker(
+            config, ranks.rank(), config.output_dir, self.state.max_steps, run_id
+        )
+
+    def _prepare_run_dir(self, is_new: bool) -> None:
+        """What the directory says is what the run has done."""
+        if ranks.rank() == 0:
+            (self.run_dir / FINISHED_FILE).unlink(missing_ok=True)
+            with open_anew(self.run_dir / "config.resolved.json") as file:
+                file.write(self.config.to_json_string())
+        kept = (-1, None) if is_new else (self.state.global_step, self.progress.evaluations)
+        self.tracker.truncate(*kept)
+
+    def _check(self, found: store.Manifest) -> None:
+        """Raise InputError unless this run can go on from a checkpoint, as far as its manifest
+        tells.
+        """
+        check_state(found)
+        for name, value in self.windows.schedule().items():
+            before = found.state["schedule"][name]
+            if value != before:
+                raise InputError(
+                    f"cannot resume from {found.path}: its {name} was {before} and is now {value}; "
+                    "start with the same data, seeds and global batch (batch size x accumulation x "
+                    "ranks)."
+                )
+
+    def _resume(self, found: store.Manifest) -> None:
+        # With another layout of the same window, the draws stay those of the layout in which the
+        # run began.
+        draw_samples = found.state["schedule"]["draw_samples"]
+        self.windows.scheduler = dataclasses.replace(
+            self.windows.scheduler, draw_samples=draw_samples
+        )
+        self._load_engine(found)
+        saved = found.state["trainer_state"]
+        for name in TRAINER_STATE:
+            setattr(self.state, name, saved[name])
+        self._note_best_checkpoint()
+        self.progress = Progress.of(found.state["progress"], self.config)
+        self.tracker.say(f"resumed from {found.path} at step {self.state.global_step}")
+        for sentence in differences(found, self.config):
+            self.tracker.say(sentence)
+
+    def _load_engine(self, found: store.Manifest) -> None:
+        engine, world = self.student.engine, ranks.world_size()
+        if found.world_size == world:
+            engine_files.load_engine(engine, found.path, lambda: self.watchdog.beat("resume"))
+            return
+        self.tracker.say(
+            f"{found.path} was written by {found.world_size} ranks; resharding it for {world}"
+        )
+        resharding.load_engine(engine, found.path, found.world_size, ranks.rank(), world)
+
+    # -- saving -----------------------------------------------------------------------------------
+
+    def save(self, only_model: bool) -> Path | None:
+        """A checkpoint of this step; None (and a sentence) when it could not be written."""
+        step = self.state.global_step
+
+        def heartbeat() -> None:
+            self.watchdog.beat("save")
+
+        def write_engine(directory: Path) -> None:
+            engine_files.save_engine(self.student.engine, directory, heartbeat=heartbeat)
+
+        heartbeat()
+        self.tracker.sync()
+        write = self.publisher.write if only_model else write_engine
+        try:
+            path = store.save(self.run_dir, step, write, self._state(), heartbeat)
+        except store.CheckpointError as error:
+            self.tracker.say(str(error))
+            return None
+        best = self.state.best_global_step
+        store.prune(
+            self.run_dir, self.config.save_total_limit, f"checkpoint-{best}" if best else None
+        )
+        ranks.barrier()
+        self._note_best_checkpoint()
+        self.saved_step = None if only_model else step
+        return path
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the engine."""
+        scheduler = self.windows.scheduler
+        return {
+            "trainer_state": {
+                **dataclasses.asdict(self.state),
+                "log_history": self.state.log_history,
+            },
+            "progress": dataclasses.asdict(self.progress),
+            "tracker_run_id": self.tracker.run_id,
+            "config": self.config.to_dict(),
+            "schedule": {**self.windows.schedule(), "draw_samples": scheduler.draw_samples},
+        }
+
+    def _note_best_checkpoint(self) -> None:
+        best = self.run_dir / f"checkpoint-{self.state.best_global_step}"
+        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+
+    # -- ending -----------------------------------------------------------------------------------
+
+    def say_stopped(self, reason: str, path: Path | None) -> None:
+        """The last words of a run that was stopped early."""
+        saved = "it was not saved"
+        if path:
+            saved = f"its state is in {path}; resume_from_checkpoint=auto continues"
+        self.tracker.say(f"stopped after update {self.state.global_step}: {reason}; {saved}")
+
+    def load_best(self) -> None:
+        """Bring the student back to the best checkpoint, where the run has one and wants it."""
+        if self.config.load_best_model_at_end and self.state.best_global_step:
+            best = self.run_dir / f"checkpoint-{self.state.best_global_step}"
+            found, _ = store.find(self.run_dir, best)
+            self._load_engine(found)
+
+    def mark_finished(self) -> None:
+        """Leave a file that says how many updates the finished run has made."""
+        path = self.run_dir / FINISHED_FILE
+
+        def mark() -> None:
+            if ranks.rank() == 0:
+                with open_anew(path) as file:
+                    file.write(f"{self.state.global_step}\n")
+
+        store.run_or_fail(f"{path} was not written", mark)
+
+
+def refuse_occupied(config: GKDConfig, resume: bool | str | None) -> None:
+    """Refuse an output_dir that training would write over. A collective.
+
+    Rank 0 looks, before it writes anything.
+    """
+
+    def look() -> None:
+        if ranks.rank() == 0:
+            config.check_output_dir_is_free(resume)
+
+    ranks.run_on_all_ranks(look, lambda rank, error: error, catch=InputError)
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove the checkpoints of the run that overwrite_output_dir gives up. Rank 0 works."""
+    for path in run_dir.glob("checkpoint-*") if ranks.rank() == 0 else ():
+        if store.COMPLETE_NAME.fullmatch(path.name) or store.LEFTOVER_NAME.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
+def _write_or_refuse(work: Callable[[], None]) -> None:
+    """Do `work` in output_dir, or raise the same InputError on all ranks when the system refuses it
+    to one.
+    """
+
+    def refusal(rank: int, error: OSError) -> InputError:
+        return InputError(
+            f"{error.filename or 'output_dir'} cannot be written ({error.strerror}); make room for "
+            "it or choose another output_dir."
+        )
+
+    ranks.run_on_all_ranks(work, refusal, catch=OSError)

@@ -1,0 +1,93 @@
+"""Which token comes next: the inverse CDF of one counter-based uniform per (seed, sample, position).
+
+Nothing else is random in a rollout, and no number depends on the batch. Shapes: B sequences, V vocabulary, P positions
+of a completion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. `temperature` 0 is greedy. `stop_ids` end a completion and belong
+    to it.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    vocabulary: int
+    max_length: int | None = None
+
+    def limit(self, prompt: list[int]) -> int:
+        """How many tokens this prompt may get."""
+        if self.max_length is None:
+            return self.max_new_tokens
+        return max(1, min(self.max_new_tokens, self.max_length - len(prompt)))
+
+
+def uniforms(
+    seed: int, sample_ids: list[int], positions: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """One uniform in [0, 1) per (seed, sample id, position): fp32 `[len(sample_ids), positions]`.
+
+    Counter-based (splitmix64 over the three integers), so a sample's numbers do not depend on the
+    batch it sits in, on which sequences have finished, on the number of ranks, or on a restart.
+    """
+    sample_B1 = torch.tensor(sample_ids, dtype=torch.int64, device=device)[:, None]
+    position_1P = torch.arange(positions, dtype=torch.int64, device=device)[None]
+    key = _splitmix64(torch.full((1, 1), seed, dtype=torch.int64, device=device))
+    key = _splitmix64(key ^ sample_B1)
+    key = _splitmix64(key ^ position_1P)
+    return ((key >> 40) & 0xFFFFFF).to(torch.float32) / (1 << 24)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _splitmix64(value: Tensor) -> Tensor:
+    """splitmix64 on int64 tensors: multiplication wraps; the shifts mask the sign they drag in."""
+    value = value + _signed(0x9E3779B97F4A7C15)
+    value = (value ^ ((value >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
+    value = (value ^ ((value >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+    return value ^ ((value >> 31) & ((1 << 33) - 1))
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:
+    """The inverse CDF of one uniform per sequence: token ids `[B]` (int64). `temperature` 0 takes the
+    most likely token.
+
+    Two levels: find the block of 256 tokens in which the cumulated probability passes the uniform,
+    then the token. A sequence's result depends on that sequence alone.
+    """
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    B, V = logits_BV.shape
+    block = 256
+    weight_BV = logits_BV.float().sub(logits_BV.amax(-1, keepdim=True))
+    if temperature != 1:
+        weight_BV.div_(temperature)
+    weight_BV.exp_()
+    if V % block:  # else it would be a copy
+        weight_BV = F.pad(weight_BV, (0, -V % block))
+    weight_BKb = weight_BV.view(B, -1, block)
+    block_end_BK = weight_BKb.sum(-1).cumsum(-1, dtype=torch.float64)
+    goal_B1 = uniform_B[:, None] * block_end_BK[:, -1:]
+    block_B1 = torch.searchsorted(block_end_BK, goal_B1, right=True).clamp_(
+        max=block_end_BK.shape[1] - 1
+    )
+    before_B1 = torch.where(block_B1 > 0, block_end_BK.gather(1, (block_B1 - 1).clamp_(min=0)), 0.0)
+    inside_Bb = weight_BKb[torch.arange(B, device=block_B1.device), block_B1[:, 0]]
+    end_Bb = before_B1 + inside_Bb.cumsum(-1, dtype=torch.float64)
+    # Rounding may carry the goal past the block's end: then it is the last token that adds to it.
+    goal_B1 = torch.minimum(goal_B1, torch.nextafter(end_Bb[:, -1:], before_B1))
+    return (block_B1 * block + torch.searchsorted(end_Bb, goal_B1, right=True))[:, 0]
