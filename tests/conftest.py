@@ -1,6 +1,25 @@
-"""What was not tested is said last, where nobody overlooks it."""
+"""Where DeepSpeed's builds are kept; and what was not tested is said last, where nobody overlooks it."""
 
 from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# DeepSpeed builds its NVMe reader when it is first used, and both ranks of a test wait for that: six
+# minutes on two cores. It is kept with the environment, where tests/run.sh keeps it, and not built
+# once more for whoever calls pytest alone.
+BUILDS = Path(
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
+)
+
+
+def pytest_report_header() -> str | None:
+    if not (BUILDS / "async_io" / "async_io.so").exists():
+        return (
+            "DeepSpeed's NVMe reader is not built yet: the first test that needs it takes minutes."
+        )
+    return None
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

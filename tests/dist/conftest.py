@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.dist import runs, scenarios
+from tests.dist import outcomes, runs
 from tests.dist.rank_server import Server
 
 
@@ -36,12 +36,12 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def two_ranks(materials: Path, tmp_path_factory: pytest.TempPathFactory) -> scenarios.Results:
-    """What the scenarios of worker.py returned on two ranks."""
-    return scenarios.on_two_ranks(materials, tmp_path_factory.mktemp("two"))
+def two_ranks(materials: Path, tmp_path_factory: pytest.TempPathFactory) -> outcomes.Results:
+    """What the scenarios (tests/dist/scenarios) returned on two ranks."""
+    return outcomes.on_two_ranks(materials, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="session")
-def one_rank(materials: Path, tmp_path_factory: pytest.TempPathFactory) -> scenarios.Results:
+def one_rank(materials: Path, tmp_path_factory: pytest.TempPathFactory) -> outcomes.Results:
     """What some of them returned on one rank."""
-    return scenarios.on_one_rank(materials, tmp_path_factory.mktemp("one"))
+    return outcomes.on_one_rank(materials, tmp_path_factory.mktemp("one"))

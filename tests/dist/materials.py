@@ -1,4 +1,4 @@
-"""The models that the scenarios of worker.py use.
+"""The models that the scenarios use.
 
 PYTHONPATH=. python -m tests.dist.materials DIRECTORY
 """

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.tiny import make_jsonl, make_model, make_tokenizer
 
 # Of a row of metrics, what must be the same whenever the same window was computed. Times and speeds
@@ -22,6 +24,9 @@ RESULTS = (
     "skipped",
 )
 EXACT = 0.0
+NVME = pytest.mark.skipif(
+    not Path("/usr/include/libaio.h").exists(), reason="NVMe offload needs libaio-dev"
+)
 
 
 def make_models(directory: Path, rows: int = 10) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from tests import ROOT
-from tests.dist.test_runs import NVME
+from tests.dist.runs import NVME
 from tools import aio_tune
 
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import psutil
 import pytest
-from tests.unit.test_tracking import records
 
 from gkd_ds.checkpoint import manifest
 from tests import ROOT
 from tests.dist.rank_server import LIMIT, Server, environment, poll
 from tests.dist.runs import assert_same, rows
+from tests.wandb_log import records
 
 STOPPED = 75
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.dist.rank_server import Server, poll
-from tests.dist.runs import rows
-from tests.dist.test_runs import NVME
+from tests.dist.runs import NVME, rows
 from tests.tiny import make_model, make_tokenizer
 
 MANY = 400  # updates, minutes of them

@@ -12,16 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.dist import plain
 from tests.dist.materials import FAMILY_PAIRS
-from tests.dist.scenarios import Results
-
-
-def losses(rows: list[dict]) -> list[float]:
-    return [row["loss"] for row in rows if "loss" in row]
-
-
-def everybody_s_rollouts(ranks: list[dict], name: str) -> list[dict]:
-    return [rollout for rank in ranks for rollout in rank[name]["rollouts"]]
-
+from tests.dist.outcomes import Results, everybody_s_rollouts, losses
 
 # ---------------------------------------------------------------------------------------- the example program
 

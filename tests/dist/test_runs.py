@@ -16,13 +16,9 @@ from gkd_ds import GKDConfig
 from gkd_ds.monitor.evaluation import metric_names
 from tests.dist import plain
 from tests.dist.events import EVENT_FIELDS, SHORT_FIELDS, Events
-from tests.dist.scenarios import Results
-from tests.dist.test_parity import everybody_s_rollouts, losses
+from tests.dist.outcomes import Results, everybody_s_rollouts, losses
+from tests.dist.runs import NVME
 from tests.tiny import MIXTURES
-
-NVME = pytest.mark.skipif(
-    not Path("/usr/include/libaio.h").exists(), reason="NVMe offload needs libaio-dev"
-)
 
 
 def test_nothing_that_trl_brings_is_imported(one_rank: Results, two_ranks: Results) -> None:

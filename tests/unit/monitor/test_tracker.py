@@ -8,7 +8,6 @@ import pty
 import re
 import resource
 import select
-import struct
 import subprocess
 import sys
 import textwrap
@@ -20,6 +19,7 @@ import pytest
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.monitor.tracker import Tracker
 from tests import ROOT
+from tests.wandb_log import records
 
 CANARY = "canary-51c0ffee-secret"
 
@@ -522,29 +522,6 @@ def run_on_terminal(code, env=None):
         child.kill()
     assert child.wait(30) == 0, output.decode()
     return output.decode()
-
-
-def records(path):
-    """The records of W&B's transaction log: LevelDB's log format (blocks of 32 KiB) after a header
-    of 7 bytes.
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, parts = Path(path).read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            yield record
-            parts = b""
 
 
 def history(session):

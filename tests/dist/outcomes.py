@@ -93,3 +93,11 @@ def on_one_rank(materials: Path, directory: Path) -> Results:
         world=1,
         scenarios=ON_ONE_RANK,
     )
+
+
+def losses(rows: list[dict]) -> list[float]:
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def everybody_s_rollouts(ranks: list[dict], name: str) -> list[dict]:
+    return [rollout for rank in ranks for rollout in rank[name]["rollouts"]]

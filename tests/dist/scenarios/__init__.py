@@ -1,0 +1,1 @@
+"""What tests/dist/worker.py runs, by subject. A scenario is a function that returns what JSON can hold."""
