@@ -46,8 +46,10 @@ from gkd_ds.records import Sample
 from gkd_ds.rollout.decoding import Sampling
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
-from gkd_ds.runtime.interrupts import FAILED, FINISHED, NOT_SAVED, STOPPED, Interrupts, StopAgreed
+from gkd_ds.runtime.exit_codes import FAILED, FINISHED, NOT_SAVED, STOPPED
+from gkd_ds.runtime.interrupts import Interrupts, StopAgreed
 from gkd_ds.runtime.launcher import check_hostfile
+from gkd_ds.runtime.provenance import library_versions
 from gkd_ds.runtime.watchdog import Watchdog
 from gkd_ds.teacher.streamed import Teacher
 
@@ -147,7 +149,7 @@ class GKDTrainer:
         self.control = self.callback_handler.on_init_end(config, self.state, self.control)
         self.tracker: Tracker | None = None
         self.stop_reason: str | None = None
-        self.exit_code = FINISHED  # of the last train(); interrupts.py explains it
+        self.exit_code = FINISHED  # of the last train(); exit_codes.py explains it
 
     # -- building
     # --------------------------------------------------------------------------------------
@@ -208,7 +210,7 @@ class GKDTrainer:
             for name, file in files
         }
         ranks.refuse_differences(digests, "DeepSpeed files")
-        ranks.refuse_differences(store.library_versions(), "library versions")
+        ranks.refuse_differences(library_versions(), "library versions")
         data = {"training data": self._train_examples, **self._eval_examples}
         ranks.refuse_differences(
             {name: rows.fingerprint for name, rows in data.items() if rows is not None}, "data"
@@ -719,8 +721,9 @@ class GKDTrainer:
         Raises store.CheckpointError, on all ranks, when it could not be written.
         """
         directory = Path(output_dir or self.args.output_dir)
-        store.together(
-            f"the student was not written to {directory}", lambda: self._export(directory)
+        ranks.run_on_all_ranks(
+            lambda: self._export(directory),
+            store.failure(f"the student was not written to {directory}"),
         )
 
     def _mark_finished(self) -> None:
@@ -731,7 +734,7 @@ class GKDTrainer:
                 with open_anew(path) as file:
                     file.write(f"{self.state.global_step}\n")
 
-        store.together(f"{path} was not written", mark)
+        ranks.run_on_all_ranks(mark, store.failure(f"{path} was not written"))
 
     def _export(self, directory: Path) -> None:
         state_dict = zero.full_state_dict(self.student.engine, self.model)
@@ -827,14 +830,10 @@ def _refuse_occupied(config: GKDConfig, resume: bool | str | None) -> None:
     """Refuse an output_dir that training would write over. A collective: rank 0 looks, before it
     writes anything.
     """
-    problem = None
-    if ranks.rank() == 0:
-        try:
-            config.check_output_dir_is_free(resume)
-        except InputError as error:
-            problem = str(error)
-    if problem := ranks.broadcast(problem):
-        raise InputError(problem)
+    ranks.run_on_all_ranks(
+        lambda: config.check_output_dir_is_free(resume) if ranks.rank() == 0 else None,
+        catch=InputError,
+    )
 
 
 def _what_was_bad(row: dict[str, Any]) -> str:
@@ -854,10 +853,9 @@ def _agreed(work: Callable[[], None]) -> None:
     """Do `work` in output_dir, or raise the same InputError on all ranks when the system refuses it
     to one.
     """
-    problem = None
-    try:
-        work()
-    except OSError as error:
-        problem = f"{error.filename or 'output_dir'} cannot be written ({error.strerror})"
-    if problem := next(filter(None, ranks.gather(problem)), None):
-        raise InputError(f"{problem}; make room for it or choose another output_dir.")
+
+    def failure(rank: int, error: OSError) -> InputError:
+        what = f"{error.filename or 'output_dir'} cannot be written ({error.strerror})"
+        return InputError(f"{what}; make room for it or choose another output_dir.")
+
+    ranks.run_on_all_ranks(work, failure, catch=OSError)

@@ -6,12 +6,15 @@ collective: every rank calls it, in the same order. None of it is meant for the 
 """
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from gkd_ds.runtime.errors import InputError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -42,6 +45,32 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def run_on_all_ranks(
+    work: Callable[[], T],
+    failure: Callable[[int, Exception], Exception] = lambda rank, error: error,
+    catch: type[Exception] = Exception,
+) -> list[T]:
+    """Do `work` on this rank; return every rank's result, or raise the same error on every rank.
+
+    Where `work` raises `catch`, `failure(rank, error)` makes the error that all ranks raise; it
+    must be picklable. Of several failures, all ranks raise that of the lowest rank. Whatever fails,
+    no rank is left waiting in this collective. `work` itself may hold collectives only if all ranks
+    reach them.
+    """
+    cause, outcome = None, (None, None)
+    try:
+        outcome = (work(), None)
+    except catch as error:  # the other ranks must hear of it before this one leaves
+        cause, outcome = error, (None, failure(rank(), error))
+    outcomes = gather(outcome)
+    for _, problem in outcomes:
+        if problem is not None:
+            if problem is not cause:
+                problem.__cause__ = cause
+            raise problem
+    return [result for result, _ in outcomes]
 
 
 def barrier() -> None:
