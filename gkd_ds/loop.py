@@ -35,7 +35,8 @@ from gkd_ds.monitor.tracker import Tracker
 from gkd_ds.pipeline import Learned, Pipeline, count_tokens
 from gkd_ds.records import Rollout
 from gkd_ds.runtime import ranks
-from gkd_ds.runtime.interrupts import FAILED, FINISHED, NOT_SAVED, STOPPED, Interrupts, StopAgreed
+from gkd_ds.runtime.exit_codes import FAILED, FINISHED, NOT_SAVED, STOPPED
+from gkd_ds.runtime.interrupts import Interrupts, StopAgreed
 from gkd_ds.runtime.watchdog import Watchdog
 
 

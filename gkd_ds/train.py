@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from gkd_ds.config.config import NOT_SUPPORTED, GKDConfig
 from gkd_ds.config.recipe import read_flags, read_recipe
 from gkd_ds.runtime.errors import InputError
+from gkd_ds.runtime.exit_codes import DIVERGED, FAILED, WRONG_INPUT
 from gkd_ds.runtime.launcher import check_hostfile
 from gkd_ds.runtime.redaction import redact
 
@@ -30,11 +31,10 @@ from gkd_ds.runtime.redaction import redact
 # all and reports that one's exit code: ranks that may fail because another did wait, so that it is
 # the one with the reason.
 SECONDS_BEFORE_EXIT = 3.0
-FAILED, WRONG_INPUT = 1, 2  # as in interrupts.py, which imports torch
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train. Returns the exit code: 2 for wrong input, else one of those in interrupts.py."""
+    """Train. Returns the exit code: 2 for wrong input, else one of those in exit_codes.py."""
     return command(sys.argv[1:] if argv is None else argv, run, check_training)
 
 
@@ -151,7 +151,6 @@ def run(config: GKDConfig) -> int:
     trainer = build(config)
 
     from gkd_ds.monitor.guards import TrainingStopped
-    from gkd_ds.runtime.interrupts import DIVERGED
 
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)

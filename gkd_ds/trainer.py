@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from gkd_ds.checkpoint import export, store
+from gkd_ds.checkpoint import export
 from gkd_ds.checkpoint.progress import initial_state
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.windows import Windows
@@ -186,7 +186,7 @@ def _start(inputs: Inputs) -> None:
         level = config.log_level.replace("detail", "info").upper()
         logging.getLogger("gkd_ds").setLevel(level)
     zero.start(config)
-    inputs.refuse_different_ranks(store.library_versions())
+    inputs.refuse_different_ranks()
     torch.manual_seed(config.seed)
 
 

@@ -23,6 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from gkd_ds.checkpoint.model_card import Card, model_card
 from gkd_ds.runtime.errors import InputError
+from gkd_ds.runtime.files import flush
 from gkd_ds.runtime.redaction import HIDDEN, redact
 
 UNFINISHED = ".export"  # inside the directory: same file system, so that moving is renaming
@@ -89,7 +90,7 @@ def export_model(
         tokenizer.save_pretrained(unfinished)
         write_card(unfinished, card)
         for path in unfinished.rglob("*"):
-            _force_to_disk(path)
+            flush(path)
         _move_into_place(unfinished, directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -246,20 +247,12 @@ def _move_into_place(unfinished: Path, directory: Path) -> None:
     for name in sorted(files, key=lambda name: (name.name == "config.json", name)):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         if name.name == "config.json":
-            _force_to_disk(directory)  # the others first, also after a power failure
+            flush(directory)  # the others first, also after a power failure
         os.replace(unfinished / name, directory / name)
-    _force_to_disk(directory)
+    flush(directory)
 
 
 def _change_json(path: Path, change) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,12 +15,12 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerState
 
-from gkd_ds.checkpoint import store
 from gkd_ds.checkpoint.manifest import MANIFEST, Manifest
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.monitor.guards import BadUpdates, RateLimit, WindowStats
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
+from gkd_ds.runtime.provenance import library_versions
 from gkd_ds.runtime.redaction import redact
 
 
@@ -205,7 +205,7 @@ def differences(found: Manifest, config: GKDConfig) -> list[str]:
         influential = heading not in WITHOUT_INFLUENCE and option.name != "local_rank"
         if influential and option.name in before and before[option.name] != now.get(option.name):
             changes.append((option.name, before[option.name], now.get(option.name)))
-    for name, version in store.library_versions().items():
+    for name, version in library_versions().items():
         if found.versions.get(name) != version:
             changes.append((name, found.versions.get(name), version))
     told = "differs from the checkpoint: {} was {} and is now {}"

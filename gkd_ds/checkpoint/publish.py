@@ -27,8 +27,9 @@ class Publisher:
 
         Raises CheckpointError, on all ranks, when it could not be written.
         """
-        store.run_or_fail(
-            f"the student was not written to {directory}", lambda: self.write(Path(directory))
+        ranks.run_on_all_ranks(
+            lambda: self.write(Path(directory)),
+            store.failure(f"the student was not written to {directory}"),
         )
 
     def write(self, directory: Path) -> None:

@@ -205,7 +205,7 @@ class Session:
                 with open_anew(path) as file:
                     file.write(f"{self.state.global_step}\n")
 
-        store.run_or_fail(f"{path} was not written", mark)
+        ranks.run_on_all_ranks(mark, store.failure(f"{path} was not written"))
 
 
 def refuse_occupied(config: GKDConfig, resume: bool | str | None) -> None:
@@ -218,7 +218,7 @@ def refuse_occupied(config: GKDConfig, resume: bool | str | None) -> None:
         if ranks.rank() == 0:
             config.check_output_dir_is_free(resume)
 
-    ranks.run_on_all_ranks(look, lambda rank, error: error, catch=InputError)
+    ranks.run_on_all_ranks(look, catch=InputError)
 
 
 def _clear(run_dir: Path) -> None:

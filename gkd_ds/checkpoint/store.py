@@ -18,7 +18,6 @@ every rank gets the same result or the same error. The names a directory can hav
 """
 
 import fcntl
-import importlib.metadata
 import os
 import platform
 import re
@@ -33,14 +32,13 @@ from typing import Any
 
 from gkd_ds.checkpoint import manifest
 from gkd_ds.checkpoint.manifest import Entry, Manifest
-from gkd_ds.config.paths import open_anew
-from gkd_ds.runtime import faults, ranks
+from gkd_ds.runtime import faults, files, ranks
 from gkd_ds.runtime.errors import InputError
+from gkd_ds.runtime.provenance import library_versions
 
 LATEST = "latest"
 LOCK = ".lock"
 PATIENCE = 10.0  # seconds that a run waits for one that is ending
-LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets")
 COMPLETE_NAME = re.compile(r"checkpoint-(\d{1,18})(\.aside-[0-9a-f]{8})?")
 LEFTOVER_NAME = re.compile(r"checkpoint-\d{1,18}\.(tmp|trash)-[0-9a-f]{8}")
 RANK_IN_NAME = re.compile(r"(?:pp_rank_|rank-?)(\d{1,9})")
@@ -77,10 +75,11 @@ def save(
     then.
     """
     run_dir, rank, world = Path(run_dir), ranks.rank(), ranks.world_size()
+    not_written = failure(f"the checkpoint of step {step} was not written")
 
     def stage(work: Callable[[], Any]) -> list[Any]:
         heartbeat()
-        return run_or_fail(f"the checkpoint of step {step} was not written", work)
+        return ranks.run_on_all_ranks(work, not_written)
 
     directory = stage(lambda: _begin(run_dir, step) if rank == 0 else None)[0]
     try:
@@ -91,8 +90,8 @@ def save(
         names = sorted(set().union(*stage(lambda: set(manifest.list_files(directory)))))
         mine = [name for name in names if _owner(name, world) == rank]
         sealed = stage(lambda: _seal(directory, mine, heartbeat))
-        files = {name: entry for part in sealed for name, entry in part.items()}
-        body = {"step": step, "world_size": world, "files": files, "state": state}
+        entries = {name: entry for part in sealed for name, entry in part.items()}
+        body = {"step": step, "world_size": world, "files": entries, "state": state}
         return stage(lambda: _commit(run_dir, directory, body) if rank == 0 else None)[0]
     except CheckpointError:
         if rank == 0:
@@ -104,7 +103,7 @@ def save(
 
 def _begin(run_dir: Path, step: int) -> Path:
     faults.point("save.begin")
-    _make_durably(run_dir)
+    files.make_durably(run_dir)
     _remove_leftovers(run_dir)  # before the save that may need their space
     directory = run_dir / f"checkpoint-{step}.tmp-{secrets.token_hex(4)}"
     directory.mkdir()
@@ -132,8 +131,8 @@ def _seal(
     entries = {}
     for name in names:
         faults.point("save.hash")
+        files.flush(directory / name)
         with open(directory / name, "rb") as file:
-            os.fsync(file.fileno())
             entries[name] = Entry(
                 os.fstat(file.fileno()).st_size, manifest.sha256(file, heartbeat)
             )._asdict()
@@ -158,20 +157,20 @@ def _commit(run_dir: Path, directory: Path, body: dict[str, Any]) -> Path:
             f"its manifest would be larger than the {manifest.LARGEST_MANIFEST} bytes that a "
             "resume reads"
         )
-    _write_durably(directory / manifest.MANIFEST, text)
+    files.write_durably(directory / manifest.MANIFEST, text)
     for folder, _, _ in os.walk(directory):
-        _flush_directory(Path(folder))
+        files.flush(Path(folder))
     # Everything that needs space on the disk comes before the first rename.
     faults.point("save.latest_text")
     final, pointer = run_dir / f"checkpoint-{body['step']}", run_dir / f"{LATEST}.tmp"
-    _write_durably(pointer, final.name + "\n")
+    files.write_durably(pointer, final.name + "\n")
     aside = _move_aside(final)
     faults.point("save.rename")
     os.rename(directory, final)
-    _flush_directory(run_dir)
+    files.flush(run_dir)
     faults.point("save.latest")
     os.replace(pointer, run_dir / LATEST)
-    _flush_directory(run_dir)
+    files.flush(run_dir)
     faults.point("save.done")
     if aside and _readable(aside):
         _delete(aside)
@@ -189,26 +188,17 @@ def _move_aside(final: Path) -> Path | None:
     faults.point("save.aside")
     aside = final.with_name(f"{final.name}.aside-{secrets.token_hex(4)}")
     os.rename(final, aside)
-    _flush_directory(final.parent)
+    files.flush(final.parent)
     return aside
 
 
-def library_versions() -> dict[str, str]:
-    """Of those libraries that decide what a run computes."""
-    return {name: importlib.metadata.version(name) for name in LIBRARIES}
-
-
-def run_or_fail(failure: str, work: Callable[[], Any]) -> list[Any]:
-    """Do `work` on this rank; return every rank's result, or raise the same CheckpointError on
-    every rank.
-
-    `failure` begins its sentence; what follows is which rank failed, and why.
+def failure(sentence: str) -> Callable[[int, Exception], CheckpointError]:
+    """For ranks.run_on_all_ranks: `sentence` says what was not done; the error adds which rank
+    failed, and why.
     """
-
-    def sentence(rank: int, error: Exception) -> CheckpointError:
-        return CheckpointError(f"{failure} because of rank {rank}: {_describe(error)}")
-
-    return ranks.run_on_all_ranks(work, sentence)
+    return lambda rank, error: CheckpointError(
+        f"{sentence} because of rank {rank}: {_describe(error)}"
+    )
 
 
 # -- one run only -----------------------------------------------------------------------------
@@ -238,7 +228,7 @@ def only_run(run_dir: str | Path) -> Iterator[None]:
 def _lock(run_dir: Path) -> tuple[int | None, str]:
     """(the descriptor of the locked file, "") or (None, why not)."""
     try:
-        _make_durably(run_dir)
+        files.make_durably(run_dir)
         lock = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         return (
@@ -438,33 +428,12 @@ def _delete(path: Path) -> None:
     faults.point("prune.rename")
     trash = path.with_name(f"{path.name.split('.')[0]}.trash-{secrets.token_hex(4)}")
     os.rename(path, trash)
-    _flush_directory(path.parent)
+    files.flush(path.parent)
     faults.point("prune.delete")
     shutil.rmtree(trash)
 
 
 # -- small helpers ----------------------------------------------------------------------------
-
-
-def _make_durably(directory: Path) -> None:
-    if not directory.is_dir():
-        directory.mkdir(parents=True, exist_ok=True)
-        _flush_directory(directory.parent)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with open_anew(path) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _describe(error: Exception) -> str:

@@ -34,7 +34,7 @@ from gkd_ds.config.paths import (
 )
 from gkd_ds.config.values import convert, is_text, show, wrong
 from gkd_ds.runtime.errors import InputError
-from gkd_ds.runtime.redaction import redact
+from gkd_ds.runtime.redaction import OPEN_KEYS, SECRET_KEYS, redact
 
 
 # Equal to transformers' enums of the same names (both are text), which cost an import of torch.
@@ -899,9 +899,6 @@ def is_multiple(larger: float, smaller: float) -> bool:
 
 
 # ---- Writing ----
-
-SECRET_KEYS = re.compile(r"(^|_)(token|api_?key|password|secret|credentials?)$", re.IGNORECASE)
-OPEN_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")  # tokens of another kind
 
 
 def plain(value: Any) -> Any:

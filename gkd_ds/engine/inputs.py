@@ -12,6 +12,7 @@ from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.examples import Examples, stop_token_ids, tokenize
 from gkd_ds.engine import loading
 from gkd_ds.runtime import ranks
+from gkd_ds.runtime.provenance import library_versions
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Inputs:
         """Another evaluation set than the trainer's, as `evaluation` has it. Raises InputError."""
         return _tokenize_sets(dataset, self.tokenizer, self.config, self.stop_ids)
 
-    def refuse_different_ranks(self, versions: dict[str, str]) -> None:
+    def refuse_different_ranks(self) -> None:
         """Raise InputError, on all ranks, where they were started differently. A collective."""
         config = self.config
         fields = {name: repr(v) for name, v in config.to_dict().items() if name != "local_rank"}
@@ -79,7 +80,7 @@ class Inputs:
             for name, file in files
         }
         ranks.refuse_differences(digests, "DeepSpeed files")
-        ranks.refuse_differences(versions, "library versions")
+        ranks.refuse_differences(library_versions(), "library versions")
         data = {"training data": self.train, **self.evaluation}
         ranks.refuse_differences(
             {name: rows.fingerprint for name, rows in data.items() if rows is not None}, "data"

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gkd_ds.runtime.hashing import splitmix64_tensor
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -44,22 +46,10 @@ def uniforms(
     """
     sample_B1 = torch.tensor(sample_ids, dtype=torch.int64, device=device)[:, None]
     position_1P = torch.arange(positions, dtype=torch.int64, device=device)[None]
-    key = _splitmix64(torch.full((1, 1), seed, dtype=torch.int64, device=device))
-    key = _splitmix64(key ^ sample_B1)
-    key = _splitmix64(key ^ position_1P)
+    key = splitmix64_tensor(torch.full((1, 1), seed, dtype=torch.int64, device=device))
+    key = splitmix64_tensor(key ^ sample_B1)
+    key = splitmix64_tensor(key ^ position_1P)
     return ((key >> 40) & 0xFFFFFF).to(torch.float32) / (1 << 24)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _splitmix64(value: Tensor) -> Tensor:
-    """splitmix64 on int64 tensors: multiplication wraps; the shifts mask the sign they drag in."""
-    value = value + _signed(0x9E3779B97F4A7C15)
-    value = (value ^ ((value >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
-    value = (value ^ ((value >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
-    return value ^ ((value >> 31) & ((1 << 33) - 1))
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:

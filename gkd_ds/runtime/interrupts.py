@@ -7,9 +7,12 @@ signal only leaves a note, and at safe points the ranks agree whether to stop:
     with Interrupts(stop_file=run_dir / "STOP", max_runtime=config.max_runtime) as interrupts:
         try:
             for each window:
-                rollout, interrupts.raise_if_stop_requested(between_windows=False), score, ..., interrupts.raise_if_stop_requested()
+                rollout
+                interrupts.raise_if_stop_requested(between_windows=False)
+                score, learn, update
+                interrupts.raise_if_stop_requested()
         except StopAgreed as reason:
-            save, close the tracker, then ranks.barrier() and sys.exit(STOPPED)
+            save, close the tracker, then ranks.barrier() and sys.exit(exit_codes.STOPPED)
 
 A window that is abandoned between two of its phases costs nothing but time: it is a function of
 (seed, step), and the run that goes on repeats it.
@@ -32,15 +35,6 @@ from types import FrameType
 from gkd_ds.config.paths import check_stop_file
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.launcher import Launcher
-
-# Exit codes of gkd_ds.train. The numbers from 65 on are those of sysexits.h.
-FINISHED = 0
-FAILED = 1  # an unexpected error, with a traceback; also what Python and the launcher use
-WRONG_INPUT = 2  # InputError: one sentence on stderr
-DIVERGED = 65  # EX_DATAERR: too many bad updates in a row (guards.TrainingStopped)
-STUCK = 70  # EX_SOFTWARE: the watchdog ended a rank that made no progress
-NOT_SAVED = 74  # EX_IOERR: stopped, or finished, but the last checkpoint could not be written
-STOPPED = 75  # EX_TEMPFAIL: stopped early with a checkpoint; the same command with resume 'auto' continues
 
 SIGNALS = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
 

@@ -8,7 +8,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("gkd_ds", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "wandb")
+LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets")
+
+
+def library_versions() -> dict[str, str]:
+    """Of the libraries that decide what a run computes."""
+    return {library: metadata.version(library) for library in LIBRARIES}
 
 
 def provenance() -> dict[str, Any]:
@@ -16,7 +21,7 @@ def provenance() -> dict[str, Any]:
     versions.
     """
     versions = {"python": sys.version.split()[0]}
-    for library in LIBRARIES:
+    for library in ("gkd_ds", *LIBRARIES, "wandb"):
         try:
             versions[library] = metadata.version(library)
         except metadata.PackageNotFoundError:

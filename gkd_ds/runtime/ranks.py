@@ -7,12 +7,14 @@ collective: every rank calls it, in the same order. None of it is meant for the 
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from gkd_ds.runtime.errors import InputError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -45,6 +47,32 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
+def run_on_all_ranks(
+    work: Callable[[], T],
+    failure: Callable[[int, Exception], Exception] = lambda rank, error: error,
+    catch: type[Exception] = Exception,
+) -> list[T]:
+    """Do `work` on this rank; return every rank's result, or raise the same error on every rank.
+
+    Where `work` raises `catch`, `failure(rank, error)` makes the error that all ranks raise; it
+    must be picklable. Of several failures, all ranks raise that of the lowest rank. Whatever fails,
+    no rank is left waiting in this collective. `work` itself may hold collectives only if all ranks
+    reach them.
+    """
+    cause, outcome = None, (None, None)
+    try:
+        outcome = (work(), None)
+    except catch as error:  # the other ranks must hear of it before this one leaves
+        cause, outcome = error, (None, failure(rank(), error))
+    outcomes = gather(outcome)
+    for _, problem in outcomes:
+        if problem is not None:
+            if problem is not cause:
+                problem.__cause__ = cause
+            raise problem
+    return [result for result, _ in outcomes]
+
+
 def barrier() -> None:
     """Return when every rank has called this."""
     gather(None)
@@ -75,28 +103,6 @@ def all_reduce_sum(values: list[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=_device())
     dist.all_reduce(tensor)
     return tensor.tolist()
-
-
-def run_on_all_ranks(
-    work: Callable[[], Any],
-    failure: Callable[[int, Exception], Exception],
-    catch: type[Exception] | tuple[type[Exception], ...] = Exception,
-) -> list[Any]:
-    """Do `work` on this rank and return every rank's result. A collective.
-
-    Where it raises one of `catch` on any rank, all ranks raise `failure(rank, error)` of the first
-    such rank: none is left waiting for one that has gone.
-    """
-    result, problem, cause = None, None, None
-    try:
-        result = work()
-    except catch as error:
-        problem, cause = failure(rank(), error), error
-    outcomes = gather((result, problem))
-    for _, problem in outcomes:
-        if problem is not None:
-            raise problem from cause
-    return [result for result, _ in outcomes]
 
 
 def refuse_differences(fields: dict[str, str], what: str) -> None:

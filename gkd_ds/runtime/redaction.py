@@ -19,18 +19,19 @@ SECRET_NAME = re.compile(
     r"(?<![A-Z])(TOKEN|(API|ACCESS|SECRET|PRIVATE|ACCOUNT)_?KEY|SECRET|PASS|PASSWD|PASSPHRASE)$|PASSWORD$",
     re.IGNORECASE,
 )
-SHORTEST_SECRET = (
-    8  # characters; hiding every "true" or "1234" would destroy the text and protect nothing
-)
+# Characters. Hiding every "true" or "1234" would destroy the text and protect nothing.
+SHORTEST_SECRET = 8
+# Keys of settings that hold a secret. Of OPEN_KEYS, the tokens are of another kind.
+SECRET_KEYS = re.compile(r"(^|_)(token|api_?key|password|secret|credentials?)$", re.IGNORECASE)
+OPEN_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
 
 URL_CREDENTIALS = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/?#\s\"'<>]*@", re.IGNORECASE)
 URL_PARAMETERS = re.compile(
-    r"([?&](?!(?:eos|bos|pad|unk|mask)_token)(?:[\w.-]*[_.-])?"
+    rf"([?&](?!{'|'.join(OPEN_KEYS)})(?:[\w.-]*[_.-])?"
     r"(?:token|api[_-]?key|access[_-]?key|key|secret|password|passwd|signature|sig)=)[^&#\s\"'<>]+",
     re.IGNORECASE,
 )
 SECRET_FLAG = re.compile(r"--?[\w-]*(token|api[_-]?key|secret|password)$", re.IGNORECASE)
-OPEN_FLAGS = ("--eos_token", "--pad_token")  # tokens of another kind
 
 
 def secret_values() -> list[str]:
@@ -60,7 +61,7 @@ def redact_argv(arguments: Sequence[str]) -> list[str]:
     clean, hide_next = [], False
     for argument in redact(list(arguments)):
         flag, equals, _ = argument.partition("=")
-        is_secret = bool(SECRET_FLAG.match(flag)) and flag not in OPEN_FLAGS
+        is_secret = bool(SECRET_FLAG.match(flag)) and flag.removeprefix("--") not in OPEN_KEYS
         if hide_next:
             clean.append(HIDDEN)
         elif equals and is_secret:

@@ -9,7 +9,7 @@ since the last one:
 
 When a rank's last beat is older than the timeout, its phase and the stacks of its threads go to
 stderr and to `<run_dir>/watchdog-rank<N>.txt`, and the process ends with exit code 70
-(interrupts.STUCK). The watchdogs of the other ranks see that file and do the same before a launcher
+(exit_codes.STUCK). The watchdogs of the other ranks see that file and do the same before a launcher
 ends them: where each rank was tells which one is to blame. A beat must come at least once per
 timeout on every rank, so choose a timeout longer than the longest phase.
 """
@@ -25,7 +25,7 @@ from typing import TextIO
 
 from gkd_ds.config.paths import open_anew
 from gkd_ds.runtime import ranks
-from gkd_ds.runtime.interrupts import STUCK
+from gkd_ds.runtime.exit_codes import STUCK
 
 GRACE = 10.0  # seconds for writing the report to run_dir, which may be what hangs
 

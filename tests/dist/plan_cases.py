@@ -126,7 +126,7 @@ class Meter:
             if name == "rollout":
                 self.received.clear()
                 self.heartbeat.clear()
-                self.counted, self.kv_cache = dict(vars(trainer.counters)), 0
+                self.counted, self.kv_cache = dict(vars(trainer.pipeline.counters)), 0
             self.phase, read = name, drive_bytes_read()
             with phase_of(name) as heartbeat:
                 yield lambda: (self.sweep(), heartbeat())
@@ -227,7 +227,7 @@ def measure(trainer: GKDTrainer, meter: Meter) -> dict[str, dict]:
         "KV cache": {"device": meter.kv_cache},
         "teacher's hidden states": {"device": meter.targets},
     }
-    now = vars(trainer.counters)
+    now = vars(trainer.pipeline.counters)
     return {
         "places": {
             what: {place: size for place, size in sizes.items() if size}

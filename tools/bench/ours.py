@@ -65,7 +65,7 @@ def run(case: Case, pace: Pace) -> None:
         args=config,
         train_dataset=Dataset.from_list(rows),
     )
-    trainer.order = SampleOrder(len(rows), seed=0, shuffle=False)
+    trainer.windows.order = SampleOrder(len(rows), seed=0, shuffle=False)
     pipeline = trainer.pipeline
     known = {prompt_ids(prompt): length for prompt, length in zip(prompts, lengths)}
     pipeline.sampling = ForcedLengths(**vars(pipeline.sampling), lengths=known)

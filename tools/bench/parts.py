@@ -102,11 +102,11 @@ LOSS_TOKENS = 2048
 
 
 def loss_ours(case: Case, pace: Pace) -> None:
-    from gkd_ds.learn.divergence import DivergenceHead, LogitTransform, LossInputs, TeacherHead
+    from gkd_ds.learn.divergence import LossHead, LogitTransform, LossInputs, TeacherHead
 
     hidden_ND, teacher_NE, head, teacher_VE = _loss_inputs(case)
     transform = LogitTransform()
-    divergence = DivergenceHead(head, transform)
+    divergence = LossHead(head, transform)
     inputs = LossInputs(
         teacher_hidden_NE=teacher_NE,
         tokens_N=torch.zeros(LOSS_TOKENS, dtype=torch.long),

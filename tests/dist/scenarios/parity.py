@@ -102,7 +102,7 @@ def rollouts() -> dict:
     results = {}
     for engine in ("gather", "sharded"):
         trainer = build(f"rollouts-{engine}", student="wide", rollout_engine=engine)
-        pipeline, examples = trainer.pipeline, trainer._train_examples
+        pipeline, examples = trainer.pipeline, trainer.inputs.train
         assert trainer.student.rollout_engine == engine
         # A random model seldom writes one particular token: with these it stops after twenty tokens
         # on average.
@@ -140,7 +140,7 @@ def hybrid_engine() -> dict:
     for engine in ("gather", "hybrid"):
         trainer = build(f"hybrid-{engine}", "qwen2-student", "qwen2-teacher", rollout_engine=engine)
         # The second window has three samples for the four places of each rank, so rank 1 has none.
-        prompts = trainer._train_examples.prompt_ids
+        prompts = trainer.inputs.train.prompt_ids
         sampling = dataclasses.replace(trainer.pipeline.sampling, stop_ids=tuple(range(20, 60)))
         written = []
         for rows in (range(8), range(3)):

@@ -90,7 +90,7 @@ def generation_that_raises() -> dict:
     works.
     """
     trainer = build("raises", lmbda=1.0)
-    pipeline, examples, student = trainer.pipeline, trainer._train_examples, trainer.student
+    pipeline, examples, student = trainer.pipeline, trainer.inputs.train, trainer.student
     samples = [
         Sample(row, examples.prompt_ids[row], examples.completion_ids[row], Source.DATA)
         for row in range(ranks.rank(), 6, 2)

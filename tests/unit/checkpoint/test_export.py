@@ -434,7 +434,7 @@ def test_push_arguments(run_dir):
 def test_push_to_hub_takes_what_trl_takes_for_the_model_card(hub, run_dir):
     trainer = GKDTrainer.__new__(GKDTrainer)  # no engine takes part in a push
     trainer.args = GKDConfig(output_dir=str(run_dir), hub_model_id="org/made", hub_token="hf_mine")
-    trainer._names, trainer._train_examples, trainer.state = (
+    trainer._names, trainer.inputs.train, trainer.state = (
         {"student": "org/base"},
         None,
         TrainerState(),

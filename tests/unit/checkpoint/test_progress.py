@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from transformers import TrainerState
 
-from gkd_ds.checkpoint import store
 from gkd_ds.checkpoint.manifest import Manifest
 from gkd_ds.checkpoint.progress import (
     STATE,
@@ -27,6 +26,7 @@ from gkd_ds.checkpoint.progress import (
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.monitor.guards import BadUpdates, RateLimit, WindowStats
 from gkd_ds.runtime.errors import InputError
+from gkd_ds.runtime.provenance import library_versions
 
 PROGRESS = Progress(
     bad_updates=BadUpdates(limit=5, total=3, in_a_row=1, kinds=["loss"]),
@@ -66,7 +66,7 @@ def found(config: GKDConfig, **changes: Any) -> Manifest:
         1,
         {},
         json.loads(json.dumps(state)),
-        store.library_versions(),
+        library_versions(),
     )
 
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkd_ds.engine import accelerator
 from gkd_ds.learn.divergence import (
-    DivergenceHead,
+    LossHead,
     LogitTransform,
     LossInputs,
     TeacherHead,
@@ -299,7 +299,7 @@ class Case:
         floor=0.0,
     ) -> None:
         """`floor` (nats per token) is what the loss may be off by beside 1e-6 of itself."""
-        head, hidden = DivergenceHead(self.layer, transform), self.hidden.clone().requires_grad_()
+        head, hidden = LossHead(self.layer, transform), self.hidden.clone().requires_grad_()
         loss, *per_token = head(hidden, loss=self.inputs(beta, temperature, chunk_bytes, transform))
         (loss * upstream).backward()
         expected, gradients, expected_per_token = self.reference(
@@ -379,7 +379,7 @@ def test_a_tied_weight_gets_the_gradients_of_both_uses() -> None:
     embedding = nn.Embedding(96, 24)
     embedding.weight = case.layer.weight
     hidden = embedding(ids).tanh()
-    DivergenceHead(case.layer, PLAIN)(hidden, loss=case.inputs(0.5, 1.0, 1, PLAIN))[0].backward()
+    LossHead(case.layer, PLAIN)(hidden, loss=case.inputs(0.5, 1.0, 1, PLAIN))[0].backward()
 
     weight = case.layer.weight.detach().double().requires_grad_()
     student = F.embedding(ids, weight).tanh() @ weight.T
@@ -391,7 +391,7 @@ def test_a_tied_weight_gets_the_gradients_of_both_uses() -> None:
 def test_no_token_gives_zero_loss_and_zero_gradients() -> None:
     case = Case(N=0, bias=True)
     hidden = case.hidden.clone().requires_grad_()
-    loss, *per_token = DivergenceHead(case.layer, PLAIN)(
+    loss, *per_token = LossHead(case.layer, PLAIN)(
         hidden, loss=case.inputs(0.5, 1.0, 1 << 20, PLAIN)
     )
     loss.backward()
@@ -401,7 +401,7 @@ def test_no_token_gives_zero_loss_and_zero_gradients() -> None:
 
 def test_a_second_backward_is_refused() -> None:
     case = Case()
-    loss, *_ = DivergenceHead(case.layer, PLAIN)(
+    loss, *_ = LossHead(case.layer, PLAIN)(
         case.hidden.requires_grad_(), loss=case.inputs(0.5, 1.0, 1, PLAIN)
     )
     loss.backward(retain_graph=True)
@@ -413,7 +413,7 @@ def test_no_gradient_is_computed_for_what_is_frozen() -> None:
     case = Case(bias=True)
     case.layer.requires_grad_(False)
     hidden = case.hidden.clone().requires_grad_()
-    DivergenceHead(case.layer, PLAIN)(hidden, loss=case.inputs(0.5, 1.0, 1, PLAIN))[0].backward()
+    LossHead(case.layer, PLAIN)(hidden, loss=case.inputs(0.5, 1.0, 1, PLAIN))[0].backward()
     _, (expected, *_), _ = case.reference(0.5, 1.0, PLAIN, 1.0)
     assert (hidden.grad - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert case.layer.weight.grad is None and case.layer.bias.grad is None
@@ -421,7 +421,7 @@ def test_no_gradient_is_computed_for_what_is_frozen() -> None:
 
 def test_without_loss_it_is_the_layer_it_replaces() -> None:
     case = Case(bias=True)
-    head = DivergenceHead(case.layer, LogitTransform(scale=2.0))
+    head = LossHead(case.layer, LogitTransform(scale=2.0))
     assert torch.equal(head(case.hidden), case.layer(case.hidden))
     assert head.weight is case.layer.weight
 
@@ -433,7 +433,7 @@ def test_bf16_weights_stay_close() -> None:
         setattr(case, name, getattr(case, name).bfloat16())
     case.layer.bfloat16()
     hidden = case.hidden.requires_grad_()
-    loss, *_ = DivergenceHead(case.layer, PLAIN)(hidden, loss=case.inputs(0.5, 1.0, 1 << 16, PLAIN))
+    loss, *_ = LossHead(case.layer, PLAIN)(hidden, loss=case.inputs(0.5, 1.0, 1 << 16, PLAIN))
     loss.backward()
     assert float(loss) == pytest.approx(float(expected), rel=0.01)
     for got, gradient in zip([hidden.grad, case.layer.weight.grad], gradients):
@@ -473,7 +473,7 @@ def test_whole_logits_are_never_held() -> None:
     case, chunk_bytes = Case(N=N, V=V, D=D, E=16), 70 * 2 * (V + accelerator.CPU_ROW_GAP) * 4
     assert chunk_rows(N, chunk_bytes, V, torch.float32) == 64
     with LargestTensor() as chunked:
-        loss, *_ = DivergenceHead(case.layer, PLAIN)(
+        loss, *_ = LossHead(case.layer, PLAIN)(
             case.hidden.requires_grad_(), loss=case.inputs(0.5, 1.0, chunk_bytes, PLAIN)
         )
         loss.backward()

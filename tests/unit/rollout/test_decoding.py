@@ -157,7 +157,7 @@ SAMPLING = Sampling(
 )
 
 
-def run(model, prompts, sampling=SAMPLING, sample_ids=None, max_rows=None) -> Completions:
+def run(model, prompts, sampling=SAMPLING, sample_ids=None, max_sequences=None) -> Completions:
     ids = list(range(len(prompts))) if sample_ids is None else sample_ids
     return decode(
         decoding_forward(model, sampling.vocabulary), prompts, ids, sampling, CPU, max_rows
@@ -197,7 +197,7 @@ def test_tokens_are_the_same_in_any_batch(
     for first in range(0, 24, batch):
         rows = list(range(first, first + batch))
         assert run(
-            model, [given[i] for i in rows], sample_ids=rows, max_rows=max_rows
+            model, [given[i] for i in rows], sample_ids=rows, max_sequences=max_rows
         ).token_ids == [expected[i] for i in rows]
 
 
@@ -206,7 +206,7 @@ def test_order_does_not_matter(model, expected) -> None:
         prompts(24),
         torch.randperm(24, generator=torch.Generator().manual_seed(3)).tolist(),
     )
-    got = run(model, [given[i] for i in order], sample_ids=order, max_rows=7)
+    got = run(model, [given[i] for i in order], sample_ids=order, max_sequences=7)
     assert got.token_ids == [expected[i] for i in order]
 
 
@@ -217,7 +217,7 @@ def test_other_families_too(family: str, tokenizer) -> None:
     """
     model = make_model(family, tokenizer=tokenizer, seed=5)
     given, sampling = prompts(4, seed=2), replace(SAMPLING, max_new_tokens=70)
-    assert run(model, given, sampling, max_rows=2).token_ids == one_by_one(model, given, sampling)
+    assert run(model, given, sampling, max_sequences=2).token_ids == one_by_one(model, given, sampling)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
@@ -276,7 +276,7 @@ def test_greedy_decoding_is_transformers_generate(model, max_rows: int | None) -
             eos_token_id=list(STOPS),
             pad_token_id=0,
         )
-    got = run(model, given, sampling, max_rows=max_rows)
+    got = run(model, given, sampling, max_sequences=max_rows)
     assert any(got.stopped) and not all(got.stopped)
     for tokens, row in zip(got.token_ids, theirs[:, width:].tolist(), strict=True):
         assert tokens == row[: len(tokens)]
@@ -284,7 +284,7 @@ def test_greedy_decoding_is_transformers_generate(model, max_rows: int | None) -
 
 
 def test_a_completion_ends_with_its_stop_token_or_at_its_limit(model) -> None:
-    got = run(model, prompts(24), max_rows=5)
+    got = run(model, prompts(24), max_sequences=5)
     for tokens, stopped in zip(got.token_ids, got.stopped, strict=True):
         assert not any(token in STOPS for token in tokens[:-1])
         assert stopped == (tokens[-1] in STOPS)
@@ -302,14 +302,14 @@ def test_a_stop_token_at_the_limit_counts_as_stopped(model, expected) -> None:
 
 def test_stop_at_once(model) -> None:
     everything = replace(SAMPLING, stop_ids=tuple(range(384)))
-    got = run(model, prompts(6), everything, max_rows=2)
+    got = run(model, prompts(6), everything, max_sequences=2)
     assert [len(tokens) for tokens in got.token_ids] == [1] * 6 and all(got.stopped)
 
 
 def test_max_length_limits_prompt_and_completion_together(model) -> None:
     given = prompts(12)
     sampling = replace(SAMPLING, stop_ids=(), max_length=40)
-    got = run(model, given, sampling, max_rows=4)
+    got = run(model, given, sampling, max_sequences=4)
     assert [len(prompt) + len(tokens) for prompt, tokens in zip(given, got.token_ids)] == [40] * 12
     assert not any(got.stopped)
     unlimited = run(model, given, replace(SAMPLING, stop_ids=()))
@@ -323,8 +323,8 @@ def test_pad_may_equal_the_stop_token(model, expected) -> None:
     pad = next(tokens[-1] for tokens in expected[:8] if tokens[-1] in STOPS)
     given = [[*prompt[:1], pad, *prompt[1:]] for prompt in prompts(8)]
     same = replace(SAMPLING, pad_id=pad)
-    assert run(model, given, same, max_rows=3).token_ids == one_by_one(model, given)
-    assert run(model, prompts(24)[:8], same, max_rows=3).token_ids == expected[:8]
+    assert run(model, given, same, max_sequences=3).token_ids == one_by_one(model, given)
+    assert run(model, prompts(24)[:8], same, max_sequences=3).token_ids == expected[:8]
 
 
 def test_tokens_beyond_the_shared_vocabulary_are_never_drawn(tokenizer) -> None:
@@ -343,7 +343,7 @@ def test_work_follows_the_number_of_real_tokens(model) -> None:
         "ragged: decoding in step would cost 2.5 times"
     )
     # The first token of each completion comes out of its prompt's forward.
-    assert got.decoded_rows <= 1.15 * sum(lengths)
+    assert got.decoded_sequences <= 1.15 * sum(lengths)
     assert got.prefilled_tokens <= 48 * max(len(prompt) for prompt in given)
 
 
@@ -361,7 +361,7 @@ def test_a_rank_without_rows_keeps_step_with_the_others(model) -> None:
 
     answers = iter([True, True, True, False, False])  # two turns, a refill in the first
     got = decode(counted, [], [], SAMPLING, CPU, agree=lambda here: next(answers))
-    assert got.token_ids == [] and got.decoded_rows == 0
+    assert got.token_ids == [] and got.decoded_sequences == 0
     assert calls == [1] * (1 + 4 + 4)
 
 

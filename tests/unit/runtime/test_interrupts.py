@@ -15,7 +15,8 @@ import pytest
 from gkd_ds.checkpoint import manifest
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.runtime.errors import InputError
-from gkd_ds.runtime.interrupts import SIGNALS, STOPPED, Interrupts, StopAgreed
+from gkd_ds.runtime.exit_codes import STOPPED
+from gkd_ds.runtime.interrupts import SIGNALS, Interrupts, StopAgreed
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -122,7 +123,8 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from gkd_ds.checkpoint import store
-from gkd_ds.runtime.interrupts import STOPPED, Interrupts
+from gkd_ds.runtime.exit_codes import STOPPED
+from gkd_ds.runtime.interrupts import Interrupts
 
 run_dir = Path(sys.argv[1])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gkd_ds.runtime.interrupts import STUCK
+from gkd_ds.runtime.exit_codes import STUCK
 from gkd_ds.runtime.watchdog import Watchdog
 
 PROGRAM = """
