@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from gkd_ds.config.config import GKDConfig
+from gkd_ds.engine.causal_lm import kv_bytes_per_token
 from gkd_ds.records import Sample
 from gkd_ds.rollout.sampling import Sampling
 
@@ -72,12 +73,3 @@ def sequences_that_fit(
         return None
     longest = max(len(sample.prompt_ids) for sample in samples) + sampling.max_new_tokens
     return max(1, config.rollout_memory_mb * 2**20 // (longest * kv_bytes_per_token(model)))
-
-
-def kv_bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes of keys and values that one token of one sequence takes in all layers."""
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    element_size = next(model.parameters()).element_size()
-    return 2 * text.num_hidden_layers * heads * head_dim * element_size

@@ -13,7 +13,7 @@ from gkd_ds import GKDConfig, GKDTrainer
 from gkd_ds.data.examples import SampleOrder
 from gkd_ds.pipeline import count_tokens
 from gkd_ds.records import Rollout, Source
-from gkd_ds.rollout.decoding import Sampling
+from gkd_ds.rollout.sampling import Sampling
 from tools.bench.case import Case
 from tools.bench.pace import Pace, PaceCallback
 from tools.bench.parity import collect_gradients, given_completions

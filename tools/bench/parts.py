@@ -102,18 +102,21 @@ LOSS_TOKENS = 2048
 
 
 def loss_ours(case: Case, pace: Pace) -> None:
-    from gkd_ds.learn.divergence import LossHead, LogitTransform, LossInputs, TeacherHead
+    from gkd_ds.engine.causal_lm import LogitTransform
+    from gkd_ds.learn.divergence import generalized_jsd_objective
+    from gkd_ds.learn.head import LossHead, LossInputs, TeacherHead
+    from gkd_ds.records import TargetForm
 
     hidden_ND, teacher_NE, head, teacher_VE = _loss_inputs(case)
     transform = LogitTransform()
     divergence = LossHead(head, transform)
     inputs = LossInputs(
-        teacher_hidden_NE=teacher_NE,
+        targets_NE=teacher_NE,
+        form=TargetForm.HIDDEN_STATES,
         tokens_N=torch.zeros(LOSS_TOKENS, dtype=torch.long),
         teacher_head=TeacherHead(teacher_VE, None, transform),
         vocabulary=case.workload.vocabulary,
-        beta=0.5,
-        temperature=1.0,
+        objective=generalized_jsd_objective(beta=0.5),
         chunk_bytes=case.options["loss_memory_mb"] * 2**20,
     )
     _measure_loss(

@@ -129,9 +129,9 @@ def hybrid_engine() -> dict:
     natively, beside `gather`.
     """
     said = _Said()
-    logging.getLogger("gkd_ds.learn.student").addHandler(said)
+    logging.getLogger("gkd_ds.rollout.choose").addHandler(said)
     auto = build("hybrid-auto", rollout_engine="auto")
-    logging.getLogger("gkd_ds.learn.student").removeHandler(said)
+    logging.getLogger("gkd_ds.rollout.choose").removeHandler(said)
     results = {"auto": auto.student.rollout_engine, "said": said.messages}
     try:
         build("hybrid-refused", rollout_engine="hybrid")

@@ -27,7 +27,9 @@ from gkd_ds.checkpoint.export import (
     push_to_hub,
 )
 from gkd_ds.checkpoint.model_card import Card, model_card
+from gkd_ds.checkpoint.publish import Publisher
 from gkd_ds.config.config import GKDConfig
+from gkd_ds.engine.inputs import Inputs
 from gkd_ds.runtime.errors import InputError
 from tests.tiny import FAMILIES, make_model, make_tokenizer
 
@@ -433,12 +435,9 @@ def test_push_arguments(run_dir):
 
 def test_push_to_hub_takes_what_trl_takes_for_the_model_card(hub, run_dir):
     trainer = GKDTrainer.__new__(GKDTrainer)  # no engine takes part in a push
-    trainer.args = GKDConfig(output_dir=str(run_dir), hub_model_id="org/made", hub_token="hf_mine")
-    trainer._names, trainer.inputs.train, trainer.state = (
-        {"student": "org/base"},
-        None,
-        TrainerState(),
-    )
+    config = GKDConfig(output_dir=str(run_dir), hub_model_id="org/made", hub_token="hf_mine")
+    inputs = Inputs(config, "org/base", "org/teacher", None, [], None, {}, 0)
+    trainer.publisher = Publisher(inputs, student=None, state=TrainerState())
     card = {
         "model_name": "My student",
         "dataset_name": "org/chats",

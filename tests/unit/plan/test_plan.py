@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.pipeline import kv_bytes_per_token
+from gkd_ds.engine.causal_lm import kv_bytes_per_token
 from gkd_ds.plan.memory import count_memory, peak
 from gkd_ds.plan.run import (
     MIB,

@@ -10,11 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from gkd_ds.engine import accelerator
 from gkd_ds.engine.causal_lm import decoding_forward
-from gkd_ds.rollout.decoding import SYNC_EVERY, Completions, Sampling, decode, draw, uniforms
+from gkd_ds.learn.head import LossHead
+from gkd_ds.records import Completions
+from gkd_ds.rollout.decoding import SYNC_EVERY, decode
+from gkd_ds.rollout.sampling import Sampling, draw, uniforms
 from tests.tiny import make_model, make_tokenizer
 
 CPU = torch.device("cpu")
@@ -160,7 +163,7 @@ SAMPLING = Sampling(
 def run(model, prompts, sampling=SAMPLING, sample_ids=None, max_sequences=None) -> Completions:
     ids = list(range(len(prompts))) if sample_ids is None else sample_ids
     return decode(
-        decoding_forward(model, sampling.vocabulary), prompts, ids, sampling, CPU, max_rows
+        decoding_forward(model, sampling.vocabulary), prompts, ids, sampling, CPU, max_sequences
     )
 
 
@@ -217,7 +220,9 @@ def test_other_families_too(family: str, tokenizer) -> None:
     """
     model = make_model(family, tokenizer=tokenizer, seed=5)
     given, sampling = prompts(4, seed=2), replace(SAMPLING, max_new_tokens=70)
-    assert run(model, given, sampling, max_sequences=2).token_ids == one_by_one(model, given, sampling)
+    assert run(model, given, sampling, max_sequences=2).token_ids == one_by_one(
+        model, given, sampling
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
@@ -230,7 +235,7 @@ def test_weights_in_another_layout_write_the_same_tokens(family: str, tokenizer)
     assert any(layer.bias is not None for layer in linear) == (family == "gpt_neox")
     given = prompts(8)
     plain = run(model, given).token_ids
-    with accelerator.fast_decoding(model):
+    with accelerator.fast_decoding(model, linear_types=(nn.Linear, LossHead)):
         assert all("forward" in layer.__dict__ for layer in linear)
         assert run(model, given).token_ids == plain
     assert not any("forward" in layer.__dict__ for layer in linear)
@@ -253,7 +258,7 @@ def test_a_model_that_changed_itself_while_decoding_can_be_trained(tokenizer) ->
     model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
     model = type(model)(model.config)
     before = model.model.rotary_emb.inv_freq.clone()
-    with accelerator.fast_decoding(model):
+    with accelerator.fast_decoding(model, linear_types=(nn.Linear, LossHead)):
         run(model, prompts(4))
     assert not before.equal(model.model.rotary_emb.inv_freq), "the sequences outgrew the table"
     assert not any(buffer.is_inference() for buffer in model.buffers())

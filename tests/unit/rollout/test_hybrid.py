@@ -2,8 +2,8 @@
 
 import pytest
 
+from gkd_ds.records import Completions
 from gkd_ds.rollout import hybrid
-from gkd_ds.rollout.decoding import Completions
 from gkd_ds.runtime.errors import InputError
 
 
