@@ -151,7 +151,8 @@ class Pipeline:
     # -- rollout -----------------------------------------------------------------------------------
 
     def rollout(self, samples: list[Sample], sources: set[Source]) -> list[Rollout]:
-        """Complete `samples`, in their order. `sources` are those of the whole window, on all ranks.
+        """Complete `samples`, in their order. `sources` are those of the whole window, on all
+        ranks.
 
         A source that no rank uses costs nothing; one that any rank uses is run by all of them.
         """

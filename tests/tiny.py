@@ -1,8 +1,7 @@
 """Tiny models, a tokenizer and chat data for tests: real Hugging Face directories, made offline in
 a second.
 
-    PYTHONPATH=. python -m tests.tiny DIRECTORY        # writes student/, teacher/, train.jsonl and
-    test.jsonl
+    PYTHONPATH=. python -m tests.tiny DIRECTORY        # writes student/, teacher/, train.jsonl and test.jsonl
 
 The tokenizer is a byte-level BPE trained on `make_chat_rows`, with the ChatML template:
 `<|im_end|>` ends a turn, and the pad token is its own. Calls with the same arguments give the same

@@ -3,9 +3,8 @@
 network, clocks.
 
     python tools/preflight.py --config recipe.yaml                              # this machine
-    python tools/preflight.py --hostfile H --config recipe.yaml [--any_field value] python
-    tools/preflight.py --slurm --config recipe.yaml                      # all nodes of this Slurm
-    job
+    python tools/preflight.py --hostfile H --config recipe.yaml [--any_field value]
+    python tools/preflight.py --slurm --config recipe.yaml                      # all nodes of this Slurm job
 
 One table with a line per node, then the problems, then a verdict. Exit code 0: start the job; 1: do
 not; 2: the preflight itself was called wrongly. Takes a few seconds, whatever the number of nodes.

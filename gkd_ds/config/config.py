@@ -174,7 +174,8 @@ def option(
     default: Any, help: str, *, heading: str | None = None, secret: bool = False, **bounds: float
 ) -> Any:
     """A field: its default (`dict` and `list` mean an empty one), its meaning, and inclusive
-    (`low`, `high`) or exclusive (`above`, `below`) bounds. `heading` starts a group of fields."""
+    (`low`, `high`) or exclusive (`above`, `below`) bounds. `heading` starts a group of fields.
+    """
     metadata = {"help": help, "heading": heading, "secret": secret, "bounds": bounds}
     if default in (dict, list):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -187,8 +188,7 @@ class GKDConfig:
 
     Raises:
         InputError: a value of the wrong type or out of bounds, a combination that contradicts
-        itself, or a
-            field of TRL's that is not supported and was changed.
+            itself, or a field of TRL's that is not supported and was changed.
     """
 
     output_dir: str | None = option(
@@ -690,7 +690,7 @@ class GKDConfig:
 
         Raises:
             InputError: a file or directory is missing, malformed, contradicts a field, or cannot be
-            written.
+                written.
         """
         self.read_deepspeed_files()
         check_model("model_name_or_path", self.model_name_or_path, self.model_init_kwargs)
@@ -738,7 +738,7 @@ class GKDConfig:
 
         Raises:
             InputError: output_dir is one of the inputs, or holds a run that is neither continued
-            nor given up.
+                nor given up.
         """
         directory = Path(self.output_dir)
         for name in ("model_name_or_path", "teacher_model_name_or_path", "dataset_name"):
@@ -904,7 +904,8 @@ def is_multiple(larger: float, smaller: float) -> bool:
 def plain(value: Any) -> Any:
     """`value` as JSON can hold it, without secrets: a nested entry such as
     model_init_kwargs={"token": ...} is left out, and the values of secret environment variables are
-    hidden."""
+    hidden.
+    """
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, dict):

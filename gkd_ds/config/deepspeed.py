@@ -1,8 +1,8 @@
 """Read a DeepSpeed JSON file and refuse what contradicts GKDConfig, before torch or DeepSpeed are
 imported.
 
-One owner per field: GKDConfig owns batch sizes, accumulation, learning rate, clipping, precision and
-tracking; the DeepSpeed file owns ZeRO, offload and communication. In it our fields are "auto",
+One owner per field: GKDConfig owns batch sizes, accumulation, learning rate, clipping, precision
+and tracking; the DeepSpeed file owns ZeRO, offload and communication. In it our fields are "auto",
 absent, or equal to ours.
 """
 
@@ -52,7 +52,7 @@ def read_deepspeed(name: str, source: dict | str | None) -> dict | None:
 
     Raises:
         InputError: the file is missing, unreadable, not JSON or not an object, or misspells a
-        top-level key.
+            top-level key.
     """
     if source is None:
         return None

@@ -25,7 +25,7 @@ def read_recipe(path: str) -> dict[str, Any]:
 
     Raises:
         InputError: the file is missing, unreadable, no flat YAML mapping, or sets an unknown name
-        or one twice.
+            or one twice.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -104,7 +104,7 @@ def read_flags(arguments: list[str]) -> dict[str, Any]:
 
     Raises:
         InputError: an unknown name (with the nearest known one), a value without a name, a name
-        without a value.
+            without a value.
     """
     given: dict[str, Any] = {}
     rest = list(arguments)

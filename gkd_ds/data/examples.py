@@ -1,7 +1,7 @@
 """Chat rows become prompt and completion tokens, in an order that can be resumed.
 
-    rows = read_dataset("train.jsonl", "train")                      # a file, a directory or a hub
-    name examples = tokenize(rows, tokenizer, config, "train.jsonl", stop_ids)
+    rows = read_dataset("train.jsonl", "train")                      # a file, a directory or a hub name
+    examples = tokenize(rows, tokenizer, config, "train.jsonl", stop_ids)
     examples.prompt_ids[0], examples.completion_ids[0]               # two list[int]
 
 A row has `messages` (a list of {role, content}), or `prompt` and `completion` (both strings, or

@@ -366,7 +366,8 @@ def _is_on(value: Any, place: torch.device) -> bool:
 def _plain_linear() -> Iterator[None]:
     """torch's own F.linear. DeepSpeed leaves an autograd function written in Python in its place
     for the whole process once there is a ZeRO-3 engine; for the few rows of a decode step that
-    costs as much as the product itself."""
+    costs as much as the product itself.
+    """
     theirs = torch.nn.functional.linear
     torch.nn.functional.linear = torch._C._nn.linear
     try:

@@ -1,8 +1,6 @@
 """An append-only file of JSON lines that survives crashes, full disks and resumes.
 
-rows = JsonLines(Path("metrics.jsonl"))
-rows.append({"step": 1, "loss": 0.5})
-rows.truncate(step=0)
+rows = JsonLines(Path("metrics.jsonl")) rows.append({"step": 1, "loss": 0.5}) rows.truncate(step=0)
 """
 
 import json

@@ -32,15 +32,17 @@ class Tracker:
 
     Args:
         config: GKDConfig; read are report_to, project, run_name, logging_*, disable_tqdm and
-        to_dict(). rank: global rank of this process. run_dir: directory of the run; gets
-        metrics.jsonl, rollouts.jsonl and W&B's own folder. total_steps: number of updates of the
-        whole run, for the progress bar and the remaining time. resume_run_id: `run_id` of the run
-        that is continued, from its checkpoint.
+            to_dict().
+        rank: global rank of this process.
+        run_dir: directory of the run; gets metrics.jsonl, rollouts.jsonl and W&B's own folder.
+        total_steps: number of updates of the whole run, for the progress bar and the remaining
+            time.
+        resume_run_id: `run_id` of the run that is continued, from its checkpoint.
 
     Attributes:
         run_id: W&B id of the run (also without W&B, so that a resume may turn it on); None on other
-        ranks. where: where to look at the W&B run: an address or a local directory; None without
-        W&B.
+            ranks.
+        where: where to look at the W&B run: an address or a local directory; None without W&B.
     """
 
     def __init__(

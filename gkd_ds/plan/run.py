@@ -1,9 +1,8 @@
 """What a run will be, from configurations alone: the models' sizes, the batches, where the engines
 keep what.
 
-    python -m gkd_ds.train --config recipe.yaml --dry_run         # memory on this machine:
-    plan_memory.py, dry_run.py python tools/plan.py --config recipe.yaml --hostfile hosts    # work
-    (plan_work.py) and times for a whole cluster
+    python -m gkd_ds.train --config recipe.yaml --dry_run         # memory on this machine: plan_memory.py, dry_run.py
+    python tools/plan.py --config recipe.yaml --hostfile hosts    # work (plan_work.py) and times for a whole cluster
 
 No weight is read: models are built on torch's meta device.
 """

@@ -14,10 +14,13 @@ class Work:
     """What a phase does on one rank in one update (expected values).
 
     Attributes:
-        flops: multiplications and additions. prefill: those before them, in a rollout: of reading
-        the prompts, which is over when decoding begins. memory: bytes read from the device's own
-        memory, where that and not `flops` may decide (decoding). links: bytes over "ranks"
-        (all-gather, reduce-scatter: what this rank receives), "pcie" and "nvme".
+        flops: multiplications and additions.
+        prefill: those before them, in a rollout: of reading the prompts, which is over when
+            decoding begins.
+        memory: bytes read from the device's own memory, where that and not `flops` may decide
+            (decoding).
+        links: bytes over "ranks" (all-gather, reduce-scatter: what this rank receives), "pcie" and
+            "nvme".
     """
 
     flops: float = 0.0
@@ -48,7 +51,8 @@ def from_others(elements: float, plan: Plan) -> float:
 
 def fetch(engine: Engine, elements: float, matrices: Iterable[int], plan: Plan) -> dict[str, float]:
     """Traffic of one pass over `elements` partitioned weights, `matrices` among them: each rank
-    fetches its share, then all gather."""
+    fetches its share, then all gather.
+    """
     links = {"ranks": from_others(elements, plan)}
     share = elements * plan.weight_bytes / plan.ranks
     if engine.params_on != "none" and not plan.on_cpu:

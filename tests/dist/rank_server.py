@@ -2,8 +2,8 @@
 forks them.
 
     with Server() as server:
-        job = server.start(2, {"output_dir": ..., ...}, fault="kill:score:2:1") codes = job.wait()
-        # exit codes, negative for signals, None for ranks that had to be killed
+        job = server.start(2, {"output_dir": ..., ...}, fault="kill:score:2:1")
+        codes = job.wait()         # exit codes, negative for signals, None for ranks that had to be killed
 
 Each rank gets what the deepspeed launcher gives it (RANK, WORLD_SIZE, MASTER_PORT, ...), runs the
 command line's `main` and writes stdout and stderr to `<output_dir>.log-<rank>`. What the launcher

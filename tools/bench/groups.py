@@ -88,7 +88,8 @@ def all_groups(work_dir: Path, quick: bool) -> list[Group]:
 
 def _fixed(vocabulary: int, quick: bool, allocator: bool = False) -> Group:
     """Completions of 64 tokens, one process. TRL's GKDTrainer by default recomputes activations,
-    and then samples without a key-value cache; it is compared with and without, and so are we."""
+    and then samples without a key-value cache; it is compared with and without, and so are we.
+    """
     work = Workload(vocabulary, budget=16 if quick else 64)
     make = _Maker(work).add("gkd_ds", "ours", deepspeed=STAGE_OF_ONE)
     if not allocator:

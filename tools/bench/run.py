@@ -1,9 +1,8 @@
 """Run the benchmark: the same distillation through gkd_ds and through its peers, side by side.
 
-    bash tools/bench/run.sh                                      # everything: results.json,
-    results.md, results.png python -m tools.bench.run --quick                            # a smoke
-    run of everything, in a few minutes python -m tools.bench.run --groups fixed/8192 zero3/8192
-    # some of it
+    bash tools/bench/run.sh                                      # everything: results.json, results.md, results.png
+    python -m tools.bench.run --quick                            # a smoke run of everything, in a few minutes
+    python -m tools.bench.run --groups fixed/8192 zero3/8192     # some of it
 
 README.md beside this file says what is compared and how. Run it from the project's root, on a quiet
 machine.

@@ -131,7 +131,8 @@ def _model(role: str, vocabulary: int, seed: int) -> LlamaForCausalLM:
 @torch.no_grad()
 def _never_end(model: LlamaForCausalLM) -> None:
     """Dimension 0 of the residual stream is 1 for every token, and the end token's logit is -60
-    times what becomes of it: the end token is out of reach of sampling, at no cost to anybody."""
+    times what becomes of it: the end token is out of reach of sampling, at no cost to anybody.
+    """
     model.model.embed_tokens.weight[:, 0] = 1.0
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight[0] = 0.0
