@@ -235,7 +235,7 @@ class WindowLoop:
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
 
     def _log(self) -> None:
-        """Tell the mean loss since this was done last; nothing if that was after the same update."""
+        """Tell the mean loss since this was done last; nothing if no update came between."""
         logs, step = self.progress.take_unlogged(), self.state.global_step
         if logs is None:
             return

@@ -72,8 +72,8 @@ class SequenceBatch:
 
     `input_ids_BT` holds every token but the last of each sequence's end padding; `index_N` are the
     flat positions (b * T + t) whose hidden states predict a completion token, in rollout order;
-    `tokens_N` are those tokens. A batch without rollouts has one dummy sequence, so that every rank runs
-    the same collectives.
+    `tokens_N` are those tokens. A batch without rollouts has one dummy sequence, so that every rank
+    runs the same collectives.
     """
 
     input_ids_BT: Tensor
@@ -97,7 +97,7 @@ def sequence_batch(rollouts: list[Rollout], pad_id: int, device: torch.device) -
 
 
 class TargetForm(str, Enum):
-    """What a teacher's targets are. The loss asks for the form and never for the teacher's class."""
+    """What a teacher's targets are. The loss asks for the form, never for the teacher's class."""
 
     HIDDEN_STATES = "hidden states"  # `[N, E]`, which the loss multiplies by the teacher's head
 

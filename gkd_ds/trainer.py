@@ -114,8 +114,8 @@ class GKDTrainer(WindowLoop):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Held-out divergence (monitor/evaluation.py) of `eval_dataset`, by default the one given to
-        the trainer. Collective.
+        """Held-out divergence (monitor/evaluation.py) of `eval_dataset`, by default the one given
+        to the trainer. Collective.
 
         Returns `<prefix>_loss`, `<prefix>_on_policy_loss`, ...; with several sets
         `<prefix>_<name>_loss`.

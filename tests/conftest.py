@@ -1,4 +1,6 @@
-"""Where DeepSpeed's builds are kept; and what was not tested is said last, where nobody overlooks it."""
+"""Where DeepSpeed's builds are kept; and what was not tested is said last, where nobody overlooks
+it.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,9 @@ import os
 import sys
 from pathlib import Path
 
-# DeepSpeed builds its NVMe reader when it is first used, and both ranks of a test wait for that: six
-# minutes on two cores. It is kept with the environment, where tests/run.sh keeps it, and not built
-# once more for whoever calls pytest alone.
+# DeepSpeed builds its NVMe reader when it is first used, and both ranks of a test wait for that:
+# six minutes on two cores. It is kept with the environment, where tests/run.sh keeps it, and not
+# built once more for whoever calls pytest alone.
 BUILDS = Path(
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
 )

@@ -1,7 +1,7 @@
 """A trained student as a Hugging Face directory that never looks complete before it is, and its way
 to the hub.
 
-    export_model(model, state_dict, tokenizer, model.generation_config, "runs/first", card={"teacher": "..."})
+    export_model(model, state_dict, tokenizer, model.generation_config, "runs/first", card)
     AutoModelForCausalLM.from_pretrained("runs/first")
 
 Everything is written into a hidden folder inside the directory first and moved into place file by

@@ -2,7 +2,8 @@
 opened.
 
     {"format": ..., "step": 15, "sequence": 3, "world_size": 2, "state": {...}, "versions": {...},
-     "written": ..., "files": {"engine/x.pt": {"size": 9, "sha256": ...}}, "digest": SHA-256 of all the rest}
+     "written": ..., "files": {"engine/x.pt": {"size": 9, "sha256": ...}},
+     "digest": SHA-256 of all the rest}
 
 DeepSpeed's files are pickles, that is, programs. A reader gets to open a file only when the
 manifest lists it, its content has the listed hash, and (because a hash proves only that a file did
@@ -35,7 +36,8 @@ HARMLESS_CLASSES = {
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",  # a start and a length, below stage 3 and in bf16
+    # A start and a length, below stage 3 and in bf16.
+    "deepspeed.utils.tensor_fragment.fragment_address",
 }
 
 

@@ -38,8 +38,8 @@ CITATION = """\
 ```bibtex
 @inproceedings{agarwal2024onpolicy,
   title     = {On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes},
-  author    = {Rishabh Agarwal and Nino Vieillard and Yongchao Zhou and Piotr Stanczyk and Sabela Ramos and
-               Matthieu Geist and Olivier Bachem},
+  author    = {Rishabh Agarwal and Nino Vieillard and Yongchao Zhou and Piotr Stanczyk and
+               Sabela Ramos and Matthieu Geist and Olivier Bachem},
   booktitle = {International Conference on Learning Representations},
   year      = {2024},
   note      = {arXiv:2306.13649}
@@ -110,8 +110,10 @@ def _story(card: Card) -> str:
         ("updates", card.get("step")),
         ("ranks", card.get("ranks")),
     ]
-    intro = ("This model was trained by on-policy distillation: it wrote completions itself, and the teacher's "
-             "distribution over every next token was the target.")  # fmt: skip
+    intro = (
+        "This model was trained by on-policy distillation: it wrote completions itself, and the "
+        "teacher's distribution over every next token was the target."
+    )
     return intro + "\n\n" + _table("Origin", ("", ""), [row for row in rows if row[1] is not None])
 
 

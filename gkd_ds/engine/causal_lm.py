@@ -17,7 +17,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from gkd_ds.runtime.errors import InputError
 
-# (ids [B, t], mask [B, L + t] or None, positions [B, t], cache) -> logits of the last position [B, V]
+# (ids [B, t], mask [B, L + t] or None, positions [B, t], cache) -> logits of the last position [B,
+# V]
 Forward = Callable[[Tensor, "Tensor | None", Tensor, DynamicCache], Tensor]
 
 

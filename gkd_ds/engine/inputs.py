@@ -1,4 +1,6 @@
-"""From what the user gave to the trainer to what a run works on, checked before any weight is loaded."""
+"""From what the user gave to the trainer to what a run works on, checked before any weight is
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from gkd_ds.runtime.provenance import library_versions
 
 @dataclass(frozen=True)
 class Inputs:
-    """`student` and `teacher` are names or models. `evaluation` holds the evaluation sets by name; a
-    single one has the empty name. `vocabulary` is the number of token ids that both models score.
+    """`student` and `teacher` are names or models. `evaluation` holds the evaluation sets by name;
+    a single one has the empty name. `vocabulary` is the number of token ids that both models score.
     """
 
     config: GKDConfig

@@ -1,4 +1,5 @@
-"""The student's output layer, which turns hidden states into a loss without ever holding all logits.
+"""The student's output layer, which turns hidden states into a loss without ever holding all
+logits.
 
 Shapes: N completion tokens, V shared vocabulary, W rows of the student's output matrix (W >= V), D
 student width, E teacher width, n tokens of one chunk or tile.

@@ -3,8 +3,8 @@
 An objective is a function. It gets the logits of both models for a few completion tokens and
 returns the loss of each token with its gradient (`TokenLoss`). The chunked head (head.py) does the
 rest: it makes the logits, and carries the gradient on to hidden states and weights. The generalized
-JSD (divergence.py) brings its gradient in closed form; `by_autograd` makes an objective of a formula
-alone, at the price of some memory and time.
+JSD (divergence.py) brings its gradient in closed form; `by_autograd` makes an objective of a
+formula alone, at the price of some memory and time.
 
 Shapes: V shared vocabulary, n completion tokens of one tile.
 """

@@ -52,7 +52,7 @@ def evaluate(pipeline: Pipeline, examples: Examples, config: GKDConfig) -> dict[
 def evaluate_sets(
     pipeline: Pipeline, sets: dict[str, Examples], config: GKDConfig, prefix: str
 ) -> dict[str, float]:
-    """`evaluate` of several sets: `<prefix>_loss`, or `<prefix>_<name>_loss` for one with a name."""
+    """`evaluate` several sets: `<prefix>_loss`, or `<prefix>_<name>_loss` for one with a name."""
     metrics = {}
     for name, examples in sets.items():
         of_set = f"{prefix}_{name}" if name else prefix

@@ -23,8 +23,8 @@ from gkd_ds.records import Completions
 from gkd_ds.rollout.kv_cache import empty_cache
 from gkd_ds.rollout.sampling import Sampling, draw, uniforms
 
-# Reading which sequences have stopped is the loop's only wait for the device. A finished sequence is
-# computed for one and a half steps in vain on average: under 2 % of a hundred tokens.
+# Reading which sequences have stopped is the loop's only wait for the device. A finished sequence
+# is computed for one and a half steps in vain on average: under 2 % of a hundred tokens.
 SYNC_EVERY = 4
 # Padded prompt tokens that are prefilled at a time.
 PREFILL_TOKENS = 16_384
@@ -43,10 +43,10 @@ def decode(
 ) -> Completions:
     """Complete every prompt.
 
-    Args: `forward` runs the model on new tokens and extends the cache; `max_sequences` bounds
-    the sequences decoded at a time (None: all); `agree` is the logical *or* over the ranks that must run
-    `forward` in step (parameters that stay partitioned), and the identity where each rank decodes
-    on its own; `heartbeat` is called every few steps.
+    Args: `forward` runs the model on new tokens and extends the cache; `max_sequences` bounds the
+    sequences decoded at a time (None: all); `agree` is the logical *or* over the ranks that must
+    run `forward` in step (parameters that stay partitioned), and the identity where each rank
+    decodes on its own; `heartbeat` is called every few steps.
     """
     batch = _Batch(
         forward, prompts, sample_ids, sampling, device, max_sequences or max(len(prompts), 1)
@@ -61,8 +61,8 @@ def decode(
 
 
 class _Batch:
-    """The sequences being decoded. Tensors `[R]` and `[R, P]` cover all prompts, `[B]` the sequences now in
-    the batch.
+    """The sequences being decoded. Tensors `[R]` and `[R, P]` cover all prompts, `[B]` the
+    sequences now in the batch.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class _Batch:
         return self.prompt_B.numel()
 
     def wants_refill(self) -> bool:
-        """Prefilling few sequences at a time is slow: wait until a quarter of the places is free."""
+        """Prefilling few prompts at a time is slow: wait until a quarter of the places is free."""
         return bool(self.waiting) and (self.max_sequences - self.live) * 4 >= min(
             self.max_sequences, len(self.waiting)
         )
@@ -139,8 +139,8 @@ class _Batch:
             return
         place_Bs = self.count_R[self.prompt_B, None] + torch.arange(steps, device=self.device)
         uniform_Bs = self.uniform_RP[self.prompt_B[:, None], place_Bs]
-        # A sequence goes on after its end until it is dropped: not beyond the positions that the model
-        # may have.
+        # A sequence goes on after its end until it is dropped: not beyond the positions that the
+        # model may have.
         position_Bs = (
             self.prompt_length_R[self.prompt_B, None]
             + place_Bs.minimum(self.limit_R[self.prompt_B, None])
@@ -161,8 +161,8 @@ class _Batch:
         self._note(self.prompt_B, tokens_Bs)
 
     def drop_finished(self) -> None:
-        """Take the sequences that have stopped out of the batch, and the padding that no remaining sequence
-        needs.
+        """Take the sequences that have stopped out of the batch, and the padding that no remaining
+        sequence needs.
         """
         keep_B = (~self._finished(self.prompt_B)).nonzero()[:, 0]
         if keep_B.numel() == self.live:

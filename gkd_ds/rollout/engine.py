@@ -37,12 +37,12 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def window(self) -> AbstractContextManager[None]:
-        """What the engine needs before a window is sampled, and undoes after it, whatever happens."""
+        """What the engine needs before a window is sampled and undoes after it, whatever happens."""
 
     @abstractmethod
     def generate(
         self, samples: list[Sample], sampling: Sampling, heartbeat: Callable[[], None]
     ) -> Completions:
-        """Complete `samples`, in their order; call `heartbeat` often. Called inside of `window`, also
-        on a rank without samples.
+        """Complete `samples`, in their order; call `heartbeat` often. Called inside of `window`,
+        also on a rank without samples.
         """

@@ -57,7 +57,7 @@ class Hybrid(RolloutEngine):
 
     @staticmethod
     def prepare(ds_config: dict[str, Any], root: zero.EngineRoot, model: PreTrainedModel) -> None:
-        """Ask DeepSpeed for its hybrid engine, which wants a model's configuration and `generate`."""
+        """Ask for DeepSpeed's hybrid engine, which wants a model's configuration and `generate`."""
         ds_config["hybrid_engine"] = DS_BLOCK
         root.config, root.generate = model.config, model.generate
 

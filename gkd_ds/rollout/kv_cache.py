@@ -53,7 +53,9 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def replace(self, keys_BHLD: Tensor, values_BHLD: Tensor, capacity: int | None = None) -> None:
-        """Copy these into room of their own: other sequences or positions, or more room for the same."""
+        """Copy these into room of their own: other sequences or positions, or more room for the
+        same.
+        """
         self.keys_BHCD, self.keys = _with_room(keys_BHLD, capacity)
         self.values_BHCD, self.values = _with_room(values_BHLD, capacity)
 

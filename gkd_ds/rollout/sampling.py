@@ -1,7 +1,8 @@
-"""Which token comes next: the inverse CDF of one counter-based uniform per (seed, sample, position).
+"""Which token comes next: the inverse CDF of one counter-based uniform per (seed, sample,
+position).
 
-Nothing else is random in a rollout, and no number depends on the batch. Shapes: B sequences, V vocabulary, P positions
-of a completion.
+Nothing else is random in a rollout, and no number depends on the batch. Shapes: B sequences, V
+vocabulary, P positions of a completion.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def uniforms(
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:
-    """The inverse CDF of one uniform per sequence: token ids `[B]` (int64). `temperature` 0 takes the
-    most likely token.
+    """The inverse CDF of one uniform per sequence: token ids `[B]` (int64). `temperature` 0 takes
+    the most likely token.
 
     Two levels: find the block of 256 tokens in which the cumulated probability passes the uniform,
     then the token. A sequence's result depends on that sequence alone.

@@ -1,7 +1,7 @@
 """Faults on demand, so that tests and operators can see what a run does when it is killed at a
 given point.
 
-    GKD_FAULT=kill:save:3:1 deepspeed --num_accelerators 2 --module gkd_ds.train --config recipe.yaml
+    GKD_FAULT=kill:save:3:1 deepspeed --module gkd_ds.train --config recipe.yaml
 
 does to rank 1 what a power cut would do at the third write step of its saves. `GKD_FAULT` is a list
 of `<action>:<point>:<n>[:<rank>]`, separated by commas: when a process passes the point for the

@@ -16,8 +16,8 @@ from gkd_ds.rollout.sampling import Sampling
 
 
 class Teacher(Protocol):
-    """Says what it thinks of completions, and writes some itself. Every method is a collective, also
-    for a rank that brings nothing.
+    """Says what it thinks of completions, and writes some itself. Every method is a collective,
+    also for a rank that brings nothing.
     """
 
     def score(self, rollouts: list[Rollout], heartbeat: Callable[[], None]) -> TeacherTargets:

@@ -1,1 +1,3 @@
-"""What tests/dist/worker.py runs, by subject. A scenario is a function that returns what JSON can hold."""
+"""What tests/dist/worker.py runs, by subject. A scenario is a function that returns what JSON can
+hold.
+"""

@@ -1,4 +1,6 @@
-"""What the scenarios share: where their models and results are, a recipe, and making a trainer of it."""
+"""What the scenarios share: where their models and results are, a recipe, and making a trainer of
+it.
+"""
 
 from __future__ import annotations
 

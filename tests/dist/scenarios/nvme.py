@@ -1,4 +1,6 @@
-"""The teacher or the optimizer on NVMe, beside the same in memory; and files there that are damaged."""
+"""The teacher or the optimizer on NVMe, beside the same in memory; and files there that are
+damaged.
+"""
 
 from __future__ import annotations
 
