@@ -32,8 +32,9 @@ from gkd_ds.checkpoint import engine_files, export, resharding, store
 from gkd_ds.checkpoint.progress import TRAINER_STATE, Mean, Progress, check_state, differences
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.config.paths import open_anew
-from gkd_ds.data.examples import Examples, SampleOrder, stop_token_ids, tokenize
-from gkd_ds.data.schedule import StepScheduler
+from gkd_ds.data.examples import Examples, tokenize
+from gkd_ds.data.schedule import SampleOrder, StepScheduler
+from gkd_ds.data.tokenizer import stop_token_ids
 from gkd_ds.engine import loading, zero
 from gkd_ds.learn import trl
 from gkd_ds.learn.student import Student
