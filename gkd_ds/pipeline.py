@@ -22,6 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from gkd_ds.config.config import GKDConfig
+from gkd_ds.engine.causal_lm import kv_elements_per_token
 from gkd_ds.learn.batching import length_groups
 from gkd_ds.learn.divergence import LossInputs, TeacherHead
 from gkd_ds.learn.student import Student
@@ -141,9 +142,8 @@ class Pipeline:
         if self.config.rollout_memory_mb is None or not samples:
             return None
         longest = max(len(sample.prompt_ids) for sample in samples) + self.sampling.max_new_tokens
-        return max(
-            1, self.config.rollout_memory_mb * 2**20 // (longest * kv_bytes_per_token(model))
-        )
+        row_bytes = longest * kv_elements_per_token(model) * next(model.parameters()).element_size()
+        return max(1, self.config.rollout_memory_mb * 2**20 // row_bytes)
 
     # -- score
     # --------------------------------------------------------------------------------------
@@ -231,14 +231,6 @@ class Pipeline:
             [row for row, length in zip(group, lengths) for _ in range(length)], dtype=torch.long
         )
         sums_4R.index_add_(1, owner.to(sums_4R.device), per_token_4N)
-
-
-def kv_bytes_per_token(model) -> int:
-    """Bytes of keys and values that one token of one row takes in all layers."""
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_dim * next(model.parameters()).element_size()
 
 
 def count_tokens(rollouts: list[Rollout]) -> int:
