@@ -2,13 +2,12 @@
 """Predicts memory, traffic and time of a run on a cluster, from configurations alone, before the
 job queues.
 
-    python tools/plan.py --config recipe.yaml --hostfile hosts            # nodes and GPUs from a
-    hostfile python tools/plan.py --config recipe.yaml --nodes 8 --gpus 8 --gpu_memory_gb 80
-    --nvme_gb_per_s 12 python tools/plan.py --table > tools/plan_70b_8b.md                   # 70B
-    -> 8B on 1, 8, 64 and 512 GPUs
+    python tools/plan.py --config recipe.yaml --hostfile hosts    # nodes and GPUs of a hostfile
+    python tools/plan.py --config recipe.yaml --nodes 8 --gpus 8 --nvme_gb_per_s 12
+    python tools/plan.py --table > tools/plan_70b_8b.md           # 70B -> 8B on 1 to 512 GPUs
 
 Every GKDConfig field is a flag too (--gradient_accumulation_steps 16). The counts are those of
-gkd_ds/plan/memory.py and plan_work.py; the times are a roofline over the bandwidths below: an
+gkd_ds/plan/memory.py and tools/plan_work.py; the times are a roofline over the bandwidths below: an
 orientation, no promise. Exit code 0: it fits; 1: it does not, with what to change; 2: wrong input.
 No dataset is needed, and no weight is read.
 """
@@ -27,9 +26,15 @@ from gkd_ds.config.config import GKDConfig  # noqa: E402
 from gkd_ds.config.recipe import read_flags, read_recipe  # noqa: E402
 from gkd_ds.plan.dry_run import memory_table, model_line  # noqa: E402
 from gkd_ds.plan.memory import Memory, count_memory, peak  # noqa: E402
-from gkd_ds.plan.run import MIB, PHASES, Engine, Plan, count_model, make_plan  # noqa: E402
-from gkd_ds.plan.work import Work, count_work, forward_flops, teacher_pass  # noqa: E402
+from gkd_ds.plan.run import MIB, PHASES, Engine, count_model, make_plan  # noqa: E402
 from gkd_ds.runtime.errors import InputError  # noqa: E402
+from tools.plan_work import (  # noqa: E402
+    ExpectedPlan,
+    Work,
+    count_work,
+    forward_flops,
+    teacher_pass,
+)
 
 GB = 10**9
 MODELS = Path(__file__).with_name("plan_models")
@@ -122,7 +127,7 @@ class Crossover:
         return self.window_tokens >= self.tokens
 
 
-def crossover(plan: Plan, cluster: Cluster) -> Crossover:
+def crossover(plan: ExpectedPlan, cluster: Cluster) -> Crossover:
     stream = max(link_seconds(teacher_pass(plan), cluster).values(), default=0.0)
     per_token = forward_flops(plan.teacher, 1, plan.length / 2)
     window = plan.rows * plan.length // plan.teacher_passes
@@ -180,7 +185,7 @@ def advise(memory: list[Memory], place: str, phase: str) -> list[str]:
 # ---- Report ----
 
 
-def report(plan: Plan, cluster: Cluster) -> str:
+def report(plan: ExpectedPlan, cluster: Cluster) -> str:
     memory, work = count_memory(plan), count_work(plan)
     lines = [
         f"# Prediction for {cluster.nodes} node(s) with {cluster.gpus} GPU(s) each",
@@ -238,7 +243,7 @@ def time_lines(work: dict[str, Work], cluster: Cluster) -> list[str]:
     return lines
 
 
-def crossover_lines(plan: Plan, cluster: Cluster) -> list[str]:
+def crossover_lines(plan: ExpectedPlan, cluster: Cluster) -> list[str]:
     cross = crossover(plan, cluster)
     samples = math.ceil(cross.tokens / plan.length)
     lines = [
@@ -252,7 +257,7 @@ def crossover_lines(plan: Plan, cluster: Cluster) -> list[str]:
     return lines
 
 
-def what_hides(plan: Plan, cross: Crossover) -> list[str]:
+def what_hides(plan: ExpectedPlan, cross: Crossover) -> list[str]:
     """The fields that put enough tokens into one pass: the window must have them, and the pass must
     hold them.
     """
@@ -321,7 +326,7 @@ def table() -> str:
     )
 
 
-def placements(student, teacher, gpus: int) -> Iterator[Plan]:
+def placements(student, teacher, gpus: int) -> Iterator[ExpectedPlan]:
     """The ways to place the teacher and the student's optimizer."""
     per_rank = 1024 // gpus
     micro = min(8, per_rank)
@@ -338,7 +343,7 @@ def placements(student, teacher, gpus: int) -> Iterator[Plan]:
     for teacher_on in PLACEMENTS:
         for optimizer_on in PLACEMENTS:
             zero = {"stage": 3, "reduce_bucket_size": 50_000_000}
-            yield Plan(
+            yield ExpectedPlan(
                 config=config,
                 student=student,
                 teacher=teacher,
@@ -355,8 +360,8 @@ def placements(student, teacher, gpus: int) -> Iterator[Plan]:
             )
 
 
-def table_row(plans: list[Plan], cluster: Cluster) -> str:
-    def times(plan: Plan) -> dict[str, tuple[float, str]]:
+def table_row(plans: list[ExpectedPlan], cluster: Cluster) -> str:
+    def times(plan: ExpectedPlan) -> dict[str, tuple[float, str]]:
         return {
             phase: phase_seconds(phase, work, cluster) for phase, work in count_work(plan).items()
         }
@@ -466,7 +471,8 @@ def main(argv: list[str] | None = None) -> int:
             "prompt_tokens": known.prompt_tokens,
             "completion_tokens": known.completion_tokens,
         }
-        plan = make_plan(config, cluster.ranks, weight_bytes=2 if half else 4, **expected)
+        plan = make_plan(config, cluster.ranks, weight_bytes=2 if half else 4)
+        plan = ExpectedPlan.of(plan, **expected)
     except InputError as error:
         print(f"plan: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -112,13 +112,11 @@ def read(path: str | Path, **options: Any) -> Any:
 def save_engine(
     engine: DeepSpeedEngine,
     directory: Path,
-    client_state: dict[str, Any] | None = None,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the engine's files to `directory`/engine: the `write` of checkpoint.save. A collective.
 
-    `client_state` may hold tensors and plain Python values; `heartbeat` is called while files are
-    written. Raises this rank's error after all collectives.
+    `heartbeat` is called while files are written. Raises this rank's error after all collectives.
     """
     if engine.zero_nvme_offload_optimizer():
         raise InputError(NVME_OPTIMIZER)
@@ -127,7 +125,7 @@ def save_engine(
     engine._copy_recovery_script = lambda path: (
         None
     )  # copies scripts on rank 0 only, and could fail there only
-    state = {**(client_state or {}), STUDENT: _description(engine)}
+    state = {STUDENT: _description(engine)}
     try:
         engine.save_checkpoint(str(directory), tag=TAG, client_state=state, save_latest=False)
     finally:
@@ -142,20 +140,18 @@ def load_engine(
     directory: Path,
     heartbeat: Callable[[], None] = lambda: None,
     **options: Any,
-) -> dict[str, Any]:
+) -> None:
     """Load what save_engine wrote, from a checkpoint that `find` has verified. A collective.
 
-    Returns the client_state. `options` go to `engine.load_checkpoint`. Raises InputError, on all
-    ranks and before anything is changed, when the checkpoint is of another student or another kind
-    of engine.
+    `options` go to `engine.load_checkpoint`. Raises InputError, on all ranks and before anything is
+    changed, when the checkpoint is of another student or another kind of engine.
     """
     require_same_student(engine, directory)
     usual, engine.checkpoint_engine = engine.checkpoint_engine, PatientFiles(heartbeat)
     try:
-        _, client_state = engine.load_checkpoint(str(directory), tag=TAG, **options)
+        engine.load_checkpoint(str(directory), tag=TAG, **options)
     finally:
         engine.checkpoint_engine = usual
-    return client_state
 
 
 def require_same_student(engine: DeepSpeedEngine, directory: Path) -> None:

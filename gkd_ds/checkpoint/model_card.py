@@ -56,7 +56,6 @@ class Card(TypedDict, total=False):
     data_fingerprint: str
     config: dict[str, Any]  # GKDConfig.to_dict()
     step: int  # updates done
-    ranks: int
     metrics: dict[str, Any]  # name -> number, or (before, after)
     license: str  # of the student's weights, as the hub spells it
     name: str  # title of the card
@@ -108,7 +107,6 @@ def _story(card: Card) -> str:
         ("data", _name(card.get("dataset"))),
         ("data fingerprint (SHA-256 of the tokens)", card.get("data_fingerprint")),
         ("updates", card.get("step")),
-        ("ranks", card.get("ranks")),
     ]
     intro = (
         "This model was trained by on-policy distillation: it wrote completions itself, and the "

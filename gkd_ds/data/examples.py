@@ -1,6 +1,6 @@
-"""Chat rows become prompt and completion tokens, in an order that can be resumed.
+"""Chat rows become prompt and completion tokens.
 
-    rows = read_dataset("train.jsonl", "train")                      # a file, a directory or a hub name
+    rows = read_dataset("train.jsonl", "train")      # a file, a directory or a hub name
     examples = tokenize(rows, tokenizer, config, "train.jsonl", stop_ids)
     examples.prompt_ids[0], examples.completion_ids[0]               # two list[int]
 
@@ -11,218 +11,30 @@ including its end-of-turn token. Strings are not rendered: the prompt gets the s
 tokenizer puts in front of text, the completion an end-of-sequence token. Other columns are ignored.
 """
 
-import datetime
 import hashlib
 import logging
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
-import jinja2
 import numpy as np
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from gkd_ds.data.files import JSON_COLUMN, PLACE_COLUMN, decode_json
 from gkd_ds.data.rows import Row, parse_row
-from gkd_ds.runtime.errors import InputError, first_line, name_list, quote, type_name
+from gkd_ds.data.tokenizer import (
+    continuation_ids,
+    end_of_turn_token,
+    leading_ids,
+    prepare_tokenizer,
+    render,
+    token_ids,
+)
+from gkd_ds.runtime.errors import InputError, name_list, quote, type_name
 
 logger = logging.getLogger(__name__)
-
-# For a tokenizer that has no chat template of its own. The space before the answer belongs to the
-# completion, because " word" is one natural token for byte-level and SentencePiece tokenizers
-# alike.
-PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ message['role'] | capitalize }}: {{ message['content'] | trim }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-
-CLOCK_CODES = (
-    "%d",
-    "%-d",
-    "%m",
-    "%-m",
-    "%b",
-    "%B",
-    "%y",
-    "%Y",
-    "%a",
-    "%A",
-    "%H",
-    "%I",
-    "%M",
-    "%S",
-    "%p",
-    "%j",
-)
-# Some templates (Llama 3.2) print today's date. Tokens that change overnight would make a resumed
-# run train on other data, so the date is pinned to the one these templates themselves fall back to.
-TEMPLATE_DATE = datetime.date(2024, 7, 26)
-# A template sees plain data only, no functions of ours, hence a macro in front of it that hides
-# transformers' clock.
-PINNED_CLOCK = (
-    "{% macro strftime_now(format) %}{{ format"
-    + "".join(f" | replace('{code}', '{TEMPLATE_DATE.strftime(code)}')" for code in CLOCK_CODES)
-    + " }}{% endmacro %}"
-)
-
-# --------------------------------------------------------------------------------------------------
-# The tokenizer: special tokens, chat template, stop tokens
-
-
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
-    """Give the tokenizer the tokens and the chat template of the run; changes it in place, safe to
-    repeat.
-
-    `eos_token` and `pad_token` of the config must exist in the vocabulary. `chat_template_path` is
-    a Jinja file (.jinja, .j2) or a tokenizer whose template is taken over. A tokenizer without a
-    template gets PLAIN_CHAT_TEMPLATE; it is saved with the student, so that whoever loads it talks
-    to it as it was trained. Raises InputError.
-    """
-    vocabulary = tokenizer.get_vocab()
-    for name in ("eos_token", "pad_token"):
-        token = getattr(config, name)
-        if token is not None and token not in vocabulary:
-            raise InputError(
-                f"{name} {quote(token)} is not in the tokenizer's vocabulary; name a token that is"
-            )
-        if token is not None:
-            setattr(tokenizer, name, token)
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            "the tokenizer has no end-of-sequence token; set eos_token to one from its vocabulary"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if config.chat_template_path is not None:
-        tokenizer.chat_template = _read_chat_template(config.chat_template_path)
-    if tokenizer.chat_template is None:
-        begins = "{{ bos_token }}" if _leading_ids(tokenizer) == [tokenizer.bos_token_id] else ""
-        tokenizer.chat_template = begins + PLAIN_CHAT_TEMPLATE
-
-
-def _read_chat_template(path: str) -> str:
-    file = Path(path).expanduser()
-    if file.suffix in (".jinja", ".j2"):
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"chat_template_path '{path}' cannot be read ({first_line(error)})"
-            ) from error
-    try:
-        template = AutoTokenizer.from_pretrained(path).chat_template
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"chat_template_path '{path}' is neither a .jinja file nor a tokenizer"
-        ) from error
-    if template is None:
-        raise InputError(f"the tokenizer at chat_template_path '{path}' has no chat template")
-    return template
-
-
-def stop_token_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None
-) -> list[int]:
-    """The ids that end a completion, sorted: those of the generation config, the tokenizer's
-    end-of-sequence token and the end-of-turn token of its chat template (an instruct model may stop
-    at <|im_end|> while eos is another).
-    """
-    configured = None if generation_config is None else generation_config.eos_token_id
-    ids = {configured} if isinstance(configured, int) else set(configured or ())
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    end_of_turn = end_of_turn_token(tokenizer)
-    if end_of_turn is not None:
-        ids.add(tokenizer.convert_tokens_to_ids(end_of_turn))
-    return sorted(ids)
-
-
-def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The special token that the chat template prints right after an assistant's text, or None."""
-    if tokenizer.chat_template is None:
-        return None
-    answer = "An answer"
-    messages = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": answer}]
-    try:
-        text = _render(tokenizer, messages, generation_prompt=False)
-    except InputError as error:
-        raise InputError(
-            f"with a question and an answer as messages, {error}; mend the template"
-        ) from error
-    if answer not in text:
-        raise InputError(
-            "the tokenizer's chat template does not print a message's text; use one for text "
-            "conversations"
-        )
-    # Added tokens are those that the tokenizer never splits; of two that match the longer one is
-    # meant.
-    tail = text.rpartition(answer)[2].lstrip()
-    candidates = {token.content for token in tokenizer.added_tokens_decoder.values()} | {
-        tokenizer.eos_token
-    }
-    matching = [token for token in candidates if token and tail.startswith(token)]
-    return max(matching, key=len, default=None)
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation_prompt: bool
-) -> str:
-    try:
-        template = tokenizer.get_chat_template()
-        if "strftime_now" in template:
-            template = PINNED_CLOCK + template
-        return tokenizer.apply_chat_template(
-            messages,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        # A template is a program that came with the tokenizer: it may refuse these messages (roles
-        # that must alternate) or stumble over them in any of these ways.
-        raise InputError(f"the chat template fails: {first_line(error)}") from error
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of text as it stands: special tokens that are written in it count, none is
-    added.
-    """
-    encoded = tokenizer(
-        text, add_special_tokens=False, padding=False, truncation=False, verbose=False
-    )
-    return encoded["input_ids"]
-
-
-def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts in front of a text by itself: [bos] or nothing, usually."""
-    plain = _ids(tokenizer, "a")
-    whole = tokenizer("a", verbose=False)["input_ids"]
-    return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
-
-
-def _continuation_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> list[int]:
-    """Token ids of `text` as they follow `prompt`, such that ids(prompt) + result spells prompt +
-    text.
-
-    Tokenising both together is how the text looks to a model that continues the prompt, but where a
-    token would cross the boundary (a prompt ending in a space, say) the text is tokenised apart,
-    behind a line break: alone, a SentencePiece tokenizer would put another space in front of it.
-    """
-    for before in (prompt, "\n"):
-        head, whole = _ids(tokenizer, before), _ids(tokenizer, before + text)
-        if whole[: len(head)] == head:
-            return whole[len(head) :]
-    return _ids(tokenizer, text)
-
-
-# --------------------------------------------------------------------------------------------------
-# All rows: tokens
 
 
 class TokenLists(Sequence):
@@ -283,7 +95,7 @@ class RowEncoder:
     def build(
         cls, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int], max_length: int | None
     ):
-        leading = _leading_ids(tokenizer)
+        leading = leading_ids(tokenizer)
         return cls(
             tokenizer, frozenset(stop_ids), max_length, leading, end_of_turn_token(tokenizer) or ""
         )
@@ -292,25 +104,22 @@ class RowEncoder:
         """Raises InputError with a clause about the row, as parse_row does."""
         parsed = parse_row(row)
         if isinstance(parsed.prompt, str):
-            prompt_text, completion_text, leading_ids = (
-                parsed.prompt,
-                parsed.completion,
-                self.leading_ids,
-            )
+            prompt_text, completion_text = parsed.prompt, parsed.completion
+            leading = self.leading_ids
             self._check_stops(parsed.completion)
         else:
             prompt_text, completion_text = self._render_turn(parsed)
-            leading_ids = []  # a template writes its own
+            leading = []  # a template writes its own
             self._check_stops(parsed.completion["content"])
-        prompt_ids = _ids(self.tokenizer, prompt_text)
-        if prompt_ids[: len(leading_ids)] != leading_ids:
-            prompt_ids = leading_ids + prompt_ids
-        completion_ids = _continuation_ids(self.tokenizer, prompt_text, completion_text)
+        prompt_ids = token_ids(self.tokenizer, prompt_text)
+        if prompt_ids[: len(leading)] != leading:
+            prompt_ids = leading + prompt_ids
+        completion_ids = continuation_ids(self.tokenizer, prompt_text, completion_text)
         return self._fit(prompt_ids, self._end(completion_ids))
 
     def _render_turn(self, row: Row) -> tuple[str, str]:
-        prompt = _render(self.tokenizer, row.prompt, generation_prompt=True)
-        whole = _render(self.tokenizer, [*row.prompt, row.completion], generation_prompt=False)
+        prompt = render(self.tokenizer, row.prompt, generation_prompt=True)
+        whole = render(self.tokenizer, [*row.prompt, row.completion], generation_prompt=False)
         if whole.startswith(prompt):
             return prompt, whole[len(prompt) :]
         # The template shows a finished turn differently from one being written: R1's opens <think>
@@ -352,8 +161,8 @@ class RowEncoder:
         return prompt_ids, completion_ids[:room]
 
     def encode_batch(self, columns: dict[str, list]) -> dict[str, list]:
-        """The same for `datasets.map`: a row that cannot be used has its sentence in `problem`,
-        else None.
+        """The same for `datasets.map`. `problem` has the sentence of each row that cannot be used,
+        and None for the others.
         """
         result: dict[str, list] = {"prompt_ids": [], "completion_ids": [], "problem": []}
         for row in _rows(columns):
@@ -493,33 +302,3 @@ def _fingerprint(*token_lists: TokenLists) -> str:
         for values, dtype in ((lists.ends, "<i8"), (lists.tokens, "<i4")):
             digest.update(np.asarray(values).astype(dtype).tobytes())
     return digest.hexdigest()
-
-
-# --------------------------------------------------------------------------------------------------
-# The order of samples
-
-
-@dataclass(frozen=True)
-class SampleOrder:
-    """In which order an epoch visits the samples: a pure function of (seed, epoch), so a position
-    is all that a resume needs. Hash and stable sort instead of a library's shuffle, whose result
-    may change with its version.
-    """
-
-    num_samples: int
-    seed: int
-    shuffle: bool = True
-
-    def permutation(self, epoch: int) -> np.ndarray:
-        """Sample indices in visiting order, int64 of length num_samples; every index exactly
-        once.
-        """
-        if not self.shuffle:
-            return np.arange(self.num_samples, dtype=np.int64)
-        start = hashlib.sha256(f"sample order {self.seed} {epoch}".encode()).digest()[:8]
-        # splitmix64: one well-mixed 64-bit key per sample.
-        keys = np.arange(self.num_samples, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        keys += np.frombuffer(start, dtype="<u8")
-        keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.argsort(keys ^ (keys >> np.uint64(31)), kind="stable").astype(np.int64)

@@ -1,14 +1,16 @@
-"""Which samples a window holds and who completes each of them: a pure function of (seed, step),
-equal on every rank.
+"""Which samples a window holds, in which order, and who completes each of them: pure functions of
+(seed, step) and (seed, epoch), equal on every rank.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
-from gkd_ds.records import Source
+import numpy as np
 
-_MASK = (1 << 64) - 1
+from gkd_ds.records import Source
+from gkd_ds.runtime.hashing import INCREMENT, MASK_64, splitmix64, splitmix64_array
 
 
 def hashed_uniform(*key: int) -> float:
@@ -17,15 +19,8 @@ def hashed_uniform(*key: int) -> float:
     """
     state = 0x9E3779B97F4A7C15
     for part in key:
-        state = _splitmix64(state ^ (part & _MASK))
+        state = splitmix64(state ^ (part & MASK_64))
     return (state >> 11) / (1 << 53)
-
-
-def _splitmix64(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
 
 
 @dataclass(frozen=True)
@@ -98,3 +93,27 @@ class StepScheduler:
 
     def _first_of_window(self, step: int) -> int:
         return (step % self.windows_per_epoch) * self.window_samples
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """In which order an epoch visits the samples: a pure function of (seed, epoch), so a position
+    is all that a resume needs.
+
+    It is a hash and a stable sort. A library's shuffle may change with the library's version.
+    """
+
+    num_samples: int
+    seed: int
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """Sample indices in visiting order, int64 of length num_samples; every index exactly
+        once.
+        """
+        digest = hashlib.sha256(f"sample order {self.seed} {epoch}".encode()).digest()
+        start = np.frombuffer(digest[:8], dtype="<u8")
+        # splitmix64's own generator: its state grows by one increment per sample.
+        states = start + (np.arange(self.num_samples, dtype=np.uint64) - np.uint64(1)) * np.uint64(
+            INCREMENT
+        )
+        return np.argsort(splitmix64_array(states), kind="stable").astype(np.int64)

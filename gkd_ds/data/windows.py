@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.data.examples import Examples, SampleOrder
-from gkd_ds.data.schedule import StepScheduler
+from gkd_ds.data.examples import Examples
+from gkd_ds.data.schedule import SampleOrder, StepScheduler
 from gkd_ds.records import Sample, Source
 
 

@@ -111,13 +111,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return lists[0]
 
 
-def kv_bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes of keys and values that one token of one sequence takes in all layers."""
+def kv_elements_per_token(model: PreTrainedModel) -> int:
+    """Numbers in the keys and values of one token of one sequence, in all layers."""
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    element_size = next(model.parameters()).element_size()
-    return 2 * text.num_hidden_layers * heads * head_dim * element_size
+    return 2 * text.num_hidden_layers * heads * head_dim
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.data.examples import Examples, stop_token_ids, tokenize
+from gkd_ds.data.examples import Examples, tokenize
+from gkd_ds.data.tokenizer import stop_token_ids
 from gkd_ds.engine import loading
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.provenance import library_versions

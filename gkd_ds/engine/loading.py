@@ -27,7 +27,8 @@ from transformers import (
 
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.config.paths import HUB_NAME
-from gkd_ds.data.examples import Examples, prepare_tokenizer
+from gkd_ds.data.examples import Examples
+from gkd_ds.data.tokenizer import prepare_tokenizer
 from gkd_ds.data.vocabulary import shared_vocabulary_size
 from gkd_ds.engine import zero
 from gkd_ds.runtime.errors import InputError, first_line

@@ -1,8 +1,8 @@
 """What a run will be, from configurations alone: the models' sizes, the batches, where the engines
 keep what.
 
-    python -m gkd_ds.train --config recipe.yaml --dry_run         # memory on this machine: plan_memory.py, dry_run.py
-    python tools/plan.py --config recipe.yaml --hostfile hosts    # work (plan_work.py) and times for a whole cluster
+    python -m gkd_ds.train --config recipe.yaml --dry_run         # the memory of one rank
+    python tools/plan.py --config recipe.yaml --hostfile hosts    # work and times of a cluster
 
 No weight is read: models are built on torch's meta device.
 """
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.config.deepspeed import is_number
 from gkd_ds.data.schedule import StepScheduler
-from gkd_ds.engine.causal_lm import decoder_layers
+from gkd_ds.engine.causal_lm import decoder_layers, kv_elements_per_token
 from gkd_ds.runtime.errors import InputError
 
 MIB = 2**20
@@ -44,7 +44,7 @@ class ModelCounts:
     hidden: int
     intermediate: int
     vocabulary: int
-    kv_per_token: int  # keys and values of one token in all layers
+    kv_per_token: int  # keys and values of one token of one row, in all layers
     attention_width: int  # heads x head size
     layer_matrices: tuple[int, ...]  # each matrix of one layer
     largest_matrix: int
@@ -94,7 +94,6 @@ def count_parameters(model: torch.nn.Module) -> ModelCounts:
     untied = 0 if head is embedding else head.numel()
     heads = text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
     return ModelCounts(
         total=total,
         layers_total=sum(per_layer),
@@ -107,7 +106,7 @@ def count_parameters(model: torch.nn.Module) -> ModelCounts:
         hidden=text.hidden_size,
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
-        kv_per_token=2 * len(per_layer) * kv_heads * head_size,
+        kv_per_token=kv_elements_per_token(model),
         attention_width=heads * head_size,
         layer_matrices=max(
             (tuple(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in layers),
@@ -222,7 +221,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, reduced to what plan_memory.py and plan_work.py need."""
+    """A run, reduced to what decides its memory: the worst case, with the longest sequences."""
 
     config: GKDConfig
     student: ModelCounts
@@ -232,10 +231,7 @@ class Plan:
     ranks: int
     weight_bytes: int  # 2 for bf16 and fp16, else 4
     on_cpu: bool = False
-    prompt_tokens: int | None = None  # expected; None: as many as max_length leaves
-    completion_tokens: int | None = None  # expected; None: max_new_tokens
 
-    # Worst case, for memory.
     @property
     def rows(self) -> int:
         return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
@@ -252,22 +248,6 @@ class Plan:
     @property
     def longest(self) -> int:
         return self.config.max_length or LENGTH_IF_UNBOUNDED + self.longest_completion
-
-    # Expected, for work and traffic.
-    @property
-    def completion(self) -> int:
-        return self.completion_tokens or self.longest_completion
-
-    @property
-    def length(self) -> int:
-        return self.completion + (self.prompt_tokens or self.longest - self.longest_completion)
-
-    @property
-    def student_share(self) -> float:
-        """Probability that a window has any on-policy micro-batch, and so a rollout of the
-        student.
-        """
-        return 1 - (1 - self.config.lmbda) ** self.config.gradient_accumulation_steps
 
     def is_whole(self, engine: Engine) -> bool:
         """Whether the engine's weights can be used where they are, without a copy."""
@@ -287,10 +267,6 @@ class Plan:
         return self.config.learn_tokens_per_micro_batch or widest
 
     @property
-    def micro_batches(self) -> int:
-        return max(1, math.ceil(self.rows * self.length / self.learn_tokens))
-
-    @property
     def pass_tokens(self) -> int:
         """Tokens of the window that one teacher pass may hold."""
         return max(
@@ -298,14 +274,9 @@ class Plan:
             self.config.targets_memory_mb * MIB // (self.teacher.hidden * self.weight_bytes),
         )
 
-    @property
-    def teacher_passes(self) -> int:
-        return max(1, math.ceil(self.rows * self.length / self.pass_tokens))
 
-
-def make_plan(config: GKDConfig, ranks: int, weight_bytes: int, **known: Any) -> Plan:
-    """Read what `config` names: DeepSpeed files and model configurations. `known` are further
-    fields of Plan.
+def make_plan(config: GKDConfig, ranks: int, weight_bytes: int, on_cpu: bool = False) -> Plan:
+    """Read what `config` names: DeepSpeed files and model configurations.
 
     Raises:
         InputError: one of them is missing or wrong.
@@ -323,7 +294,9 @@ def make_plan(config: GKDConfig, ranks: int, weight_bytes: int, **known: Any) ->
         "student_engine": Engine.of(student_file, counts["student"].hidden),
         "teacher_engine": Engine.of(teacher_file, counts["teacher"].hidden),
     }
-    return Plan(config=config, ranks=ranks, weight_bytes=weight_bytes, **counts, **engines, **known)
+    return Plan(
+        config=config, ranks=ranks, weight_bytes=weight_bytes, on_cpu=on_cpu, **counts, **engines
+    )
 
 
 def swapped(matrices: Iterable[int], ranks: int, element_size: int) -> list[int]:

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.engine.causal_lm import kv_bytes_per_token
+from gkd_ds.engine.causal_lm import kv_elements_per_token
 from gkd_ds.records import Sample
 from gkd_ds.rollout.sampling import Sampling
 
@@ -74,4 +74,6 @@ def sequences_that_fit(
     if config.rollout_memory_mb is None or not samples:
         return None
     longest = max(len(sample.prompt_ids) for sample in samples) + sampling.max_new_tokens
-    return max(1, config.rollout_memory_mb * 2**20 // (longest * kv_bytes_per_token(model)))
+    element_size = next(model.parameters()).element_size()
+    bytes_each = longest * kv_elements_per_token(model) * element_size
+    return max(1, config.rollout_memory_mb * 2**20 // bytes_each)

@@ -25,10 +25,10 @@ from gkd_ds import GKDConfig, GKDTrainer
 from gkd_ds.engine import zero
 from gkd_ds.plan.memory import count_memory
 from gkd_ds.plan.run import make_plan
-from gkd_ds.plan.work import count_work
 from gkd_ds.rollout.kv_cache import RoomyLayer
 from tests.dist import forked
 from tests.tiny import make_chat_rows, make_model, make_tokenizer
+from tools.plan_work import ExpectedPlan, count_work
 
 ROWS, NEW_TOKENS = 3, 8
 # Ranks, where the teacher is, where the student's optimizer is.
@@ -279,7 +279,8 @@ OUT_OF_SIGHT = ["activations", "activations in a layer", "logits chunk"]
 
 def predict(config: GKDConfig, ranks: int, prompt_tokens: int) -> dict[str, dict]:
     """What the planner says about `config`, as `measure` puts it."""
-    plan = make_plan(config, ranks, weight_bytes=4, on_cpu=True, prompt_tokens=prompt_tokens)
+    plan = make_plan(config, ranks, weight_bytes=4, on_cpu=True)
+    plan = ExpectedPlan.of(plan, prompt_tokens=prompt_tokens)
     places: dict[tuple[str, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
     phases: dict[str, int] = defaultdict(int)
     for line in count_memory(plan):

@@ -6,11 +6,12 @@ import dataclasses
 import json
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 
 from gkd_ds import GKDConfig, GKDTrainer
-from gkd_ds.data.examples import SampleOrder
+from gkd_ds.data.schedule import SampleOrder
 from gkd_ds.pipeline import count_tokens
 from gkd_ds.records import Rollout, Source
 from gkd_ds.rollout.sampling import Sampling
@@ -28,6 +29,13 @@ class ForcedLengths(Sampling):
 
     def limit(self, prompt: list[int]) -> int:
         return self.lengths[tuple(prompt)]
+
+
+class AsGiven(SampleOrder):
+    """Visits the samples in the order in which the workload lists them."""
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        return np.arange(self.num_samples, dtype=np.int64)
 
 
 def run(case: Case, pace: Pace) -> None:
@@ -65,7 +73,7 @@ def run(case: Case, pace: Pace) -> None:
         args=config,
         train_dataset=Dataset.from_list(rows),
     )
-    trainer.windows.order = SampleOrder(len(rows), seed=0, shuffle=False)
+    trainer.windows.order = AsGiven(len(rows), seed=0)
     pipeline = trainer.pipeline
     known = {prompt_ids(prompt): length for prompt, length in zip(prompts, lengths)}
     pipeline.sampling = ForcedLengths(**vars(pipeline.sampling), lengths=known)

@@ -225,7 +225,6 @@ def full_card(**more):
         "data_fingerprint": "ab" * 32,
         "config": config,
         "step": 40,
-        "ranks": 2,
         "metrics": {"divergence on own samples": (0.61, 0.22), "rows skipped": 3},
         "license": "apache-2.0",
         **more,

@@ -5,12 +5,10 @@ fuzzing.
 import importlib.util
 import json
 import logging
-from collections import Counter
 from pathlib import Path
 
 import datasets
 import huggingface_hub
-import numpy as np
 import pytest
 import tokenizers
 import transformers
@@ -19,17 +17,15 @@ from hypothesis import strategies as st
 
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data import examples as examples_module
-from gkd_ds.data.examples import (
+from gkd_ds.data.examples import RowEncoder, tokenize
+from gkd_ds.data.files import dataset_splits, read_dataset
+from gkd_ds.data.rows import COLUMNS, ROLES, Row, parse_row
+from gkd_ds.data.tokenizer import (
     PLAIN_CHAT_TEMPLATE,
-    RowEncoder,
-    SampleOrder,
     end_of_turn_token,
     prepare_tokenizer,
     stop_token_ids,
-    tokenize,
 )
-from gkd_ds.data.files import dataset_splits, read_dataset
-from gkd_ds.data.rows import COLUMNS, ROLES, Row, parse_row
 from gkd_ds.runtime.errors import InputError
 from tools.train_tokenizer import train_tokenizer
 
@@ -626,38 +622,6 @@ def test_worker_processes_change_nothing_and_leave_no_files(tmp_path, tokenizer,
     assert results[0].fingerprint == results[1].fingerprint
     assert len(results[1]) == len(rows) - results[1].skipped
     assert sorted(tmp_path.rglob("*")) == before
-
-
-# -- The order of samples
-
-
-def test_an_epoch_visits_every_sample_once_and_depends_on_seed_and_epoch_alone():
-    orders = {
-        (seed, epoch): SampleOrder(101, seed).permutation(epoch).tolist()
-        for seed in (0, 1, -5)
-        for epoch in (0, 1)
-    }
-    assert all(sorted(order) == list(range(101)) for order in orders.values())
-    assert len({tuple(order) for order in orders.values()}) == len(orders)
-    assert SampleOrder(101, 1).permutation(1).tolist() == orders[1, 1]
-    assert SampleOrder(0, 1).permutation(0).tolist() == []
-
-
-def test_the_order_is_the_same_with_every_version_of_every_library():
-    assert SampleOrder(10, 1).permutation(0).tolist() == [6, 1, 2, 8, 4, 0, 3, 7, 5, 9]
-
-
-def test_every_position_gets_every_sample_equally_often():
-    counts = Counter()
-    for epoch in range(6000):
-        counts.update(enumerate(SampleOrder(5, 3).permutation(epoch).tolist()))
-    assert len(counts) == 25 and all(
-        1050 < count < 1350 for count in counts.values()
-    )  # 1200 +- 5 sigma
-
-
-def test_evaluation_is_not_shuffled():
-    assert np.array_equal(SampleOrder(5, 3, shuffle=False).permutation(9), np.arange(5))
 
 
 # -- Reading

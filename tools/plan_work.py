@@ -10,14 +10,50 @@ from gkd_ds.plan.run import Engine, ModelCounts, Plan, swapped
 
 
 @dataclass(frozen=True)
+class ExpectedPlan(Plan):
+    """A plan, and the lengths of sequences that are expected instead of the longest."""
+
+    prompt_tokens: int | None = None  # None: as many as max_length leaves
+    completion_tokens: int | None = None  # None: as many as may be generated
+
+    @classmethod
+    def of(
+        cls, plan: Plan, prompt_tokens: int | None = None, completion_tokens: int | None = None
+    ) -> "ExpectedPlan":
+        return cls(**vars(plan), prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+
+    @property
+    def completion(self) -> int:
+        return self.completion_tokens or self.longest_completion
+
+    @property
+    def length(self) -> int:
+        return self.completion + (self.prompt_tokens or self.longest - self.longest_completion)
+
+    @property
+    def student_share(self) -> float:
+        """Probability that a window has any on-policy micro-batch, and so a rollout of the
+        student.
+        """
+        return 1 - (1 - self.config.lmbda) ** self.config.gradient_accumulation_steps
+
+    @property
+    def micro_batches(self) -> int:
+        return max(1, math.ceil(self.rows * self.length / self.learn_tokens))
+
+    @property
+    def teacher_passes(self) -> int:
+        return max(1, math.ceil(self.rows * self.length / self.pass_tokens))
+
+
+@dataclass(frozen=True)
 class Work:
     """What a phase does on one rank in one update (expected values).
 
     Attributes:
         flops: multiplications and additions.
-        prefill: those before them, in a rollout: of reading the prompts, which is over when
-            decoding begins.
-        memory: bytes read from the device's own memory, where that and not `flops` may decide
+        prefill: in a rollout, those of reading the prompts, which ends before decoding begins.
+        memory: bytes read from the device's own memory, where they may decide instead of `flops`
             (decoding).
         links: bytes over "ranks" (all-gather, reduce-scatter: what this rank receives), "pcie" and
             "nvme".
@@ -29,7 +65,7 @@ class Work:
     links: dict[str, float] = field(default_factory=dict)
 
 
-def count_work(plan: Plan) -> dict[str, Work]:
+def count_work(plan: ExpectedPlan) -> dict[str, Work]:
     """Work by phase."""
     return {
         "rollout": rollout_work(plan),
@@ -44,12 +80,14 @@ def forward_flops(model: ModelCounts, tokens: float, context: float) -> float:
     return tokens * (2 * model.layers_active + 4 * model.layers * model.attention_width * context)
 
 
-def from_others(elements: float, plan: Plan) -> float:
+def from_others(elements: float, plan: ExpectedPlan) -> float:
     """Bytes that a rank receives when `elements` partitioned weights are gathered."""
     return elements * plan.weight_bytes * (plan.ranks - 1) / plan.ranks
 
 
-def fetch(engine: Engine, elements: float, matrices: Iterable[int], plan: Plan) -> dict[str, float]:
+def fetch(
+    engine: Engine, elements: float, matrices: Iterable[int], plan: ExpectedPlan
+) -> dict[str, float]:
     """Traffic of one pass over `elements` partitioned weights, `matrices` among them: each rank
     fetches its share, then all gather.
     """
@@ -63,7 +101,7 @@ def fetch(engine: Engine, elements: float, matrices: Iterable[int], plan: Plan) 
     return links
 
 
-def rollout_work(plan: Plan) -> Work:
+def rollout_work(plan: ExpectedPlan) -> Work:
     student, config = plan.student, plan.config
     rows = config.lmbda * plan.rows
     work = generation(student, rows, plan)
@@ -94,7 +132,7 @@ def rollout_work(plan: Plan) -> Work:
     return work
 
 
-def generation(model: ModelCounts, rows: float, plan: Plan) -> Work:
+def generation(model: ModelCounts, rows: float, plan: ExpectedPlan) -> Work:
     """Completing the prompts of `rows` rows with whole weights."""
     prompt = plan.length - plan.completion
     layers = forward_flops(model, rows * plan.completion, prompt + plan.completion / 2)
@@ -105,7 +143,7 @@ def generation(model: ModelCounts, rows: float, plan: Plan) -> Work:
     )
 
 
-def decode_bytes(model: ModelCounts, rows: float, plan: Plan) -> float:
+def decode_bytes(model: ModelCounts, rows: float, plan: ExpectedPlan) -> float:
     """Memory reads of decoding `rows` completions: all weights once per step, the cache of every
     row.
     """
@@ -126,14 +164,14 @@ def decode_bytes(model: ModelCounts, rows: float, plan: Plan) -> float:
     return weights + cache
 
 
-def score_work(plan: Plan) -> Work:
+def score_work(plan: ExpectedPlan) -> Work:
     teacher = plan.teacher
     work = Work(flops=forward_flops(teacher, plan.rows * plan.length, plan.length / 2))
     add_links(work, teacher_pass(plan), plan.teacher_passes)
     return work
 
 
-def teacher_pass(plan: Plan) -> dict[str, float]:
+def teacher_pass(plan: ExpectedPlan) -> dict[str, float]:
     """Traffic of one pass over the teacher that scores: everything but its head."""
     teacher = plan.teacher
     return fetch(
@@ -141,7 +179,7 @@ def teacher_pass(plan: Plan) -> dict[str, float]:
     )
 
 
-def learn_work(plan: Plan) -> Work:
+def learn_work(plan: ExpectedPlan) -> Work:
     student, teacher = plan.student, plan.teacher
     tokens, completions = plan.rows * plan.length, plan.rows * plan.completion
     times = (
@@ -174,7 +212,7 @@ def learn_work(plan: Plan) -> Work:
     return work
 
 
-def update_work(plan: Plan) -> Work:
+def update_work(plan: ExpectedPlan) -> Work:
     share = plan.student.total / (plan.ranks if plan.student_engine.stage else 1)
     where = plan.student_engine.optimizer_on
     states = share * (
