@@ -29,15 +29,13 @@ class RolloutEngine(ABC):
         """Raises InputError where the engine is not possible for this student."""
         self.student = student
 
-    @staticmethod
-    def prepare(  # noqa: B027 - most engines have nothing to prepare
-        ds_config: dict[str, Any], root: zero.EngineRoot, model: PreTrainedModel
-    ) -> None:
+    @staticmethod  # noqa: B027 - most engines have nothing to prepare
+    def prepare(ds_config: dict[str, Any], root: zero.EngineRoot, model: PreTrainedModel) -> None:
         """Change what the student's DeepSpeed engine is made of, before it exists."""
 
     @abstractmethod
     def window(self) -> AbstractContextManager[None]:
-        """What the engine needs before a window is sampled and undoes after it, whatever happens."""
+        """What the engine needs around the sampling of a window; it is undone whatever happens."""
 
     @abstractmethod
     def generate(

@@ -124,7 +124,7 @@ def test_a_sample_s_tokens_do_not_depend_on_batch_ranks_or_engine(
 def test_the_hybrid_engine_is_used_only_when_asked_for(two_ranks: Results) -> None:
     """DeepSpeed has kernels for Llama, but none of them runs on the CPU."""
     for rank, result in enumerate(two_ranks["hybrid_engine"]):
-        assert result["auto"] == "gather"
+        assert result["auto"] == "Gathered"
         assert len(result["said"]) == (rank == 0) and all(
             "LlamaForCausalLM" in text for text in result["said"]
         )
@@ -138,7 +138,7 @@ def test_the_hybrid_engine_writes_what_the_gathered_student_writes(two_ranks: Re
     first, second = two_ranks["hybrid_engine"]
     for result, counts in ((first, [4, 3]), (second, [4, 0])):
         engine, *written = result["hybrid"]
-        assert engine == "hybrid" and result["gather"] == ["gather", *written]
+        assert engine == "Hybrid" and result["gather"] == ["Gathered", *written]
         assert [len(tokens) for tokens in written] == counts
     assert losses(first["hybrid rows"]) == pytest.approx(losses(first["gather rows"]), rel=1e-6)
     assert len({len(tokens) for tokens in first["hybrid"][1]}) > 1, "they end at different times"

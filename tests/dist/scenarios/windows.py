@@ -9,7 +9,7 @@ from transformers import EarlyStoppingCallback
 
 from gkd_ds.engine import zero
 from gkd_ds.pipeline import count_tokens
-from gkd_ds.records import Sample, Source
+from gkd_ds.records import Completions, Sample, Source
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
 from tests.dist.events import EVENT_FIELDS, SHORT_FIELDS, Events, StopsEpochs
@@ -104,10 +104,14 @@ def generation_that_raises() -> dict:
         return sum(zero.is_partitioned(parameter) for parameter in trainer.model.parameters())
 
     before, partitioned_before = measure(), partitioned()
-    impossible = [Sample(0, [10**6], [], Source.STUDENT)]
+
+    def generate(samples: list[Sample]) -> Completions:
+        with pipeline.rollout_engine.window():
+            return pipeline.rollout_engine.generate(samples, pipeline.sampling, lambda: None)
+
     raised = ""
     try:
-        student.generate(impossible, pipeline.sampling, None)
+        generate([Sample(0, [10**6], [], Source.STUDENT)])  # no such token
     except IndexError as error:
         raised = str(error)
     after, partitioned_after = measure(), partitioned()
@@ -118,7 +122,7 @@ def generation_that_raises() -> dict:
         "losses": [before, after, measure()],
         "partitioned": [partitioned_before, partitioned_after],
         "applied": applied,
-        "written": len(student.generate(samples, pipeline.sampling, None).token_ids),
+        "written": len(generate(samples).token_ids),
     }
 
 
