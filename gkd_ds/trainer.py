@@ -31,10 +31,10 @@ from transformers.trainer_utils import TrainOutput
 from gkd_ds.checkpoint import engine_files, export, resharding, store
 from gkd_ds.checkpoint.progress import TRAINER_STATE, Mean, Progress, check_state, differences
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.config.paths import open_anew
 from gkd_ds.data.examples import Examples, SampleOrder, stop_token_ids, tokenize
 from gkd_ds.data.schedule import StepScheduler
-from gkd_ds.engine import loading, zero
+from gkd_ds.engine import loading, process, zero
+from gkd_ds.engine.counters import Counters
 from gkd_ds.learn import trl
 from gkd_ds.learn.student import Student
 from gkd_ds.monitor.evaluation import evaluate, metric_names
@@ -46,9 +46,11 @@ from gkd_ds.records import Sample
 from gkd_ds.rollout.decoding import Sampling
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
+from gkd_ds.runtime.files import open_anew
 from gkd_ds.runtime.interrupts import FAILED, FINISHED, NOT_SAVED, STOPPED, Interrupts, StopAgreed
 from gkd_ds.runtime.launcher import check_hostfile
 from gkd_ds.runtime.watchdog import Watchdog
+from gkd_ds.teacher.loading import load as load_teacher
 from gkd_ds.teacher.streamed import Teacher
 
 logger = logging.getLogger(__name__)
@@ -127,11 +129,11 @@ class GKDTrainer:
 
         if config.log_level != "passive":
             logging.getLogger("gkd_ds").setLevel(config.log_level.replace("detail", "info").upper())
-        zero.start(config)
+        process.start(config)
         self._refuse_different_ranks()
         torch.manual_seed(config.seed)
         self.state = self._initial_state()
-        self.counters = zero.Counters()
+        self.counters = Counters()
         self.watchdog = Watchdog(config.watchdog_timeout, config.output_dir)
         self._names = {"student": loading._name(student), "teacher": loading._name(teacher)}
         self.pipeline = self._build_pipeline(student, teacher, optimizers)
@@ -251,12 +253,15 @@ class GKDTrainer:
             if self.processing_class.pad_token_id < self._vocabulary
             else 0
         )
-        teacher_model = loading.load_teacher(teacher, config)
-        self.teacher = Teacher(teacher_model, config, self._vocabulary, pad_id, self.counters)
-        student_model = loading.load_student(student, config, ranks.world_size())
+        teacher_model, ds_config = load_teacher(teacher, config)
+        self.teacher = Teacher(
+            teacher_model, config, ds_config, self._vocabulary, pad_id, self.counters
+        )
+        ds_config = loading.student_ds_config(student, config)
+        student_model = loading.load_student(student, config, ds_config)
         total = self.state.max_steps
         self.student = Student(
-            student_model, config, self._vocabulary, total, self.counters, optimizers
+            student_model, config, ds_config, self._vocabulary, total, self.counters, optimizers
         )
         sampling = Sampling(
             max_new_tokens=config.max_new_tokens,
@@ -319,9 +324,9 @@ class GKDTrainer:
             finally:
                 if self.tracker is not None:
                     self.tracker.close(exit_code)
-            zero.print_communication()
+            process.print_communication()
             ranks.barrier()
-            zero.leave_at_exit()
+            process.leave_at_exit()
         return TrainOutput(self.state.global_step, self.progress.train_loss.value, metrics)
 
     def _begin(self, resume: bool | str | None) -> None:

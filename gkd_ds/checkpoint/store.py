@@ -33,9 +33,9 @@ from typing import Any
 
 from gkd_ds.checkpoint import manifest
 from gkd_ds.checkpoint.manifest import Entry, Manifest
-from gkd_ds.config.paths import open_anew
 from gkd_ds.runtime import faults, ranks
 from gkd_ds.runtime.errors import InputError
+from gkd_ds.runtime.files import open_anew
 
 LATEST = "latest"
 LOCK = ".lock"

@@ -8,13 +8,15 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.engine import accelerator, causal_lm, zero
+from gkd_ds.engine.counters import Counters
 from gkd_ds.learn.divergence import DivergenceHead, LogitTransform, LossInputs
 from gkd_ds.records import Sample, SequenceBatch
 from gkd_ds.rollout import hybrid
@@ -38,9 +40,10 @@ class Student:
         self,
         model: PreTrainedModel,
         config: GKDConfig,
+        ds_config: dict[str, Any],
         vocabulary: int,
         total_updates: int,
-        counters: zero.Counters,
+        counters: Counters,
         optimizers: tuple = (None, None),
     ):
         self.model, self.config, self.vocabulary, self.counters = (
@@ -49,8 +52,7 @@ class Student:
             vocabulary,
             counters,
         )
-        self.device = zero.device()
-        width = model.config.get_text_config().hidden_size
+        self.device = accelerator.device()
         model.set_output_embeddings(
             DivergenceHead(model.get_output_embeddings(), LogitTransform.of(model.config))
         )
@@ -59,7 +61,6 @@ class Student:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
         optimizer, scheduler = optimizers
-        ds_config = zero.student_config(config, ranks.world_size(), width)
         if optimizer is None and "optimizer" not in ds_config:
             optimizer = _optimizer(model, config)
         self.rollout_engine = self._choose_rollout_engine()
@@ -120,7 +121,7 @@ class Student:
             with self._room_for_rollout(), zero.gathered_parameters(self.engine, self.counters):
                 if self.rollout_engine == "hybrid":
                     return hybrid.generate(self.engine, self.model, prompts, sample_ids, sampling)
-                with accelerator.fast_decoding(self.model):
+                with accelerator.fast_decoding(self.model, (nn.Linear, DivergenceHead)):
                     return decode(
                         forward,
                         prompts,

@@ -41,7 +41,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallb
 from gkd_ds import GKDConfig, GKDTrainer
 from gkd_ds.checkpoint import store
 from gkd_ds.checkpoint.engine_files import save_engine
-from gkd_ds.engine import accelerator, zero
+from gkd_ds.engine import accelerator, process, zero
+from gkd_ds.engine.counters import Counters
 from gkd_ds.monitor.guards import TrainingStopped
 from gkd_ds.pipeline import count_tokens
 from gkd_ds.records import Rollout, Sample, Source
@@ -173,7 +174,7 @@ def seed_example() -> dict:
             "steps": output.global_step,
             "train_loss": output.training_loss,
         }
-        with torch.no_grad(), zero.gathered_parameters(trainer.student.engine, zero.Counters()):
+        with torch.no_grad(), zero.gathered_parameters(trainer.student.engine, Counters()):
             logits = trainer.model(input_ids=torch.arange(3, 40)[None]).logits
         if ranks.rank() == 0:
             save_file({"logits": logits}, RESULTS / f"{out}-logits.safetensors")
@@ -713,7 +714,7 @@ SCENARIOS = [
 
 
 def main(wanted: list[str]) -> None:
-    zero.start(GKDConfig(output_dir=str(RESULTS / "unused"), ddp_timeout=FIELDS["ddp_timeout"]))
+    process.start(GKDConfig(output_dir=str(RESULTS / "unused"), ddp_timeout=FIELDS["ddp_timeout"]))
     for scenario in SCENARIOS:
         if wanted and scenario.__name__ not in wanted:
             continue
