@@ -24,9 +24,10 @@ from transformers.trainer_utils import TrainOutput
 from gkd_ds.checkpoint import store
 from gkd_ds.checkpoint.progress import Progress
 from gkd_ds.checkpoint.publish import Publisher
+from gkd_ds.checkpoint.run_lock import only_run
 from gkd_ds.checkpoint.session import Session, refuse_occupied
 from gkd_ds.data.windows import Windows
-from gkd_ds.engine import zero
+from gkd_ds.engine import process
 from gkd_ds.engine.inputs import Inputs
 from gkd_ds.monitor.evaluation import metric_for_best_model
 from gkd_ds.monitor.guards import trimmed, warnings
@@ -84,7 +85,7 @@ class WindowLoop:
             config, self.student, self.state, self.windows, self.publisher, watchdog
         )
         self._started, self._rollouts, self._learned = time.monotonic(), [], None
-        with self.interrupts, store.only_run(config.output_dir), watchdog:
+        with self.interrupts, only_run(config.output_dir), watchdog:
             exit_code, self.stop_reason = FAILED, None
             try:
                 self.session.begin(resume)
@@ -101,9 +102,9 @@ class WindowLoop:
             finally:
                 if self.tracker is not None:
                     self.tracker.close(exit_code)
-            zero.print_communication()
+            process.print_communication()
             ranks.barrier()
-            zero.leave_at_exit()
+            process.leave_at_exit()
         return TrainOutput(self.state.global_step, self.progress.train_loss.value, metrics)
 
     @property

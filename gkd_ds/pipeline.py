@@ -23,8 +23,8 @@ from torch import Tensor
 
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.engine import loading
+from gkd_ds.engine.counters import Counters
 from gkd_ds.engine.inputs import Inputs
-from gkd_ds.engine.zero import Counters
 from gkd_ds.learn.batching import length_groups
 from gkd_ds.learn.divergence import generalized_jsd_objective
 from gkd_ds.learn.head import LossInputs, TeacherHead
@@ -36,6 +36,7 @@ from gkd_ds.rollout.engine import RolloutEngine
 from gkd_ds.rollout.sampling import Sampling
 from gkd_ds.runtime import faults, ranks
 from gkd_ds.runtime.watchdog import Watchdog
+from gkd_ds.teacher.loading import load as load_teacher
 from gkd_ds.teacher.streamed import StreamedTeacher
 from gkd_ds.teacher.teacher import Teacher
 
@@ -83,13 +84,17 @@ class Pipeline:
     ) -> Pipeline:
         """Load both models and build their engines, the teacher first. Raises InputError."""
         config, counters = inputs.config, Counters()
-        teacher_model = loading.load_teacher(inputs.teacher, config)
-        teacher = StreamedTeacher(teacher_model, config, inputs.vocabulary, inputs.pad_id, counters)
-        model = loading.load_student(inputs.student, config, ranks.world_size())
+        model, ds_config = load_teacher(inputs.teacher, config)
+        teacher = StreamedTeacher(
+            model, config, ds_config, inputs.vocabulary, inputs.pad_id, counters
+        )
+        ds_config = loading.student_ds_config(inputs.student, config)
+        model = loading.load_student(inputs.student, config, ds_config)
         engine_class = rollout_engine_class(config, model)
         student = Student(
             model,
             config,
+            ds_config,
             inputs.vocabulary,
             total_updates,
             counters,

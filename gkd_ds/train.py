@@ -20,8 +20,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from gkd_ds.config.config import NOT_SUPPORTED, GKDConfig
+from gkd_ds.config.config import GKDConfig, groups
 from gkd_ds.config.recipe import read_flags, read_recipe
+from gkd_ds.config.unsupported import REASONS
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.exit_codes import DIVERGED, FAILED, WRONG_INPUT
 from gkd_ds.runtime.launcher import check_hostfile
@@ -205,29 +206,30 @@ def print_help() -> None:
         "  --dry_run\n      Print the configuration, the batch arithmetic and the memory estimate, "
         "and stop."
     )
-    for field in dataclasses.fields(GKDConfig):
-        if field.name in NOT_SUPPORTED:
-            continue
-        if field.metadata["heading"]:
-            print(f"\n{field.metadata['heading']}")
-        default = (
-            field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        )
-        shown = (
-            ""
-            if default is None
-            else f" (default: {str(default).lower() if default in (True, False) else default})"
-        )
-        print(f"  --{field.name}{shown}")
-        print(
-            textwrap.fill(
-                field.metadata["help"], width, initial_indent=" " * 6, subsequent_indent=" " * 6
-            )
-        )
+    for heading, fields in groups().items():
+        print(f"\n{heading}")
+        for field in fields:
+            print_field(field, width)
     print("\nOf TRL's, accepted with their defaults only")
     print(
         textwrap.fill(
-            ", ".join(sorted(NOT_SUPPORTED)), width, initial_indent="  ", subsequent_indent="  "
+            ", ".join(sorted(REASONS)), width, initial_indent="  ", subsequent_indent="  "
+        )
+    )
+
+
+def print_field(field: dataclasses.Field, width: int) -> None:
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    shown = (
+        ""
+        if default is None
+        else f" (default: {str(default).lower() if default in (True, False) else default})"
+    )
+    print(f"  --{field.name}{shown}")
+    indent = " " * 6
+    print(
+        textwrap.fill(
+            field.metadata["help"], width, initial_indent=indent, subsequent_indent=indent
         )
     )
 

@@ -22,7 +22,7 @@ from gkd_ds.checkpoint import export
 from gkd_ds.checkpoint.progress import initial_state
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.windows import Windows
-from gkd_ds.engine import zero
+from gkd_ds.engine import process
 from gkd_ds.engine.inputs import Inputs
 from gkd_ds.learn import trl
 from gkd_ds.loop import WindowLoop
@@ -185,7 +185,7 @@ def _start(inputs: Inputs) -> None:
     if config.log_level != "passive":
         level = config.log_level.replace("detail", "info").upper()
         logging.getLogger("gkd_ds").setLevel(level)
-    zero.start(config)
+    process.start(config)
     inputs.refuse_different_ranks()
     torch.manual_seed(config.seed)
 

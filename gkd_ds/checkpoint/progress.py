@@ -16,7 +16,7 @@ from typing import Any
 from transformers.trainer_callback import TrainerState
 
 from gkd_ds.checkpoint.manifest import MANIFEST, Manifest
-from gkd_ds.config.config import GKDConfig
+from gkd_ds.config.config import GKDConfig, groups
 from gkd_ds.monitor.guards import BadUpdates, RateLimit, WindowStats
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
@@ -197,14 +197,15 @@ def differences(found: Manifest, config: GKDConfig) -> list[str]:
     """One sentence for each setting or library that is not what it was when the checkpoint was
     written.
     """
-    changes, heading = [], None
+    unimportant = {field.name for group in WITHOUT_INFLUENCE for field in groups()[group]}
+    unimportant.add("local_rank")
+    changes = []
     now = json.loads(json.dumps(redact(config.to_dict())))
     before = found.state["config"]
     for option in dataclasses.fields(GKDConfig):
-        heading = option.metadata["heading"] or heading
-        influential = heading not in WITHOUT_INFLUENCE and option.name != "local_rank"
-        if influential and option.name in before and before[option.name] != now.get(option.name):
-            changes.append((option.name, before[option.name], now.get(option.name)))
+        name = option.name
+        if name not in unimportant and name in before and before[name] != now.get(name):
+            changes.append((name, before[name], now.get(name)))
     for name, version in library_versions().items():
         if found.versions.get(name) != version:
             changes.append((name, found.versions.get(name), version))

@@ -18,13 +18,13 @@ from gkd_ds.checkpoint import engine_files, resharding, store
 from gkd_ds.checkpoint.progress import TRAINER_STATE, Progress, check_state, differences
 from gkd_ds.checkpoint.publish import Publisher
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.config.paths import open_anew
 from gkd_ds.data.windows import Windows
 from gkd_ds.learn.student import Student
 from gkd_ds.monitor.guards import BadUpdates
 from gkd_ds.monitor.tracker import Tracker
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
+from gkd_ds.runtime.files import open_anew
 from gkd_ds.runtime.watchdog import Watchdog
 
 FINISHED_FILE = "FINISHED"

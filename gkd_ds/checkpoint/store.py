@@ -5,19 +5,17 @@ A checkpoint is a directory `<run_dir>/checkpoint-<step>` whose manifest lists e
 `<run_dir>/latest`, a text file for people, is replaced. Whenever a process dies, what is called
 `checkpoint-<step>` is whole.
 
-    python -m gkd_ds.checkpoint.store RUN_DIR        # verifies everything and prints what a resume
-    would take
+    python -m gkd_ds.checkpoint RUN_DIR    # verifies everything; prints what a resume would take
 
 All ranks must see the run directory. `save` and `find` are collectives: every rank calls them, and
 every rank gets the same result or the same error. The names a directory can have:
 
-    checkpoint-15                complete checkpoint-15.tmp-<nonce>    a save in progress, or one
-    that died; the next save removes it checkpoint-15.aside-<nonce>  what had the name before: an
-    older checkpoint, or something that is not ours checkpoint-15.trash-<nonce>  being deleted; the
-    next save removes it
+    checkpoint-15                complete
+    checkpoint-15.tmp-<nonce>    a save in progress, or one that died; the next save removes it
+    checkpoint-15.aside-<nonce>  what had the name before: an older one, or something not ours
+    checkpoint-15.trash-<nonce>  being deleted; the next save removes it
 """
 
-import fcntl
 import os
 import platform
 import re
@@ -25,8 +23,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +34,6 @@ from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.provenance import library_versions
 
 LATEST = "latest"
-LOCK = ".lock"
-PATIENCE = 10.0  # seconds that a run waits for one that is ending
 COMPLETE_NAME = re.compile(r"checkpoint-(\d{1,18})(\.aside-[0-9a-f]{8})?")
 LEFTOVER_NAME = re.compile(r"checkpoint-\d{1,18}\.(tmp|trash)-[0-9a-f]{8}")
 RANK_IN_NAME = re.compile(r"(?:pp_rank_|rank-?)(\d{1,9})")
@@ -199,62 +194,6 @@ def failure(sentence: str) -> Callable[[int, Exception], CheckpointError]:
     return lambda rank, error: CheckpointError(
         f"{sentence} because of rank {rank}: {_describe(error)}"
     )
-
-
-# -- one run only -----------------------------------------------------------------------------
-
-
-@contextmanager
-def only_run(run_dir: str | Path) -> Iterator[None]:
-    """Let no other run train in `run_dir` meanwhile; two would delete and overwrite each other's
-    files. A collective.
-
-    The ranks of a launcher that has died may still be at their last save, so it waits a little.
-    Raises InputError on all ranks when the other run goes on. The lock belongs to rank 0's process:
-    it is gone with it, however it ends.
-    """
-    lock, problem = None, ""
-    if ranks.rank() == 0:
-        lock, problem = _lock(Path(run_dir))
-    if problem := ranks.broadcast(problem):
-        raise InputError(problem)
-    try:
-        yield
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(run_dir: Path) -> tuple[int | None, str]:
-    """(the descriptor of the locked file, "") or (None, why not)."""
-    try:
-        files.make_durably(run_dir)
-        lock = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        return (
-            None,
-            f"{run_dir / LOCK} cannot be opened ({error.strerror}); remove it, or choose another "
-            "output_dir.",
-        )
-    patient_until = time.monotonic() + PATIENCE
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock, ""
-        except BlockingIOError:
-            if time.monotonic() > patient_until:
-                os.close(lock)
-                return (
-                    None,
-                    f"another run is training in {run_dir}; stop it, or choose another output_dir.",
-                )
-            time.sleep(0.2)
-        except OSError as error:  # a file system without locks
-            _warn(
-                f"{run_dir} cannot be locked ({error.strerror}); see to it that no other run uses "
-                "it"
-            )
-            return lock, ""
 
 
 # -- finding ----------------------------------------------------------------------------------
@@ -444,24 +383,3 @@ def _describe(error: Exception) -> str:
 
 def _warn(sentence: str) -> None:
     print(f"gkd_ds: {sentence}", file=sys.stderr, flush=True)
-
-
-def main() -> None:
-    """Print what a resume of the run directory would take."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m gkd_ds.checkpoint.store RUN_DIR")
-    try:
-        found, passed_over = find(sys.argv[1], "auto")
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    for _, reason in passed_over:
-        print(f"passed over: {reason}")
-    if found is None:
-        print("there is nothing to resume from")
-    else:
-        print(f"a resume takes {found.path} (step {found.step}, {len(found.files)} files verified)")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,17 +2,13 @@
 answers at once.
 """
 
-import fcntl
-import functools
-import itertools
 import os
 import re
-import stat
 import tempfile
 from pathlib import Path
-from typing import TextIO
 
-from gkd_ds.config.values import is_text, show, wrong
+from gkd_ds.config.values import is_text, wrong
+from gkd_ds.runtime.errors import show
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -58,36 +54,6 @@ def check_path_or_hub_name(name: str, value: str, what: str, existing_is_fine: b
         )
 
 
-def check_stop_file(path: str | Path) -> None:
-    """Refuse what is more than the mark it should be: it is removed when a run starts, and when it
-    was obeyed.
-
-    Raises:
-        InputError: something other than an empty file has that name.
-    """
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        what = f"is {show(str(path))}, which cannot be looked at ({error.strerror}); choose another file"
-        raise wrong("stop_file", what) from None
-    if not stat.S_ISREG(status.st_mode) or status.st_size:
-        raise wrong(
-            "stop_file",
-            f"is {show(str(path))}, which exists and is no empty file; a run would remove it, so "
-            "choose another name",
-        )
-
-
-def open_anew(path: Path) -> TextIO:
-    """A new, empty file to write text to. What had the name is replaced: through a link it could be
-    anything.
-    """
-    path.unlink(missing_ok=True)
-    return open(path, "x", encoding="utf-8")
-
-
 def obstacle_to_writing(directory: str) -> str | None:
     """Why nothing can be written to `directory`, which need not exist yet; None when something can.
 
@@ -100,24 +66,3 @@ def obstacle_to_writing(directory: str) -> str | None:
             return None
     except OSError as error:
         return error.strerror
-
-
-@functools.cache
-def place_of_our_own(directory: str, rank: int) -> str:
-    """A folder of `directory` for this rank's swap files, which no other process takes until this
-    one ends.
-
-    DeepSpeed gives the files of every run the same names: two runs at a time would read each
-    other's weights. Folders are numbered and taken again, so that runs that were killed fill no
-    drive.
-    """
-    for number in itertools.count():
-        place = Path(directory, f"run-{number}")
-        place.mkdir(parents=True, exist_ok=True)
-        lock = os.open(place / f"rank{rank}.lock", os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends
-            return str(place)
-        except BlockingIOError:
-            os.close(lock)
-    raise AssertionError("the numbers have no end")

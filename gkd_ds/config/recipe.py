@@ -13,8 +13,8 @@ from typing import Any, get_args
 import yaml
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.config.values import convert, show
-from gkd_ds.runtime.errors import InputError
+from gkd_ds.config.values import convert
+from gkd_ds.runtime.errors import InputError, show
 
 KINDS = {field.name: field.type for field in dataclasses.fields(GKDConfig)}
 COMMANDS = ("config", "dry_run", "help")  # flags that are no fields

@@ -14,7 +14,7 @@ from enum import Enum
 from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin
 
-from gkd_ds.runtime.errors import InputError
+from gkd_ds.runtime.errors import InputError, show
 
 TRUE_WORDS = {"true", "yes", "on", "1"}
 FALSE_WORDS = {"false", "no", "off", "0"}
@@ -26,6 +26,20 @@ MEANINGS = {
     dict: "a mapping",
     list: "a list",
 }
+
+
+# Equal to transformers' enums of the same names (both are text), which cost an import of torch.
+class IntervalStrategy(str, Enum):
+    NO = "no"
+    STEPS = "steps"
+    EPOCH = "epoch"
+
+
+class SaveStrategy(str, Enum):
+    NO = "no"
+    STEPS = "steps"
+    EPOCH = "epoch"
+    BEST = "best"
 
 
 def convert(name: str, kind: Any, value: Any) -> Any:
@@ -168,9 +182,3 @@ def describe(kind: Any) -> str:
 
 def wrong(name: str, problem: str) -> InputError:
     return InputError(f"GKDConfig field '{name}' {problem}.")
-
-
-def show(value: Any) -> str:
-    """The value as a user would recognise it, on one line and short."""
-    text = ascii(value)
-    return text if len(text) <= 100 else text[:97] + "..."

@@ -1,7 +1,7 @@
-"""What is special to one kind of accelerator: the only file that asks which one this is.
+"""The accelerator: the only file that asks which one this is, and what is special to one kind.
 
-Everything here is an optimisation that leaves results alone: remove it and the same numbers come
-out slower.
+Beside the answers, everything here is an optimisation that leaves results alone: remove it and the
+same numbers come out slower.
 """
 
 from __future__ import annotations
@@ -12,11 +12,16 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
+
+from gkd_ds.config.config import GKDConfig
+from gkd_ds.config.deepspeed import Precision
+from gkd_ds.runtime.errors import InputError
 
 # The elementwise part of the loss makes about ten passes over a tile: 2^20 fp32 entries (4 MiB)
 # stay in a CPU's last-level cache.
@@ -38,6 +43,41 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 def on_cpu() -> bool:
     return get_accelerator().device_name() == "cpu"
+
+
+def device() -> torch.device:
+    return torch.device(get_accelerator().current_device_name())
+
+
+def precision(config: GKDConfig) -> torch.dtype:
+    """bf16 and fp16 as configured; by default bf16 on an asynchronous accelerator (a GPU) that has
+    it, else fp32.
+    """
+    if config.fp16:
+        return torch.float16
+    default = (
+        not get_accelerator().is_synchronized_device() and get_accelerator().is_bf16_supported()
+    )
+    return torch.bfloat16 if (default if config.bf16 is None else config.bf16) else torch.float32
+
+
+def precision_name(config: GKDConfig) -> Precision:
+    """`precision` as text: float32, bfloat16 or float16."""
+    return str(precision(config)).removeprefix("torch.")
+
+
+def refuse_missing_kernels(ds_config: dict[str, Any]) -> None:
+    """Raise InputError where `ds_config` asks for kernels that this accelerator does not have."""
+    for name in (
+        "zero_quantized_weights",
+        "zero_quantized_gradients",
+        "zero_quantized_nontrainable_weights",
+    ):
+        if ds_config["zero_optimization"].get(name) and on_cpu():
+            raise InputError(
+                f"{name} needs kernels that DeepSpeed has for GPUs only; remove it to run on the "
+                "CPU."
+            )
 
 
 def elementwise_tile_rows(logits_nV: Tensor) -> int:
@@ -120,18 +160,22 @@ def _freed_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def fast_decoding(model: nn.Module, linear_types: tuple[type, ...]) -> Iterator[None]:
+def fast_decoding(model: nn.Module, linear: tuple[type, ...] = (nn.Linear,)) -> Iterator[None]:
     """Make `model` quick for products of few rows while its weights stay whole and unchanged.
+
+    `linear` are the types of layers whose forward is exactly x @ weight.T + bias; subclasses may do
+    more and are left alone.
 
     torch's inference mode saves bookkeeping in every operation: of a decode step's many small ones,
     7 % of the time on the CPU. There, every linear layer's weight is laid out anew, too, since MKL
     is slow at few rows times a row-major matrix. Elsewhere nothing more is done yet: a CUDA graph
     or `torch.compile` of the decode step would start here.
-
-    `linear_types` are the classes of modules whose forward is exactly x @ weight.T + bias.
     """
-    relaid = [m for m in model.modules() if type(m) in linear_types and _is_fp32(m)]
-    relaid = relaid if on_cpu() else []
+    relaid = [
+        module
+        for module in model.modules()
+        if on_cpu() and type(module) in linear and module.weight.dtype == torch.float32
+    ]
     try:
         with torch.inference_mode():
             for module in relaid:
@@ -154,10 +198,6 @@ def _make_trainable(model: nn.Module) -> None:
             for name, tensor in tensors.items():
                 if isinstance(tensor, Tensor) and tensor.is_inference():
                     tensors[name] = tensor.clone()
-
-
-def _is_fp32(module: nn.Module) -> bool:
-    return module.weight.dtype == torch.float32
 
 
 def _relaid_forward(weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]:

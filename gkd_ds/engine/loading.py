@@ -26,13 +26,14 @@ from transformers import (
 )
 
 from gkd_ds.config.config import GKDConfig
+from gkd_ds.config.deepspeed import resolve_student, resolve_teacher
 from gkd_ds.config.paths import HUB_NAME
 from gkd_ds.data.examples import Examples
 from gkd_ds.data.tokenizer import prepare_tokenizer
 from gkd_ds.data.vocabulary import shared_vocabulary_size
-from gkd_ds.engine import zero
+from gkd_ds.engine import accelerator, zero
+from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError, first_line
-from gkd_ds.teacher import nvme
 
 logger = logging.getLogger(__name__)
 
@@ -205,14 +206,37 @@ def require_known_tokens(examples: Examples | None, vocabulary: int) -> None:
             )
 
 
-def load_student(model: Model, config: GKDConfig, world_size: int) -> PreTrainedModel:
-    """The student's model; a name is loaded partitioned when its DeepSpeed configuration is
-    ZeRO-3.
+def student_ds_config(model: Model, config: GKDConfig) -> dict[str, Any]:
+    """What the student's engine is started with: its DeepSpeed file, resolved for this model and
+    the ranks there are, with swap folders that are ours. Once per run.
     """
+    ds_config = resolve_student(
+        config,
+        world_size=ranks.world_size(),
+        hidden_size=_hidden_size(model, config, config.model_init_kwargs),
+        precision=accelerator.precision_name(config),
+    )
+    accelerator.refuse_missing_kernels(ds_config)
+    zero.claim_swap_folders(ds_config)
+    return ds_config
+
+
+def teacher_ds_config(model: Model, config: GKDConfig) -> dict[str, Any]:
+    """The same for the teacher; for its NVMe buffers see teacher/loading.py."""
+    ds_config = resolve_teacher(
+        config,
+        hidden_size=_hidden_size(model, config, config.teacher_model_init_kwargs),
+        precision=accelerator.precision_name(config),
+    )
+    accelerator.refuse_missing_kernels(ds_config)
+    zero.claim_swap_folders(ds_config)
+    return ds_config
+
+
+def load_student(model: Model, config: GKDConfig, ds_config: dict[str, Any]) -> PreTrainedModel:
+    """The student's model; a name is loaded partitioned when `ds_config` is ZeRO-3."""
     if isinstance(model, PreTrainedModel):
         return model
-    width = _model_config(model, config, config.model_init_kwargs).get_text_config().hidden_size
-    ds_config = zero.student_config(config, world_size, width)
     return zero.load(
         model,
         ds_config,
@@ -221,26 +245,27 @@ def load_student(model: Model, config: GKDConfig, world_size: int) -> PreTrained
     )
 
 
-def load_teacher(model: Model, config: GKDConfig) -> PreTrainedModel:
-    """The teacher's model; a name is loaded shard by shard, straight to where its DeepSpeed file
-    wants it.
-    """
+def load_teacher(model: Model, config: GKDConfig, ds_config: dict[str, Any]) -> PreTrainedModel:
+    """The teacher's model; a name is loaded shard by shard, straight to where `ds_config` says."""
     if isinstance(model, PreTrainedModel):
-        return model.to(zero.precision(config))
-    model_config = _model_config(model, config, config.teacher_model_init_kwargs)
-    ds_config = zero.teacher_config(config, model_config.get_text_config().hidden_size)
-    if nvme.is_used(ds_config):
-        with torch.device("meta"):
-            shapes = AutoModelForCausalLM.from_config(
-                model_config, trust_remote_code=config.trust_remote_code
-            )
-        nvme.fit_buffers(ds_config, shapes, zero.precision(config).itemsize)
+        return model.to(accelerator.precision(config))
     return zero.load(
         model,
         ds_config,
-        zero.precision(config),
+        accelerator.precision(config),
         **_init_kwargs(config, config.teacher_model_init_kwargs),
     )
+
+
+def teacher_shapes(model: Model, config: GKDConfig) -> PreTrainedModel:
+    """The teacher without its weights: a name's model on the meta device."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    model_config = _model_config(model, config, config.teacher_model_init_kwargs)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            model_config, trust_remote_code=config.trust_remote_code
+        )
 
 
 def name_of(model: Model) -> str:
@@ -309,6 +334,10 @@ def _model_config(model: Model, config: GKDConfig, init_kwargs: dict | None):
         ) from error
 
 
+def _hidden_size(model: Model, config: GKDConfig, init_kwargs: dict | None) -> int:
+    return _model_config(model, config, init_kwargs).get_text_config().hidden_size
+
+
 def _reason(error: Exception) -> str:
     """The first sentence of what a library says."""
     return first_line(error).split(". ")[0].rstrip(".:")
@@ -346,5 +375,5 @@ def _dtype(name: str | None, config: GKDConfig) -> torch.dtype | str:
     here.
     """
     if name in (None, "auto"):
-        return zero.precision(config)
+        return accelerator.precision(config)
     return getattr(torch, name)

@@ -1,29 +1,20 @@
-"""The only file that touches DeepSpeed's internals: its configuration, loading under ZeRO-3,
-gathering, hooks.
+"""Models under ZeRO: loading them partitioned, DeepSpeed's engines, gathering, ZeRO-3's hooks.
 
-Everything it relies on was read in, and is tested against, deepspeed 0.19.8.
+Whatever touches ZeRO-3's parameters and hooks is here, except what only one file needs, which
+stands in that file (reading ahead from NVMe in teacher/nvme.py, the hybrid engine in
+rollout/hybrid.py, DeepSpeed's checkpoint files in checkpoint/engine_files.py and resharding.py).
+All of it relies on internals that were read in, and are tested against, deepspeed 0.19.8.
 """
 
 from __future__ import annotations
 
-import atexit
-import copy
-import datetime
 import gc
-import json
-import logging
-import os
-import socket
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -33,211 +24,23 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from gkd_ds.config import paths
-from gkd_ds.config.config import GKDConfig
 from gkd_ds.engine import accelerator
+from gkd_ds.engine.counters import Counters
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError, first_line
+from gkd_ds.runtime.files import claim_folder
 
 
-@dataclass
-class Counters:
-    """What a run did, counted rather than timed; reset by nobody, so callers take differences."""
+def claim_swap_folders(ds_config: dict[str, Any]) -> None:
+    """Make and lock folders for what `ds_config` swaps to NVMe, and write their names into it: once
+    per engine, before its model is loaded.
 
-    student_gathers: int = 0  # whole-model gathers of the student
-    teacher_passes: int = 0  # passes over the teacher's layers that score a window
-    teacher_decode_passes: int = (
-        0  # passes for one token more of every completion that the teacher writes
-    )
-    optimizer_bytes: int = 0  # bytes of optimizer states that went to the host for a rollout
-    teacher_bytes: int = (
-        0  # bytes of the teacher's weights that were made available on this rank, head included
-    )
-
-
-def start(config: GKDConfig) -> None:
-    """Join the process group: the launcher's, or one of a single process when there is no launcher.
-
-    A CPU run must not spend three minutes building DeepSpeed's shared-memory communication op; gloo
-    does without.
+    DeepSpeed gives the files of every run the same names, so runs must not share a folder.
     """
-    logging.getLogger("DeepSpeed").setLevel(config.deepspeed_log_level.upper())
-    if config.deepspeed_log_level in ("error", "critical"):
-        # DeepSpeed calls collectives by names that torch deprecates, and transformers renames its
-        # switch for checkpointing: a line per call. A bar per model that is read or written is
-        # chatter, too.
-        warnings.filterwarnings(
-            "ignore", category=FutureWarning, module=r"torch\.distributed|transformers"
-        )
-        transformers.utils.logging.disable_progress_bar()
-    if config.use_cpu and get_accelerator().device_name() != "cpu":
-        raise InputError(
-            "use_cpu is set but DeepSpeed has chosen an accelerator; set DS_ACCELERATOR=cpu as "
-            "well."
-        )
-    if config.tf32 is not None:
-        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    if config.full_determinism:
-        torch.use_deterministic_algorithms(True)
-    if torch.distributed.is_initialized() and deepspeed.comm.is_initialized():
-        return
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {
-            "RANK": 0,
-            "LOCAL_RANK": 0,
-            "WORLD_SIZE": 1,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        os.environ.update({name: str(value) for name, value in alone.items()})
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(
-        dist_backend=config.ddp_backend or get_accelerator().communication_backend_name(),
-        timeout=datetime.timedelta(seconds=config.ddp_timeout),
-        auto_mpi_discovery=False,
-        verbose=False,
-    )
-
-
-def leave_at_exit() -> None:
-    """Leave the process group when the program ends, after a run that all ranks have finished
-    together.
-
-    A thread of gloo's that still holds Python objects is otherwise taken down by the interpreter,
-    now and then with SIGABRT ("terminate called without an active exception").
-    """
-    atexit.unregister(_leave)
-    atexit.register(_leave)
-
-
-def _leave() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def print_communication() -> None:
-    """What DeepSpeed's communication logger has seen, on rank 0's stdout, where a DeepSpeed file
-    switches it on.
-
-    Nobody else calls its summary. Collective.
-    """
-    if deepspeed.comm.comms_logger.enabled:
-        deepspeed.comm.log_summary()
-
-
-def device() -> torch.device:
-    return torch.device(get_accelerator().current_device_name())
-
-
-def precision(config: GKDConfig) -> torch.dtype:
-    """bf16 and fp16 as configured; by default bf16 on an asynchronous accelerator (a GPU) that has
-    it, else fp32.
-    """
-    if config.fp16:
-        return torch.float16
-    accelerator = get_accelerator()
-    default = not accelerator.is_synchronized_device() and accelerator.is_bf16_supported()
-    return torch.bfloat16 if (default if config.bf16 is None else config.bf16) else torch.float32
-
-
-def student_config(config: GKDConfig, world_size: int, hidden_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of the student: the user's file, with the fields that GKDConfig
-    owns filled in.
-    """
-    resolved = _read(config.deepspeed) or {
-        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}
-    }
-    micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    resolved |= {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro * accumulation * world_size,
-        "gradient_clipping": config.max_grad_norm,
-    }
-    if resolved["zero_optimization"].get("stage", 0) == 0 and precision(config) == torch.float32:
-        resolved["gradient_clipping"] = (
-            0.0  # Student.update clips, by a norm that is summed in fp64
-        )
-    if "optimizer" in resolved:
-        resolved["optimizer"].setdefault("params", {}).update(
-            lr=config.learning_rate,
-            betas=[config.adam_beta1, config.adam_beta2],
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-        )
-    return _finish(resolved, config, hidden_size)
-
-
-def teacher_config(config: GKDConfig, hidden_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of the teacher: ZeRO-3 without optimizer, offloaded as the user's
-    file says.
-    """
-    resolved = _read(config.teacher_deepspeed) or {"zero_optimization": {"stage": 3}}
-    resolved |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
-    resolved.pop("train_batch_size", None)
-    # It would put an autograd function written in Python in the place of F.linear, for the student,
-    # too.
-    resolved["zero_optimization"]["memory_efficient_linear"] = False
-    return _finish(resolved, config, hidden_size)
-
-
-def _read(source: str | dict | None) -> dict[str, Any]:
-    if source is None:
-        return {}
-    return (
-        copy.deepcopy(source) if isinstance(source, dict) else json.loads(Path(source).read_text())
-    )
-
-
-def _finish(resolved: dict[str, Any], config: GKDConfig, hidden_size: int) -> dict[str, Any]:
-    dtype = precision(config)
-    resolved["bf16"] = {**_section(resolved, "bf16"), "enabled": dtype == torch.bfloat16}
-    resolved["fp16"] = {**_section(resolved, "fp16"), "enabled": dtype == torch.float16}
-    resolved["steps_per_print"] = 2**62
-    # The optimizer is torch's fused AdamW, on CPU partitions too: it needs no compiler on the
-    # nodes.
-    resolved["zero_allow_untested_optimizer"] = True
-    resolved["zero_force_ds_cpu_optimizer"] = False
-    zero = resolved["zero_optimization"]
-    for name in (
-        "zero_quantized_weights",
-        "zero_quantized_gradients",
-        "zero_quantized_nontrainable_weights",
-    ):
-        if zero.get(name) and accelerator.on_cpu():
-            raise InputError(
-                f"{name} needs kernels that DeepSpeed has for GPUs only; remove it to run on the "
-                "CPU."
-            )
     for name in ("offload_param", "offload_optimizer"):
-        block = zero.get(name) or {}
+        block = ds_config["zero_optimization"].get(name) or {}
         if block.get("device") == "nvme":
-            block["nvme_path"] = paths.place_of_our_own(block["nvme_path"], ranks.rank())
-    # transformers' formulas for these three, so that one file serves both trainers.
-    by_width = {
-        "reduce_bucket_size": hidden_size * hidden_size,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-    for name, value in by_width.items():
-        if zero.get(name) == "auto":
-            zero[name] = value
-    return _without_auto(resolved)
-
-
-def _section(resolved: dict, name: str) -> dict:
-    return resolved.get(name) or {}
-
-
-def _without_auto(value: Any) -> Any:
-    """What is still "auto" is left to DeepSpeed's default."""
-    if isinstance(value, dict):
-        return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
-    return value
+            block["nvme_path"] = claim_folder(block["nvme_path"], ranks.rank())
 
 
 class _Zero3Loading:
@@ -345,7 +148,7 @@ def optimizer_states_on_host(engine, counters: Counters) -> Iterator[None]:
         (state, name)
         for state in optimizer.state.values()
         for name in state
-        if _is_on(state[name], device())
+        if _is_on(state[name], accelerator.device())
     ]
     for state, name in places:
         counters.optimizer_bytes += state[name].nbytes
@@ -355,7 +158,9 @@ def optimizer_states_on_host(engine, counters: Counters) -> Iterator[None]:
         yield
     finally:
         for state, name in places:
-            state[name] = torch.empty_like(state[name], device=device()).copy_(state[name])
+            state[name] = torch.empty_like(state[name], device=accelerator.device()).copy_(
+                state[name]
+            )
 
 
 def _is_on(value: Any, place: torch.device) -> bool:

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.engine import causal_lm, zero
+from gkd_ds.engine import accelerator, causal_lm, zero
 from gkd_ds.engine.causal_lm import LogitTransform
+from gkd_ds.engine.counters import Counters
 from gkd_ds.learn.head import LossHead, LossInputs
 from gkd_ds.records import SequenceBatch
 from gkd_ds.runtime import ranks
@@ -35,9 +36,10 @@ class Student:
         self,
         model: PreTrainedModel,
         config: GKDConfig,
+        ds_config: dict[str, Any],
         vocabulary: int,
         total_updates: int,
-        counters: zero.Counters,
+        counters: Counters,
         optimizers: tuple = (None, None),
         prepare: Callable[[dict[str, Any], zero.EngineRoot, PreTrainedModel], None] | None = None,
     ):
@@ -47,9 +49,8 @@ class Student:
             vocabulary,
             counters,
         )
-        self.device = zero.device()
+        self.device = accelerator.device()
         self._whole_norm = 0.0
-        width = model.config.get_text_config().hidden_size
         transform = LogitTransform.of(model.config)
         model.set_output_embeddings(LossHead(model.get_output_embeddings(), transform))
         if config.disable_dropout:
@@ -57,7 +58,6 @@ class Student:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
         optimizer, scheduler = optimizers
-        ds_config = zero.student_config(config, ranks.world_size(), width)
         if optimizer is None and "optimizer" not in ds_config:
             optimizer = _optimizer(model, config)
         root = zero.EngineRoot(model=model)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gkd_ds.engine.zero import Counters
+from gkd_ds.engine.counters import Counters
 from gkd_ds.monitor import guards
 from gkd_ds.pipeline import Learned, Pipeline
 from gkd_ds.records import Rollout, Source

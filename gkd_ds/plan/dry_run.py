@@ -5,8 +5,9 @@ rank.
 import torch
 import yaml
 
-from gkd_ds.config.config import NOT_SUPPORTED, GKDConfig
-from gkd_ds.engine import accelerator, zero
+from gkd_ds.config.config import GKDConfig
+from gkd_ds.config.unsupported import REASONS
+from gkd_ds.engine import accelerator
 from gkd_ds.plan.memory import Memory, count_memory, peak
 from gkd_ds.plan.run import MIB, PHASES, Batches, ModelCounts, count_batches, make_plan
 
@@ -19,12 +20,10 @@ def dry_run_report(config: GKDConfig, num_samples: int) -> str:
         InputError: an empty data set, or a model configuration that cannot be read.
     """
     on_cpu = accelerator.on_cpu()
-    half = zero.precision(config) != torch.float32
+    half = accelerator.precision(config) != torch.float32
     batches = count_batches(config, num_samples, config.world_size)
     plan = make_plan(config, config.world_size, weight_bytes=2 if half else 4, on_cpu=on_cpu)
-    settings = {
-        name: value for name, value in config.to_dict().items() if name not in NOT_SUPPORTED
-    }
+    settings = {name: value for name, value in config.to_dict().items() if name not in REASONS}
     return "\n".join(
         [
             "# Resolved configuration",

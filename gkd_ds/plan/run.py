@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.config.deepspeed import is_number
+from gkd_ds.config.deepspeed import BUILT_IN_TEACHER, is_number, resolve_auto
 from gkd_ds.data.schedule import StepScheduler
 from gkd_ds.engine.causal_lm import decoder_layers, kv_elements_per_token
 from gkd_ds.runtime.errors import InputError
@@ -183,18 +183,16 @@ class Engine:
 
     @classmethod
     def of(cls, file: dict | None, hidden: int) -> "Engine":
-        """`file` as zero.py resolves it for a model of width `hidden`; None is the built-in one.
+        """`file` as it is resolved for a model of width `hidden`; None is the built-in stage 3.
 
         Raises:
             InputError: a size that is no number.
         """
-        zero = (file or {"zero_optimization": {"stage": 3}})["zero_optimization"]
+        zero = resolve_auto(file or BUILT_IN_TEACHER, hidden)["zero_optimization"]
         params, optimizer = zero.get("offload_param") or {}, zero.get("offload_optimizer") or {}
 
-        def number(block: dict, key: str, default: int, auto: int | None = None) -> int:
+        def number(block: dict, key: str, default: int) -> int:
             value = block.get(key, default)
-            if value == "auto":
-                return default if auto is None else auto
             if not is_number(value):
                 raise InputError(
                     f"The DeepSpeed configuration has {key} {value!r}, which is not a number."
@@ -205,10 +203,8 @@ class Engine:
             stage=zero.get("stage", 0),
             params_on=params.get("device", "none"),
             optimizer_on=optimizer.get("device", "none"),
-            bucket=number(zero, "reduce_bucket_size", 500_000_000, auto=hidden * hidden),
-            prefetch=number(
-                zero, "stage3_prefetch_bucket_size", 50_000_000, auto=int(0.9 * hidden * hidden)
-            ),
+            bucket=number(zero, "reduce_bucket_size", 500_000_000),
+            prefetch=number(zero, "stage3_prefetch_bucket_size", 50_000_000),
             max_live=number(zero, "stage3_max_live_parameters", 1_000_000_000),
             sub_group=number(zero, "sub_group_size", 1_000_000_000),
             buffer_count=number(params, "buffer_count", 0),

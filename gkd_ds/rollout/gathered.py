@@ -30,7 +30,7 @@ class Gathered(RolloutEngine):
         with (
             student.sampling(),
             zero.gathered_parameters(student.engine, student.counters),
-            accelerator.fast_decoding(student.model, linear_types=(nn.Linear, LossHead)),
+            accelerator.fast_decoding(student.model, linear=(nn.Linear, LossHead)),
         ):
             yield
 

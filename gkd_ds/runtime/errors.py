@@ -31,3 +31,9 @@ def name_list(names: Sequence[object], limit: int = 20) -> str:
 def first_line(error: BaseException, limit: int = 200) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def show(value: object) -> str:
+    """The value as a user would recognise it, on one line and short."""
+    text = ascii(value)
+    return text if len(text) <= 100 else text[:97] + "..."

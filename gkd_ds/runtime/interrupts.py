@@ -32,8 +32,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from gkd_ds.config.paths import check_stop_file
 from gkd_ds.runtime import ranks
+from gkd_ds.runtime.files import check_stop_file
 from gkd_ds.runtime.launcher import Launcher
 
 SIGNALS = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)

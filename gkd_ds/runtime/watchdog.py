@@ -23,9 +23,9 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from gkd_ds.config.paths import open_anew
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.exit_codes import STUCK
+from gkd_ds.runtime.files import open_anew
 
 GRACE = 10.0  # seconds for writing the report to run_dir, which may be what hangs
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.engine import causal_lm, zero
+from gkd_ds.engine import accelerator, causal_lm, zero
 from gkd_ds.engine.causal_lm import LogitTransform
+from gkd_ds.engine.counters import Counters
 from gkd_ds.learn.batching import length_groups
 from gkd_ds.learn.head import TeacherHead
 from gkd_ds.records import (
@@ -58,9 +59,10 @@ class StreamedTeacher:
         self,
         model: PreTrainedModel,
         config: GKDConfig,
+        ds_config: dict[str, Any],
         vocabulary: int,
         pad_id: int,
-        counters: zero.Counters,
+        counters: Counters,
     ):
         self.model, self.config, self.vocabulary, self.counters = (
             model,
@@ -68,11 +70,9 @@ class StreamedTeacher:
             vocabulary,
             counters,
         )
-        self.pad_id, self.device = pad_id, zero.device()
+        self.pad_id, self.device = pad_id, accelerator.device()
         model.eval().requires_grad_(False)
         self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
-        ds_config = zero.teacher_config(config, model.config.get_text_config().hidden_size)
-        nvme.fit_buffers(ds_config, model, self.head.weight.dtype.itemsize)
         layers = causal_lm.decoder_layers(model)
         following = [*layers[1:], nn.Module()]
         self.slots = [_LayerSlot(*neighbours, counters) for neighbours in zip(layers, following)]
@@ -335,7 +335,7 @@ class _StreamedLayer(nn.Module):
     to it).
     """
 
-    def __init__(self, layer: nn.Module, following: nn.Module, counters: zero.Counters):
+    def __init__(self, layer: nn.Module, following: nn.Module, counters: Counters):
         super().__init__()
         self.layer, self.counters = layer, counters
         self.ahead = list(following.parameters())
@@ -351,7 +351,7 @@ class _LayerSlot(nn.Module):
     at its door.
     """
 
-    def __init__(self, layer: nn.Module, following: nn.Module, counters: zero.Counters):
+    def __init__(self, layer: nn.Module, following: nn.Module, counters: Counters):
         super().__init__()
         self.streamed = _StreamedLayer(layer, following, counters)
         self.answer = None

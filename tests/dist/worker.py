@@ -23,7 +23,7 @@ ABSENT = ("trl", "accelerate", "peft")
 sys.modules.update(dict.fromkeys(ABSENT))
 
 from gkd_ds import GKDConfig
-from gkd_ds.engine import zero
+from gkd_ds.engine import process
 from gkd_ds.runtime import ranks
 from gkd_ds.train import leave
 from tests.dist.scenarios import bad_updates, engines, nvme, parity, windows
@@ -62,7 +62,7 @@ SCENARIOS = [
 
 
 def main(wanted: list[str]) -> None:
-    zero.start(GKDConfig(output_dir=str(RESULTS / "unused"), ddp_timeout=FIELDS["ddp_timeout"]))
+    process.start(GKDConfig(output_dir=str(RESULTS / "unused"), ddp_timeout=FIELDS["ddp_timeout"]))
     for scenario in SCENARIOS:
         if wanted and scenario.__name__ not in wanted:
             continue

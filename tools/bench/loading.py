@@ -26,9 +26,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gkd_ds import GKDConfig
-from gkd_ds.engine import zero
-from gkd_ds.engine.loading import load_student, load_teacher
+from gkd_ds.engine import process, zero
+from gkd_ds.engine.loading import load_student, student_ds_config
 from gkd_ds.runtime import ranks
+from gkd_ds.teacher.loading import load as load_teacher
 from gkd_ds.train import leave
 
 OFFLOADED = {
@@ -62,9 +63,9 @@ def measure(role: str, directory: Path, config: GKDConfig) -> dict:
     """What loading the model in `directory` took on this rank."""
     with Peak() as peak:
         if role == "student":
-            model = load_student(str(directory), config, ranks.world_size())
+            model = load_student(str(directory), config, student_ds_config(str(directory), config))
         else:
-            model = load_teacher(str(directory), config)
+            model, _ = load_teacher(str(directory), config)
     return {
         "rank": ranks.rank(),
         "role": role,
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("--local_rank", help="given by the launcher")
     arguments = parser.parse_args()
     config = GKDConfig(output_dir="unused", teacher_deepspeed=OFFLOADED, bf16=False)
-    zero.start(config)
+    process.start(config)
     directory = Path(
         ranks.broadcast(tempfile.mkdtemp(prefix="loading-") if ranks.rank() == 0 else None)
     )

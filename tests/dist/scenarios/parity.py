@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd_ds import GKDConfig, GKDTrainer
 from gkd_ds.engine import zero
+from gkd_ds.engine.counters import Counters
 from gkd_ds.records import Rollout, Sample, Source
 from gkd_ds.rollout.gathered import Gathered
 from gkd_ds.rollout.sharded import Sharded
@@ -57,7 +58,7 @@ def seed_example() -> dict:
             "steps": output.global_step,
             "train_loss": output.training_loss,
         }
-        with torch.no_grad(), zero.gathered_parameters(trainer.student.engine, zero.Counters()):
+        with torch.no_grad(), zero.gathered_parameters(trainer.student.engine, Counters()):
             logits = trainer.model(input_ids=torch.arange(3, 40)[None]).logits
         if ranks.rank() == 0:
             save_file({"logits": logits}, RESULTS / f"{out}-logits.safetensors")

@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkd_ds.checkpoint import engine_files, manifest, store
+from gkd_ds.checkpoint import engine_files, manifest, run_lock, store
 from gkd_ds.checkpoint.store import CheckpointError
 from gkd_ds.runtime import faults
 from gkd_ds.runtime.errors import InputError
@@ -149,35 +148,8 @@ def test_links_are_not_written_through(tmp_path: Path) -> None:
     save(run_dir, 1)
     assert precious.read_text() == "mine" and (run_dir / "latest").read_text() == "checkpoint-1\n"
     (run_dir / ".lock").symlink_to(precious)
-    with pytest.raises(InputError, match=r"\.lock cannot be opened"), store.only_run(run_dir):
+    with pytest.raises(InputError, match=r"\.lock cannot be opened"), run_lock.only_run(run_dir):
         pass
-
-
-def test_only_one_run_in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second one waits a little, in case that the first is ending; what is left of a dead run is
-    in nobody's way.
-    """
-    monkeypatch.setattr(store, "PATIENCE", 0.5)
-    run_dir = tmp_path / "new" / "run"
-    with store.only_run(run_dir):
-        with pytest.raises(InputError, match="another run is training in"), store.only_run(run_dir):
-            pass
-    program = """
-import sys, time
-from gkd_ds.checkpoint import store
-with store.only_run(sys.argv[1]):
-    print("held", flush=True)
-    time.sleep(3600)
-"""
-    command = [sys.executable, "-c", program, str(run_dir)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match="another run is training in"), store.only_run(run_dir):
-            pass
-        monkeypatch.setattr(store, "PATIENCE", 30.0)
-        other.kill()
-        with store.only_run(run_dir):
-            assert names(run_dir) == [".lock"]
 
 
 # ------------------------------------------------------------------------------------------- damage

@@ -235,7 +235,7 @@ def test_weights_in_another_layout_write_the_same_tokens(family: str, tokenizer)
     assert any(layer.bias is not None for layer in linear) == (family == "gpt_neox")
     given = prompts(8)
     plain = run(model, given).token_ids
-    with accelerator.fast_decoding(model, linear_types=(nn.Linear, LossHead)):
+    with accelerator.fast_decoding(model, linear=(nn.Linear, LossHead)):
         assert all("forward" in layer.__dict__ for layer in linear)
         assert run(model, given).token_ids == plain
     assert not any("forward" in layer.__dict__ for layer in linear)
@@ -258,7 +258,7 @@ def test_a_model_that_changed_itself_while_decoding_can_be_trained(tokenizer) ->
     model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
     model = type(model)(model.config)
     before = model.model.rotary_emb.inv_freq.clone()
-    with accelerator.fast_decoding(model, linear_types=(nn.Linear, LossHead)):
+    with accelerator.fast_decoding(model, linear=(nn.Linear, LossHead)):
         run(model, prompts(4))
     assert not before.equal(model.model.rotary_emb.inv_freq), "the sequences outgrew the table"
     assert not any(buffer.is_inference() for buffer in model.buffers())

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gkd_ds.config.paths import place_of_our_own
 from gkd_ds.runtime.errors import InputError
+from gkd_ds.runtime.files import claim_folder
 from gkd_ds.teacher.nvme import fit_buffers
 from tests import ROOT
 from tests.tiny import make_model
@@ -74,17 +74,19 @@ def test_runs_at_the_same_time_have_files_of_their_own(tmp_path):
     """DeepSpeed names the files of all runs alike. Another call without the cache is what another
     process does.
     """
-    first = place_of_our_own(str(tmp_path), 0)
-    assert place_of_our_own(str(tmp_path), 0) == first, (
+    first = claim_folder(str(tmp_path), 0)
+    assert claim_folder(str(tmp_path), 0) == first, (
         "both engines of a run, and all that ask for them"
     )
-    second = place_of_our_own.__wrapped__(str(tmp_path), 0)
+    second = claim_folder.__wrapped__(str(tmp_path), 0)
     assert first != second and {Path(place).parent for place in (first, second)} == {tmp_path}
-    assert place_of_our_own(str(tmp_path), 1) == first, "the other ranks have other names there"
+    assert claim_folder(str(tmp_path), 1) == first, "the other ranks have other names there"
 
 
 def test_the_place_of_a_run_that_has_ended_is_taken_again(tmp_path):
-    command = f"from gkd_ds.config.paths import place_of_our_own; print(place_of_our_own({str(tmp_path)!r}, 0))"
+    command = (
+        f"from gkd_ds.runtime.files import claim_folder; print(claim_folder({str(tmp_path)!r}, 0))"
+    )
     places = [
         subprocess.check_output([sys.executable, "-c", command], cwd=ROOT, text=True)
         for _ in range(2)

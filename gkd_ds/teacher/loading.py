@@ -1,0 +1,23 @@
+"""The teacher's weights, loaded to where its DeepSpeed file wants them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from gkd_ds.config.config import GKDConfig
+from gkd_ds.engine import accelerator, loading
+from gkd_ds.teacher import nvme
+
+
+def load(model: loading.Model, config: GKDConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The teacher's model and the DeepSpeed configuration for its engine. Collective.
+
+    The read buffers of a teacher on NVMe are made while it is loaded, so they are fitted before.
+    """
+    ds_config = loading.teacher_ds_config(model, config)
+    if nvme.is_used(ds_config):
+        element_size = accelerator.precision(config).itemsize
+        nvme.fit_buffers(ds_config, loading.teacher_shapes(model, config), element_size)
+    return loading.load_teacher(model, config, ds_config), ds_config
