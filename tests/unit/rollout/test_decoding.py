@@ -15,7 +15,7 @@ from torch import Tensor
 from gkd_ds.engine import accelerator
 from gkd_ds.engine.causal_lm import decoding_forward
 from gkd_ds.rollout.decoding import SYNC_EVERY, Completions, Sampling, decode, draw, uniforms
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import make_model
 
 CPU = torch.device("cpu")
 
@@ -131,16 +131,6 @@ def test_temperature_zero_takes_the_most_likely_token() -> None:
 
 
 # ---------------------------------------------------------------------------------------- decoding
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return make_model("llama", tokenizer=tokenizer, seed=4)
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:
