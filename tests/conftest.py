@@ -5,12 +5,16 @@ it.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-# DeepSpeed builds its NVMe reader when it is first used, and both ranks of a test wait for that:
-# six minutes on two cores. It is kept with the environment, where tests/run.sh keeps it, and not
-# built once more for whoever calls pytest alone.
+import pytest
+
+# DeepSpeed builds its NVMe reader when it is first used, and both ranks of a test wait for that: six
+# minutes on two cores. It is kept with the environment, where tests/run.sh keeps it, and not built
+# once more for whoever calls pytest alone.
 BUILDS = Path(
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
 )
@@ -22,6 +26,19 @@ def pytest_report_header() -> str | None:
             "DeepSpeed's NVMe reader is not built yet: the first test that needs it takes minutes."
         )
     return None
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(directory)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"a full disk: mounting a tmpfs needs root ({mounted.stderr.strip()})")
+    yield directory
+    subprocess.run(["umount", "-l", str(directory)], check=True)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

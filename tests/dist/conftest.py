@@ -27,6 +27,22 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return runs.make_models(tmp_path_factory.mktemp("models"))
 
 
+@pytest.fixture(scope="module")
+def settings(request: pytest.FixtureRequest, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with what the test's module says in SETTINGS."""
+    return {**recipe, **request.module.SETTINGS}
+
+
+@pytest.fixture(scope="module")
+def whole(
+    server: Server, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The directory of a run with these settings on two ranks that nothing interrupted."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    server.run(2, {**settings, "output_dir": str(run_dir)})
+    return run_dir
+
+
 @pytest.fixture(scope="session")
 def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The models of tests/dist/materials.py, read by the scenarios and by the tests."""

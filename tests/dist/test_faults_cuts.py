@@ -16,30 +16,17 @@ from tests.dist.runs import assert_same, rows
 KILLED, STOPPED = -9, 75
 
 
-@pytest.fixture(scope="module")
-def settings(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Every kind of phase, a checkpoint after every update."""
-    return {
-        **recipe,
-        "max_steps": 12,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "save_total_limit": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "seq_kd": True,
-        "resume_from_checkpoint": "auto",
-    }
-
-
-@pytest.fixture(scope="module")
-def whole(
-    server: Server, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """Two ranks, never interrupted."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    server.run(2, {**settings, "output_dir": str(run_dir)})
-    return run_dir
+# Every kind of phase, a checkpoint after every update.
+SETTINGS = {
+    "max_steps": 12,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "save_total_limit": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "seq_kd": True,
+    "resume_from_checkpoint": "auto",
+}
 
 
 def cut(server: Server, settings: dict[str, Any], point: str, occurrence: int, rank: int) -> Job:

@@ -32,18 +32,15 @@ PHASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def settings(recipe: dict[str, Any]) -> dict[str, Any]:
-    evaluation = {"eval_strategy": "steps", "eval_steps": 1}
-    saving = {"save_strategy": "steps", "save_steps": 1}
-    return {
-        **recipe,
-        **evaluation,
-        **saving,
-        "max_steps": 4,
-        "lmbda": 1.0,
-        "watchdog_timeout": TIMEOUT,
-    }
+SETTINGS = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "max_steps": 4,
+    "lmbda": 1.0,
+    "watchdog_timeout": TIMEOUT,
+}
 
 
 def test_a_rank_that_sleeps_in_each_phase(

@@ -28,9 +28,7 @@ LAUNCHED = 600.0  # seconds: nothing is imported yet when the launcher starts it
 LONG = 500  # updates: more than anybody waits for
 
 
-@pytest.fixture(scope="module")
-def settings(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {**recipe, "max_steps": LONG, "save_strategy": "no", "lr_scheduler_type": "constant"}
+SETTINGS = {"max_steps": LONG, "save_strategy": "no", "lr_scheduler_type": "constant"}
 
 
 def wait_for_update(run_dir: Path, step: int, process: subprocess.Popen | None = None) -> None:

@@ -9,9 +9,7 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,9 +23,7 @@ from tests.dist.runs import assert_same, rows
 CANARY = "canary5f0a7b21c9"
 
 
-@pytest.fixture(scope="module")
-def settings(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {**recipe, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+SETTINGS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
 
 
 class _Bomb:
@@ -160,19 +156,6 @@ def test_secrets_are_written_nowhere(server: Server, settings, tmp_path: Path) -
     assert any(path.suffix == ".wandb" for path in produced)
     for path in produced + job.logs:
         assert CANARY.encode() not in path.read_bytes(), path
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A file system of its own; `yield`s a function that sets its size in bytes."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place], capture_output=True
-    ).returncode:
-        pytest.skip("a file system can be mounted by root only")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
 
 
 @pytest.mark.parametrize("name", ["rollouts.jsonl", "config.resolved.json"])

@@ -23,30 +23,13 @@ STEPS, CUT = 6, 2  # ten samples in windows of four: three windows an epoch, the
 SEED = 41  # windows 4 and 5 draw both sources
 
 
-@pytest.fixture(scope="module")
-def settings(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **recipe,
-        "max_steps": STEPS,
-        "save_strategy": "steps",
-        "save_steps": CUT,
-        "lmbda": 0.5,
-        "seed": SEED,
-    }
-
-
-@pytest.fixture(scope="module")
-def whole(
-    server: Server, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """Two ranks, never interrupted."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    server.run(2, {**settings, "output_dir": str(run_dir)})
-    sources = [row["source"] for row in rows(run_dir).values()]
-    assert any(s["student"] and s["data"] for s in sources[CUT:]), (
-        "a window with both sources comes after the cut"
-    )
-    return run_dir
+SETTINGS = {
+    "max_steps": STEPS,
+    "save_strategy": "steps",
+    "save_steps": CUT,
+    "lmbda": 0.5,
+    "seed": SEED,
+}
 
 
 def go_on(
@@ -66,6 +49,11 @@ def assert_same_weights(run_dir: Path, reference: Path) -> None:
     ours, theirs = (load_file(path / "model.safetensors") for path in (run_dir, reference))
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=REORDERING, atol=REORDERING)
+
+
+def test_a_window_with_both_sources_comes_after_the_cut(whole: Path) -> None:
+    sources = [row["source"] for row in rows(whole).values()]
+    assert any(source["student"] and source["data"] for source in sources[CUT:])
 
 
 def test_the_command_that_evaluates_may_stand_in_a_run_s_directory(

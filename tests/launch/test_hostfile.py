@@ -21,7 +21,7 @@ def hostfile(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+def recipe_file(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text("beta: 0.5\n")
     return path
@@ -32,7 +32,7 @@ def ranks(output: Path) -> list[dict]:
 
 
 def test_hostfile_script_runs_one_rank_per_host_and_the_environment_travels(
-    hosts, hostfile, recipe, tmp_path
+    hosts, hostfile, recipe_file, tmp_path
 ):
     output, place = tmp_path / "run", tmp_path / "tmp"
     place.mkdir()
@@ -48,7 +48,7 @@ def test_hostfile_script_runs_one_rank_per_host_and_the_environment_travels(
         "bash",
         "launch/hostfile.sh",
         str(hostfile),
-        str(recipe),
+        str(recipe_file),
         "--output_dir",
         str(output),
     ]

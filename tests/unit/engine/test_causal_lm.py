@@ -7,15 +7,10 @@ import torch
 
 from gkd_ds.engine.causal_lm import body_forward, check_head, decoder_layers, disable_dropout
 from gkd_ds.runtime.errors import InputError
-from tests.tiny import FAMILIES, make_model, make_tokenizer
+from tests.tiny import FAMILIES, make_model
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 60)[None]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

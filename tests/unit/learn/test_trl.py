@@ -7,15 +7,9 @@ import torch
 from transformers import GenerationConfig
 
 from gkd_ds.learn.trl import generate_on_policy_outputs
-from tests.tiny import make_model
 
 LENGTH = 12
 PAD, EOS = 0, 2  # of the tiny tokenizer
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model("llama", init_range=0.5, tie_word_embeddings=False).eval()
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from gkd_ds.plan.run import (
 )
 from gkd_ds.runtime.errors import InputError
 from tests import ROOT
-from tests.tiny import FAMILIES, make_model, make_tokenizer
+from tests.tiny import FAMILIES, make_model
 from tools.plan_work import ExpectedPlan, count_work
 
 spec = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools" / "plan.py")
@@ -29,11 +29,6 @@ tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
 
 ZERO3 = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
 
 
 def zero3(**blocks) -> Engine:
@@ -434,7 +429,7 @@ def test_more_nodes_need_the_network(counts):
 
 
 @pytest.fixture
-def recipe(tmp_path, tokenizer):
+def recipe_file(tmp_path, tokenizer):
     make_model("llama", tmp_path / "model", layers=1, tokenizer=tokenizer)
     path = tmp_path / "recipe.yaml"
     path.write_text(
@@ -443,10 +438,12 @@ def recipe(tmp_path, tokenizer):
     return path
 
 
-def test_tool_reports(recipe, tmp_path, capsys):
+def test_tool_reports(recipe_file, tmp_path, capsys):
     (tmp_path / "hosts").write_text("# two nodes\nn1 slots=4\nn2 slots=4\n\n")
     assert (
-        tool.main(["--config", str(recipe), "--hostfile", str(tmp_path / "hosts"), "--lmbda", "1"])
+        tool.main(
+            ["--config", str(recipe_file), "--hostfile", str(tmp_path / "hosts"), "--lmbda", "1"]
+        )
         == 0
     )
     text = capsys.readouterr().out
@@ -459,7 +456,7 @@ def test_tool_reports(recipe, tmp_path, capsys):
         "device fits",
     ):
         assert part in text
-    assert tool.main(["--config", str(recipe), "--gpus", "1", "--gpu_memory_gb", "0.5"]) == 1
+    assert tool.main(["--config", str(recipe_file), "--gpus", "1", "--gpu_memory_gb", "0.5"]) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
@@ -474,8 +471,8 @@ def test_tool_reports(recipe, tmp_path, capsys):
         (["--deepspeed", "missing.json"], "missing.json"),
     ],
 )
-def test_tool_refuses_with_one_sentence(arguments, part, recipe, capsys):
-    assert tool.main(["--config", str(recipe), *arguments]) == 2
+def test_tool_refuses_with_one_sentence(arguments, part, recipe_file, capsys):
+    assert tool.main(["--config", str(recipe_file), *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert part in line
 
@@ -494,10 +491,12 @@ def test_table_in_the_docs_is_the_planner_s():
     assert (ROOT / "tools" / "plan_70b_8b.md").read_text() == tool.table() + "\n"
 
 
-def test_make_plan_reads_models_and_files(recipe):
+def test_make_plan_reads_models_and_files(recipe_file):
     from gkd_ds.config.recipe import read_recipe
 
-    config = GKDConfig(**read_recipe(str(recipe)), deepspeed={"zero_optimization": {"stage": 2}})
+    config = GKDConfig(
+        **read_recipe(str(recipe_file)), deepspeed={"zero_optimization": {"stage": 2}}
+    )
     plan = make_plan(config, ranks=4, weight_bytes=2)
     assert (
         plan.student == plan.teacher

@@ -18,7 +18,7 @@ from gkd_ds.learn.head import LossHead
 from gkd_ds.records import Completions
 from gkd_ds.rollout.decoding import SYNC_EVERY, decode
 from gkd_ds.rollout.sampling import Sampling, draw, uniforms
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import make_model
 
 CPU = torch.device("cpu")
 
@@ -134,16 +134,6 @@ def test_temperature_zero_takes_the_most_likely_token() -> None:
 
 
 # ---------------------------------------------------------------------------------------- decoding
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return make_model("llama", tokenizer=tokenizer, seed=4)
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:

@@ -24,50 +24,50 @@ def offload(**numbers) -> dict:
 
 
 @pytest.fixture(scope="module")
-def model():
+def teacher():
     """All seven matrices of a layer have 2 MiB or more in fp32; the norms have less."""
     with torch.device("meta"):
         return make_model("llama", hidden=1024, tie_word_embeddings=False)
 
 
 @pytest.mark.parametrize("given", [{}, {"buffer_count": "auto", "buffer_size": "auto"}])
-def test_auto_takes_two_layers(model, given):
+def test_auto_takes_two_layers(teacher, given):
     config = offload(**given)
-    fit_buffers(config, model, 4)
+    fit_buffers(config, teacher, 4)
     block = config["zero_optimization"]["offload_param"]
     assert block["buffer_count"] == 2 * 7
-    assert block["buffer_size"] == max(p.numel() for p in model.parameters())
+    assert block["buffer_size"] == max(p.numel() for p in teacher.parameters())
 
 
 @pytest.mark.parametrize("name, value", [("buffer_count", 4), ("buffer_size", 1000)])
-def test_too_small_numbers_are_refused(model, name, value):
+def test_too_small_numbers_are_refused(teacher, name, value):
     with pytest.raises(
         InputError, match=f"offload_param.{name} to {value}, but this teacher needs"
     ):
-        fit_buffers(offload(**{name: value}), model, 4)
+        fit_buffers(offload(**{name: value}), teacher, 4)
 
 
-def test_larger_numbers_and_other_devices_are_left_alone(model):
+def test_larger_numbers_and_other_devices_are_left_alone(teacher):
     for config in (
         offload(buffer_count=99, buffer_size=10**9),
         {"zero_optimization": {"stage": 3}},
     ):
         before = repr(config)
-        fit_buffers(config, model, 4)
+        fit_buffers(config, teacher, 4)
         assert repr(config) == before
 
 
-def test_a_build_that_was_killed_is_not_waited_for(model, tmp_path, monkeypatch, caplog):
+def test_a_build_that_was_killed_is_not_waited_for(teacher, tmp_path, monkeypatch, caplog):
     """Its lock stays, and torch would wait for it silently and for ever."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = tmp_path / "async_io" / "lock"
     lock.parent.mkdir()
     lock.touch()
-    fit_buffers(offload(), model, 4)
+    fit_buffers(offload(), teacher, 4)
     assert f"remove {lock}" in caplog.text
     os.utime(lock, (0, time.time() - 3600))
     with pytest.raises(InputError, match=f"interrupted; remove {lock}"):
-        fit_buffers(offload(), model, 4)
+        fit_buffers(offload(), teacher, 4)
 
 
 def test_runs_at_the_same_time_have_files_of_their_own(tmp_path):
