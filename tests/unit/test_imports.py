@@ -19,6 +19,7 @@ LAYERS = [
     ["gkd_ds"],  # the public API, `__init__.py`
     ["train", "evaluate"],
     ["trainer"],
+    ["loop"],
     ["checkpoint"],
     ["monitor"],
     ["pipeline"],
