@@ -1,10 +1,10 @@
 """What a run will be, from configurations alone: the models' sizes, the batches, where the engines
 keep what.
 
-    python -m gkd_ds.train --config recipe.yaml --dry_run         # memory on this machine:
-    plan_memory.py, dry_run.py python tools/plan.py --config recipe.yaml --hostfile hosts    # work
-    (plan_work.py) and times for a whole cluster
+    python -m gkd_ds.train --config recipe.yaml --dry_run              # memory on this machine
+    python tools/plan.py --config recipe.yaml --hostfile hosts         # a whole cluster, with times
 
+memory.py, work.py and dry_run.py make of it what a run takes, does and prints.
 No weight is read: models are built on torch's meta device.
 """
 
@@ -219,7 +219,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, reduced to what plan_memory.py and plan_work.py need."""
+    """A run, reduced to what memory.py and work.py need."""
 
     config: GKDConfig
     student: ModelCounts
