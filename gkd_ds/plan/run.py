@@ -4,6 +4,7 @@ keep what.
     python -m gkd_ds.train --config recipe.yaml --dry_run         # the memory of one rank
     python tools/plan.py --config recipe.yaml --hostfile hosts    # work and times of a cluster
 
+memory.py and dry_run.py make of it what a run takes and what `--dry_run` prints.
 No weight is read: models are built on torch's meta device.
 """
 

@@ -1,0 +1,21 @@
+"""What is asked of the accelerator; its kernels are tested where they are used."""
+
+import pytest
+
+from gkd_ds.config.config import GKDConfig
+from gkd_ds.engine import accelerator
+from gkd_ds.runtime.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [({}, "float32"), ({"bf16": True}, "bfloat16"), ({"fp16": True}, "float16")],
+)
+def test_precision_on_the_cpu_is_fp32_unless_it_is_set(fields, name):
+    assert accelerator.precision_name(GKDConfig(**fields)) == name
+
+
+@pytest.mark.parametrize("name", ["zero_quantized_weights", "zero_quantized_gradients"])
+def test_zeropp_s_quantization_is_refused_on_the_cpu(name):
+    with pytest.raises(InputError, match=f"{name} needs kernels that DeepSpeed has for GPUs only"):
+        accelerator.refuse_missing_kernels({"zero_optimization": {"stage": 3, name: True}})
