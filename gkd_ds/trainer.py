@@ -40,7 +40,7 @@ from gkd_ds.learn import trl
 from gkd_ds.learn.student import Student
 from gkd_ds.monitor.evaluation import evaluate, metric_names
 from gkd_ds.monitor.guards import BadUpdates, trimmed, warnings
-from gkd_ds.monitor.metrics import rollout_rows, suspects, update_row, window_stats
+from gkd_ds.monitor.metrics import rollout_records, suspects, update_record, window_stats
 from gkd_ds.monitor.tracker import Tracker
 from gkd_ds.pipeline import Pipeline, count_tokens
 from gkd_ds.records import Sample
@@ -423,7 +423,7 @@ class GKDTrainer:
             applied = self.student.update()
         self.control = handler.on_optimizer_step(config, self.state, self.control)
 
-        row = update_row(rollouts, learned, self.pipeline, self.counters, counted)
+        row = update_record(rollouts, learned, self.pipeline, self.counters, counted)
         bad = None if applied else _what_was_bad(row)
         row |= {
             "step": step + 1,
@@ -521,7 +521,7 @@ class GKDTrainer:
         logs = {"loss": progress.unlogged_loss.value, **progress.last_update}
         progress.unlogged_loss, progress.last_update = Mean(), {}
         self.state.log_history.append({**logs, "step": self.state.global_step})
-        rows = rollout_rows(
+        rows = rollout_records(
             self._rollouts, self._learned, self.processing_class, config.log_rollouts
         )
         self.tracker.log_rollouts(self.state.global_step, rows)
