@@ -31,7 +31,13 @@ from gkd_ds.engine import process
 from gkd_ds.engine.inputs import Inputs
 from gkd_ds.monitor.evaluation import metric_for_best_model
 from gkd_ds.monitor.guards import trimmed, warnings
-from gkd_ds.monitor.metrics import rollout_rows, suspects, update_row, what_was_bad, window_stats
+from gkd_ds.monitor.metrics import (
+    rollout_records,
+    suspects,
+    update_record,
+    what_was_bad,
+    window_stats,
+)
 from gkd_ds.monitor.tracker import Tracker
 from gkd_ds.pipeline import Learned, Pipeline, count_tokens
 from gkd_ds.records import Rollout
@@ -173,7 +179,7 @@ class WindowLoop:
             applied = self.student.update()
         self._event("on_optimizer_step")
 
-        record = update_row(rollouts, learned, self.pipeline, counted)
+        record = update_record(rollouts, learned, self.pipeline, counted)
         bad = None if applied else what_was_bad(record)
         epoch = (step + 1) / self.windows.scheduler.windows_per_epoch
         record |= {"step": step + 1, "epoch": epoch, "lr": rate}
@@ -241,7 +247,7 @@ class WindowLoop:
         if logs is None:
             return
         self.state.log_history.append({**logs, "step": step})
-        rollouts = rollout_rows(
+        rollouts = rollout_records(
             self._rollouts, self._learned, self.processing_class, self.args.log_rollouts
         )
         self.tracker.log_rollouts(step, rollouts)

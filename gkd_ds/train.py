@@ -1,8 +1,8 @@
 """Train from a recipe: what the launcher runs on every rank.
 
     deepspeed --module gkd_ds.train --config launch/recipes/quickstart.yaml --lmbda 1.0
-    python -m gkd_ds.train --config recipe.yaml --dry_run   # one process; what it would do, then stop
-    python -m gkd_ds.train --help                             # every field
+    python -m gkd_ds.train --config recipe.yaml --dry_run   # what one process would do, then stop
+    python -m gkd_ds.train --help                           # every field
 
 A recipe is a flat YAML file of GKDConfig's names; every name is a flag too, and the command line
 wins. Wrong input ends with exit code 2 and one sentence on stderr, before torch is imported where

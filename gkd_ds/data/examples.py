@@ -240,10 +240,17 @@ def _encode_all(
     if workers > 1 and isinstance(dataset, datasets.Dataset) and len(dataset) >= PARALLEL_ROWS:
         # In memory and under a name of its own: no cache file is written, none is picked up.
         dataset = dataset.map(
-            encoder.encode_batch, batched=True, batch_size=BATCH_ROWS, num_proc=workers, keep_in_memory=True,
-            load_from_cache_file=False, remove_columns=dataset.column_names, new_fingerprint="gkd_ds",
-            features=ENCODED_FEATURES, desc="tokenizing",
-        )  # fmt: skip
+            encoder.encode_batch,
+            batched=True,
+            batch_size=BATCH_ROWS,
+            num_proc=workers,
+            keep_in_memory=True,
+            load_from_cache_file=False,
+            remove_columns=dataset.column_names,
+            new_fingerprint="gkd_ds",
+            features=ENCODED_FEATURES,
+            desc="tokenizing",
+        )
         for row in dataset:
             yield row["prompt_ids"], row["completion_ids"], row["problem"]
         return

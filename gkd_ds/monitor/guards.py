@@ -81,7 +81,10 @@ class BadUpdates:
         self.kinds.append(bad)
         if self.in_a_row >= self.limit:
             raise TrainingStopped(self._diagnosis(step))
-        return f"update {step} was skipped: NaN or Inf in the {bad} ({self.in_a_row} in a row, {self.total} in all)"
+        return (
+            f"update {step} was skipped: NaN or Inf in the {bad} "
+            f"({self.in_a_row} in a row, {self.total} in all)"
+        )
 
     def _diagnosis(self, step: int) -> str:
         worst = next((kind for kind in BAD_KINDS if kind in self.kinds), "loss")

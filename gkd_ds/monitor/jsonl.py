@@ -1,23 +1,68 @@
-"""An append-only file of JSON lines that survives crashes, full disks and resumes.
+"""A run in files: metrics.jsonl and rollouts.jsonl, which survive crashes, full disks and resumes.
 
-rows = JsonLines(Path("metrics.jsonl")) rows.append({"step": 1, "loss": 0.5}) rows.truncate(step=0)
+metrics = JsonLines(Path("metrics.jsonl"))
+metrics.append({"step": 1, "loss": 0.5})
+metrics.truncate(step=0)
 """
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from gkd_ds.monitor.sinks import Record
+from gkd_ds.runtime import files
+
+METRICS_FILE = "metrics.jsonl"
+ROLLOUTS_FILE = "rollouts.jsonl"
+
+
+class JsonlSink:
+    """Writes every record of a run into two files of its directory."""
+
+    def __init__(self, run_dir: Path):
+        self._metrics = JsonLines(run_dir / METRICS_FILE)
+        self._rollouts = JsonLines(run_dir / ROLLOUTS_FILE)
+
+    def log(self, record: Record, shown: Record, due: bool) -> None:
+        """Write what was measured, due or not."""
+        self._metrics.append(record)
+
+    def log_rollouts(self, step: int, rollouts: list[Record]) -> None:
+        """Write one line per rollout."""
+        for rollout in rollouts:
+            self._rollouts.append({"step": step, **rollout})
+
+    def close(self, exit_code: int) -> None:
+        """Close both files; what is logged later opens them again."""
+        self._metrics.close()
+        self._rollouts.close()
+
+    def sync(self) -> None:
+        """Force both files onto the disk."""
+        self._metrics.sync()
+        self._rollouts.sync()
+
+    def truncate(self, step: int, evaluations: int | None) -> dict[str, int]:
+        """Forget every record after update `step`, and all but the first `evaluations` of it.
+
+        Returns {file name: how many unreadable lines were dropped}, for files that had any.
+        """
+        # Of the update itself, the metrics hold one record before those of its evaluations.
+        of_step = None if evaluations is None else evaluations + (step > 0)
+        dropped = {
+            METRICS_FILE: self._metrics.truncate(step, of_step),
+            ROLLOUTS_FILE: self._rollouts.truncate(step),
+        }
+        return {name: lines for name, lines in dropped.items() if lines}
 
 
 class JsonLines:
     """An append-only file with one JSON object per line and no torn lines.
 
-    Every row has an integer `step`. A last line torn by a crash is removed on opening. When the
-    disk is full, rows wait in memory and are written with the next one that fits. NaN and
+    Every record has an integer `step`. A last line torn by a crash is removed on opening. When the
+    disk is full, records wait in memory and are written with the next one that fits. NaN and
     infinities become null, because strict readers refuse the words.
     """
 
@@ -25,14 +70,12 @@ class JsonLines:
         self.path = path
         self._open()
 
-    def append(self, row: Row) -> None:
-        """Write one row through to the operating system (no fsync); a closed file is opened
-        again.
-        """
-        assert isinstance(row["step"], int), row["step"]
+    def append(self, record: Record) -> None:
+        """Hand one record to the operating system; a closed file is opened again."""
+        assert isinstance(record["step"], int), record["step"]
         if self._file.closed:
             self._open()
-        text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
         self._waiting += text.encode(errors="backslashreplace") + b"\n"
         try:
             self._write_waiting()
@@ -42,36 +85,31 @@ class JsonLines:
             )
 
     def truncate(self, step: int, at_step: int | None = None) -> int:
-        """Keep the rows up to `step`, atomically; returns how many unreadable lines were dropped as
-        well.
+        """Keep the records up to `step`, and drop all others at once; returns how many unreadable
+        lines were dropped, too.
 
-        Of the rows of `step` itself, the first `at_step` are kept (None: all).
+        Of the records of `step` itself, the first `at_step` are kept (None: all).
         """
         self.close()
         kept, unreadable, left = [], 0, math.inf if at_step is None else at_step
         for line in self.path.read_bytes().splitlines():
-            row = _parsed(line)
-            unreadable += row is None
-            if row is not None and row["step"] == step:
+            record = _parsed(line)
+            unreadable += record is None
+            if record is not None and record["step"] == step:
                 left -= 1
-            if row is not None and row["step"] <= step and left >= 0:
+            if record is not None and record["step"] <= step and left >= 0:
                 kept.append(line + b"\n")
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with open(temporary, "wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        files.replace_content(self.path, b"".join(kept))
         self._open()
         return unreadable
 
     def sync(self) -> None:
-        """Force every row onto the disk, as far as there is room."""
+        """Force every record onto the disk, as far as there is room."""
         if self._file.closed:
             return
         try:
             self._write_waiting()
-            os.fsync(self._file.fileno())
+            files.flush(self.path)
         except OSError as problem:
             print(
                 f"{self.path}: {problem.strerror}; its last rows are not on the disk.",
@@ -79,7 +117,7 @@ class JsonLines:
             )
 
     def close(self) -> None:
-        """Safe to call twice. Rows that still find no room are lost, with a message."""
+        """Safe to call twice. Records that still find no room are lost, with a message."""
         if self._file.closed:
             return
         try:
@@ -103,7 +141,7 @@ class JsonLines:
 
     def _open(self) -> None:
         self._waiting = b""
-        # Unbuffered: a row is either handed to the operating system or it raises here.
+        # Unbuffered: a record is either handed to the operating system or it raises here.
         self._file = open(self.path, "r+b" if self.path.exists() else "x+b", buffering=0)
         whole = self._file.read()
         while whole and not (
@@ -115,12 +153,12 @@ class JsonLines:
         self._file.seek(self._end)
 
 
-def _parsed(line: bytes) -> Row | None:
+def _parsed(line: bytes) -> Record | None:
     try:
-        row = json.loads(line)
+        record = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _finite(value: Any) -> Any:

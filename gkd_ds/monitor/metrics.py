@@ -1,25 +1,25 @@
-"""From what a window did to a row of metrics: sums over all ranks, with one all-reduce."""
+"""From what a window did to a record of metrics: sums over all ranks, with one all-reduce."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from gkd_ds.engine.counters import Counters
 from gkd_ds.monitor import guards
+from gkd_ds.monitor.sinks import Record
 from gkd_ds.pipeline import Learned, Pipeline
 from gkd_ds.records import Rollout, Source
 from gkd_ds.runtime import ranks
 
 
-def update_row(
+def update_record(
     rollouts: list[Rollout],
     learned: Learned,
     pipeline: Pipeline,
     before: Counters,
-) -> dict[str, Any]:
+) -> Record:
     """Everything about one window but its step, epoch, learning rate, gradient norm and total time.
     Collective.
 
@@ -32,7 +32,7 @@ def update_row(
     sums = dict(zip(local, ranks.all_reduce_sum(list(local.values()))))
     tokens = max(sums["tokens"], 1)
     seconds = pipeline.seconds
-    row: dict[str, Any] = {
+    record: Record = {
         "loss": sums["divergence"] / tokens,
         "source": {source.value: int(sums[f"{source.value}/completions"]) for source in Source},
         "completion_tokens": int(sums["tokens"]),
@@ -44,15 +44,15 @@ def update_row(
     }
     for source in Source:
         if sums[f"{source.value}/tokens"]:
-            row[f"loss/{source.value}"] = (
+            record[f"loss/{source.value}"] = (
                 sums[f"{source.value}/divergence"] / sums[f"{source.value}/tokens"]
             )
     own = max(sums["student/completions"], 1)
-    row["student/mean_length"] = sums["student/tokens"] / own
-    row["student/finished_share"] = sums["student/stopped"] / own
-    row["student/looping_share"] = sums["student/looping"] / own
+    record["student/mean_length"] = sums["student/tokens"] / own
+    record["student/finished_share"] = sums["student/stopped"] / own
+    record["student/looping_share"] = sums["student/looping"] / own
     generated = sums["student/tokens"] + sums["teacher/tokens"]
-    row |= {
+    record |= {
         "perf/rollout_s": seconds["rollout"],
         "perf/score_s": seconds["score"],
         "perf/learn_s": seconds["learn"],
@@ -70,7 +70,7 @@ def update_row(
         "perf/teacher_decode_passes": counters.teacher_decode_passes - before.teacher_decode_passes,
         "perf/teacher_bytes": counters.teacher_bytes - before.teacher_bytes,
     }
-    return row
+    return record
 
 
 def _local_sums(rollouts: list[Rollout], learned: Learned) -> dict[str, float]:
@@ -78,83 +78,85 @@ def _local_sums(rollouts: list[Rollout], learned: Learned) -> dict[str, float]:
     for name in ("divergence", "student_logprob", "teacher_logprob", "entropy"):
         sums[name] = sum(getattr(learned, name))
     for source in Source:
-        rows = [row for row, rollout in enumerate(rollouts) if rollout.source is source]
+        indices = [index for index, rollout in enumerate(rollouts) if rollout.source is source]
         part = {
-            "tokens": sum(len(rollouts[row].completion_ids) for row in rows),
-            "completions": len(rows),
-            "stopped": sum(rollouts[row].stopped for row in rows),
+            "tokens": sum(len(rollouts[index].completion_ids) for index in indices),
+            "completions": len(indices),
+            "stopped": sum(rollouts[index].stopped for index in indices),
         }
         for name, value in part.items():
             sums[name] += value
             sums[f"{source.value}/{name}"] = value
-        sums[f"{source.value}/divergence"] = sum(learned.divergence[row] for row in rows)
+        sums[f"{source.value}/divergence"] = sum(learned.divergence[index] for index in indices)
     own = [rollout.completion_ids for rollout in rollouts if rollout.source is Source.STUDENT]
     sums["student/looping"] = guards.looping_share(own) * len(own)
     return sums
 
 
-def what_was_bad(record: dict[str, Any]) -> str:
+def what_was_bad(record: Record) -> str:
     """Where the NaN or Inf of a skipped update was (guards.BAD_KINDS)."""
     if not math.isfinite(record["teacher_logprob"]):
         return "teacher targets"
     return "gradients" if math.isfinite(record["loss"]) else "loss"
 
 
-def window_stats(row: dict[str, Any]) -> guards.WindowStats:
-    """What the guards look at, from a row of metrics."""
+def window_stats(record: Record) -> guards.WindowStats:
+    """What the guards look at, from the record of an update."""
     return guards.WindowStats(
-        step=row["step"],
-        mean_length=row["student/mean_length"],
-        finished_share=row["student/finished_share"],
-        looping_share=row["student/looping_share"],
-        entropy=row["entropy"],
+        step=record["step"],
+        mean_length=record["student/mean_length"],
+        finished_share=record["student/finished_share"],
+        looping_share=record["student/looping_share"],
+        entropy=record["entropy"],
     )
 
 
 def suspects(
     rollouts: list[Rollout], learned: Learned, tokenizer: PreTrainedTokenizerBase, count: int
-) -> list[dict[str, Any]]:
-    """Up to `count` rollouts of each rank whose divergence is not finite, or else the first of rank
-    0. Collective.
+) -> list[Record]:
+    """Up to `count` rollouts of each rank whose divergence is not finite; where no rank has any,
+    the first of this rank. Collective.
     """
     bad = [
-        row for row, divergence in enumerate(learned.divergence) if not math.isfinite(divergence)
+        index
+        for index, divergence in enumerate(learned.divergence)
+        if not math.isfinite(divergence)
     ]
-    mine = rollout_rows(rollouts, learned, tokenizer, count, bad)
-    return [row for rows in ranks.gather(mine) for row in rows] or rollout_rows(
-        rollouts, learned, tokenizer, count
-    )
+    mine = rollout_records(rollouts, learned, tokenizer, count, bad)
+    everyone = [record for records in ranks.gather(mine) for record in records]
+    return everyone or rollout_records(rollouts, learned, tokenizer, count)
 
 
-def rollout_rows(
+def rollout_records(
     rollouts: list[Rollout],
     learned: Learned,
     tokenizer: PreTrainedTokenizerBase,
     count: int,
-    places: list[int] | None = None,
-) -> list[dict[str, Any]]:
+    indices: list[int] | None = None,
+) -> list[Record]:
     """Up to `count` rollouts of this rank as text, beside what both models think of them.
 
-    Those at `places`, or else what the student sampled first, then the teacher's, then the data's.
-    Log-probabilities and divergence are means per token, in nats.
+    Those at `indices`; by default what the student sampled first, then the teacher's, then the
+    data's. Log-probabilities and divergence are means per token, in nats.
     """
-    if places is None:
-        places = sorted(
-            range(len(rollouts)), key=lambda row: list(Source).index(rollouts[row].source)
+    if indices is None:
+        order = list(Source)
+        indices = sorted(
+            range(len(rollouts)), key=lambda index: order.index(rollouts[index].source)
         )
-    rows = []
-    for row in places[:count]:
-        rollout = rollouts[row]
+    records = []
+    for index in indices[:count]:
+        rollout = rollouts[index]
         tokens = max(len(rollout.completion_ids), 1)
-        rows.append(
+        records.append(
             {
                 "sample_id": rollout.sample_id,
                 "source": rollout.source.value,
                 "prompt": tokenizer.decode(rollout.prompt_ids),
                 "completion": tokenizer.decode(rollout.completion_ids),
-                "teacher_logprob": learned.teacher_logprob[row] / tokens,
-                "student_logprob": learned.student_logprob[row] / tokens,
-                "divergence": learned.divergence[row] / tokens,
+                "teacher_logprob": learned.teacher_logprob[index] / tokens,
+                "student_logprob": learned.student_logprob[index] / tokens,
+                "divergence": learned.divergence[index] / tokens,
             }
         )
-    return rows
+    return records

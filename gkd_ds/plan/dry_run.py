@@ -43,7 +43,8 @@ def dry_run_report(config: GKDConfig, num_samples: int) -> str:
 
 
 def batch_table(config: GKDConfig, batches: Batches) -> str:
-    factors = f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} x {batches.ranks} ranks"
+    micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    factors = f"{micro} x {accumulation} x {batches.ranks} ranks"
     return "\n".join(
         [
             f"samples            {batches.samples}",
@@ -56,7 +57,10 @@ def batch_table(config: GKDConfig, batches: Batches) -> str:
 
 
 def model_line(role: str, counts: ModelCounts) -> str:
-    return f"{role}: {counts.total / 1e6:,.1f} M parameters, {counts.layers} layers, {counts.vocabulary} vocabulary rows"
+    return (
+        f"{role}: {counts.total / 1e6:,.1f} M parameters, {counts.layers} layers, "
+        f"{counts.vocabulary} vocabulary rows"
+    )
 
 
 def memory_table(lines: list[Memory]) -> str:

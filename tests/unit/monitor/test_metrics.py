@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gkd_ds.monitor.metrics import rollout_rows
+from gkd_ds.monitor.metrics import rollout_records
 from gkd_ds.pipeline import Learned
 from gkd_ds.records import Rollout, Source
 from tests.tiny import make_tokenizer
@@ -14,15 +14,15 @@ def test_what_the_student_sampled_is_shown_first() -> None:
     per_rollout = [[float(row) for row in range(5)]] * 4
     learned = Learned(*per_rollout, micro_batches=1, padded_tokens=0)
     tokenizer = make_tokenizer(vocab_size=300)
-    rows = rollout_rows(rollouts, learned, tokenizer, 4)
-    assert [(row["sample_id"], row["source"]) for row in rows] == [
+    records = rollout_records(rollouts, learned, tokenizer, 4)
+    assert [(record["sample_id"], record["source"]) for record in records] == [
         (2, "student"),
         (4, "student"),
         (1, "teacher"),
         (0, "data"),
     ]
-    assert [row["divergence"] for row in rows] == [2.0, 4.0, 1.0, 0.0]
-    named = rollout_rows(rollouts, learned, tokenizer, 4, places=[3, 2])
-    assert [row["sample_id"] for row in named] == [3, 2], (
+    assert [record["divergence"] for record in records] == [2.0, 4.0, 1.0, 0.0]
+    named = rollout_records(rollouts, learned, tokenizer, 4, indices=[3, 2])
+    assert [record["sample_id"] for record in named] == [3, 2], (
         "those that were asked for, as they were asked for"
     )

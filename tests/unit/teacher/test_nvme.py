@@ -62,4 +62,4 @@ def test_a_build_that_was_killed_is_not_waited_for(teacher, tmp_path, monkeypatc
     assert f"remove {lock}" in caplog.text
     os.utime(lock, (0, time.time() - 3600))
     with pytest.raises(InputError, match=f"interrupted; remove {lock}"):
-        fit_buffers(offload(), model, 4)
+        fit_buffers(offload(), teacher, 4)
