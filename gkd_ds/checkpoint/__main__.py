@@ -26,4 +26,5 @@ def main() -> None:
         print(f"a resume takes {found.path} (step {found.step}, {len(found.files)} files verified)")
 
 
-main()
+if __name__ == "__main__":
+    main()

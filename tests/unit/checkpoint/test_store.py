@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gkd_ds.checkpoint import __main__ as checkpoint_command
 from gkd_ds.checkpoint import engine_files, manifest, run_lock, store
 from gkd_ds.checkpoint.store import CheckpointError
 from gkd_ds.runtime import faults
@@ -480,7 +481,7 @@ def test_command(
     save(tmp_path, 1)
     truncate(save(tmp_path, 2) / OPTIM)
     monkeypatch.setattr("sys.argv", ["checkpoint", str(tmp_path)])
-    store.main()
+    checkpoint_command.main()
     out = capsys.readouterr().out
     assert "passed over" in out and "checkpoint-1 (step 1, 2 files verified)" in out
 

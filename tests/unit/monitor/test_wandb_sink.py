@@ -198,3 +198,14 @@ def test_a_missing_key_does_not_ask_on_a_terminal(tmp_path):
         env={"WANDB_MODE": "online", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")},
     )
     assert "W&B has no API key" in text and "is recorded offline" in text
+
+
+def history(session):
+    return [
+        {
+            item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json)
+            for item in record.history.item
+        }
+        for record in session
+        if record.WhichOneof("record_type") == "history"
+    ]
