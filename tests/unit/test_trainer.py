@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd_ds import GKDConfig, GKDTrainer
-from gkd_ds.engine import loading, zero
+from gkd_ds.engine import loading, process
 from gkd_ds.runtime.errors import InputError
 from tests.tiny import make_chat_rows, make_model, make_tokenizer
 
@@ -35,7 +35,7 @@ def build(models, tmp_path, monkeypatch):
     def no_further(config):
         raise AssertionError("all input was accepted")
 
-    monkeypatch.setattr(zero, "start", no_further)
+    monkeypatch.setattr(process, "start", no_further)
 
     def build(student=models / "student", teacher=models / "teacher", eval_dataset=None, **fields):
         config = GKDConfig(output_dir=str(tmp_path / "run"), **fields)
