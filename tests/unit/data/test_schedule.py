@@ -7,10 +7,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gkd_ds.data.examples import SampleOrder
 from gkd_ds.data.schedule import StepScheduler, hashed_uniform
 from gkd_ds.records import Source
 
@@ -154,3 +156,35 @@ def test_another_layout_keeps_the_draws_it_is_told(
         ]
         assert [new.source_at(step, place) for place in places] == drawn
         assert new.sources(step) == set(drawn)
+
+
+# -- The order of samples
+
+
+def test_an_epoch_visits_every_sample_once_and_depends_on_seed_and_epoch_alone():
+    orders = {
+        (seed, epoch): SampleOrder(101, seed).permutation(epoch).tolist()
+        for seed in (0, 1, -5)
+        for epoch in (0, 1)
+    }
+    assert all(sorted(order) == list(range(101)) for order in orders.values())
+    assert len({tuple(order) for order in orders.values()}) == len(orders)
+    assert SampleOrder(101, 1).permutation(1).tolist() == orders[1, 1]
+    assert SampleOrder(0, 1).permutation(0).tolist() == []
+
+
+def test_the_order_is_the_same_with_every_version_of_every_library():
+    assert SampleOrder(10, 1).permutation(0).tolist() == [6, 1, 2, 8, 4, 0, 3, 7, 5, 9]
+
+
+def test_every_position_gets_every_sample_equally_often():
+    counts = Counter()
+    for epoch in range(6000):
+        counts.update(enumerate(SampleOrder(5, 3).permutation(epoch).tolist()))
+    assert len(counts) == 25 and all(
+        1050 < count < 1350 for count in counts.values()
+    )  # 1200 +- 5 sigma
+
+
+def test_evaluation_is_not_shuffled():
+    assert np.array_equal(SampleOrder(5, 3, shuffle=False).permutation(9), np.arange(5))
