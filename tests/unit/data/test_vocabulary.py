@@ -13,109 +13,112 @@ import transformers
 from gkd_ds.data.vocabulary import shared_vocabulary_size
 from gkd_ds.runtime.errors import InputError
 from tests import ROOT
+from tests.unit.data.chats import CORPUS
 from tools.train_tokenizer import main, train_tokenizer
-
-TEXTS = [
-    "The quick brown fox jumps over the lazy dog.",
-    "Hello there, how are you? 12 345",
-    "  two  spaces",
-] * 9
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(TEXTS, directory, 340)
-    return directory
-
-
-@pytest.fixture
-def tokenizer(directory):
-    return transformers.AutoTokenizer.from_pretrained(directory)
 
 
 @pytest.mark.parametrize(
     "student, teacher, shared", [(340, 340, 340), (352, 384, 352), (384, 340, 340)]
 )
-def test_heads_padded_to_different_sizes_share_the_smaller(tokenizer, student, teacher, shared):
-    assert shared_vocabulary_size(tokenizer, tokenizer, student, teacher) == shared
-
-
-def test_special_tokens_may_play_other_parts(tokenizer, directory):
-    teacher = transformers.AutoTokenizer.from_pretrained(
-        directory, eos_token="<s>", pad_token="<unk>"
+def test_heads_padded_to_different_sizes_share_the_smaller(
+    sentencepiece_tokenizer, student, teacher, shared
+):
+    assert (
+        shared_vocabulary_size(sentencepiece_tokenizer, sentencepiece_tokenizer, student, teacher)
+        == shared
     )
-    assert shared_vocabulary_size(tokenizer, teacher, 340, 340) == 340
+
+
+def test_special_tokens_may_play_other_parts(sentencepiece_tokenizer, sentencepiece_directory):
+    teacher = transformers.AutoTokenizer.from_pretrained(
+        sentencepiece_directory, eos_token="<s>", pad_token="<unk>"
+    )
+    assert shared_vocabulary_size(sentencepiece_tokenizer, teacher, 340, 340) == 340
 
 
 @pytest.mark.parametrize("who, student, teacher", [("student", 339, 340), ("teacher", 340, 300)])
-def test_a_head_smaller_than_its_vocabulary_is_refused(tokenizer, who, student, teacher):
+def test_a_head_smaller_than_its_vocabulary_is_refused(
+    sentencepiece_tokenizer, who, student, teacher
+):
     with pytest.raises(
-        InputError, match=f"the {who} scores 3.. token ids but the tokenizer knows 340"
+        InputError,
+        match=f"the {who} scores 3.. token ids but the tokenizer knows 340",
     ):
-        shared_vocabulary_size(tokenizer, tokenizer, student, teacher)
+        shared_vocabulary_size(sentencepiece_tokenizer, sentencepiece_tokenizer, student, teacher)
 
 
-def test_the_first_differing_token_is_shown(tokenizer, tmp_path):
-    other = train_tokenizer([text[::-1] for text in TEXTS], tmp_path, 340)
-    ours, theirs = (each.convert_ids_to_tokens(list(range(340))) for each in (tokenizer, other))
+def test_the_first_differing_token_is_shown(sentencepiece_tokenizer, tmp_path):
+    other = train_tokenizer([text[::-1] for text in CORPUS], tmp_path, 340)
+    ours, theirs = (
+        each.convert_ids_to_tokens(list(range(340))) for each in (sentencepiece_tokenizer, other)
+    )
     first = next(index for index in range(340) if ours[index] != theirs[index])
     assert first >= 259, "specials and bytes are common to both"
     with pytest.raises(InputError) as caught:
-        shared_vocabulary_size(tokenizer, other, 340, 340)
+        shared_vocabulary_size(sentencepiece_tokenizer, other, 340, 340)
     expected = (
         f"token id {first} is {ours[first]!r} to the student and {theirs[first]!r} to the teacher"
     )
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_token_that_only_one_side_knows_is_refused(tokenizer, directory):
-    other = transformers.AutoTokenizer.from_pretrained(directory)
+def test_a_token_that_only_one_side_knows_is_refused(
+    sentencepiece_tokenizer, sentencepiece_directory
+):
+    other = transformers.AutoTokenizer.from_pretrained(sentencepiece_directory)
     other.add_tokens(["<tool_call>"])
     with pytest.raises(
         InputError, match="token id 340 is no token to the student and '<tool_call>' to the teacher"
     ):
-        shared_vocabulary_size(tokenizer, other, 384, 384)
+        shared_vocabulary_size(sentencepiece_tokenizer, other, 384, 384)
     with pytest.raises(
         InputError, match="'<tool_call>' to the student and no token to the teacher"
     ):
-        shared_vocabulary_size(other, tokenizer, 384, 384)
+        shared_vocabulary_size(other, sentencepiece_tokenizer, 384, 384)
 
 
-def test_a_token_that_loading_added_and_no_head_scores_is_no_difference(directory, tokenizer):
+def test_a_token_that_loading_added_and_no_head_scores_is_no_difference(
+    sentencepiece_directory, sentencepiece_tokenizer
+):
     """transformers gives every Qwen2 tokenizer an <|endoftext|>, also where the files have none."""
-    qwen = transformers.AutoTokenizer.from_pretrained(directory)
+    qwen = transformers.AutoTokenizer.from_pretrained(sentencepiece_directory)
     qwen.add_special_tokens({"pad_token": "<|endoftext|>"})
     assert len(qwen) == 341
-    assert shared_vocabulary_size(tokenizer, qwen, 340, 340) == 340
-    assert shared_vocabulary_size(qwen, tokenizer, 340, 352) == 340
+    assert shared_vocabulary_size(sentencepiece_tokenizer, qwen, 340, 340) == 340
+    assert shared_vocabulary_size(qwen, sentencepiece_tokenizer, 340, 352) == 340
 
 
-def test_a_renamed_special_token_is_refused(directory, tmp_path, tokenizer):
-    other = train_tokenizer(TEXTS, tmp_path, 340, eos_token="<|end|>")
+def test_a_renamed_special_token_is_refused(tmp_path, sentencepiece_tokenizer):
+    other = train_tokenizer(CORPUS, tmp_path, 340, eos_token="<|end|>")
     with pytest.raises(
         InputError, match=r"token id 2 is '</s>' to the student and '<\|end\|>' to the teacher"
     ):
-        shared_vocabulary_size(tokenizer, other, 340, 340)
+        shared_vocabulary_size(sentencepiece_tokenizer, other, 340, 340)
 
 
 # -- tools/train_tokenizer.py
 
 
-def test_a_trained_tokenizer_encodes_as_sentencepiece_does(directory, tokenizer):
-    model = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+def test_a_trained_tokenizer_encodes_as_sentencepiece_does(
+    sentencepiece_directory, sentencepiece_tokenizer
+):
+    model = sentencepiece.SentencePieceProcessor(
+        model_file=str(sentencepiece_directory / "tokenizer.model")
+    )
     for text in ["Hello fox, 345!", "two  spaces \n\n a tab\t", "nie gehörte 漢字 🙂"]:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = sentencepiece_tokenizer(text, add_special_tokens=False)["input_ids"]
         assert ids == model.encode(text)
-        assert tokenizer.decode(ids) == text
-    assert tokenizer("fox")["input_ids"][0] == tokenizer.bos_token_id == 1
-    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 2
+        assert sentencepiece_tokenizer.decode(ids) == text
+    assert (
+        sentencepiece_tokenizer("fox")["input_ids"][0] == sentencepiece_tokenizer.bos_token_id == 1
+    )
+    assert sentencepiece_tokenizer.eos_token_id == sentencepiece_tokenizer.pad_token_id == 2
 
 
 def test_the_command(tmp_path):
     rows = [
         {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
-        for text in TEXTS
+        for text in CORPUS
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "chatml.jinja").write_text(
@@ -135,7 +138,7 @@ def test_the_command(tmp_path):
 
 
 def test_wrong_input_to_the_command_is_one_sentence(tmp_path, capfd):
-    (tmp_path / "good.txt").write_text("\n".join(TEXTS))
+    (tmp_path / "good.txt").write_text("\n".join(CORPUS))
     (tmp_path / "bad.jsonl").write_text('{"text": "fox"}\n{')
     for file, size, complaint in (
         ("good.txt", 99999, "cannot train 99999 pieces"),
