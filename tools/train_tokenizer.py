@@ -2,9 +2,8 @@
 loads.
 
     python tools/train_tokenizer.py corpus.txt more.jsonl --output tokenizer --vocab_size 4000
-    python tools/train_tokenizer.py train.jsonl --output tokenizer --special_tokens '<|im_start|>'
-    '<|im_end|>' \
-        --chat_template chatml.jinja
+    python tools/train_tokenizer.py train.jsonl --output tokenizer --chat_template chatml.jinja \
+        --special_tokens '<|im_start|>' '<|im_end|>'
 
 Text files give one text per line; JSONL files give every string of a row except the `role` of a
 message. A few thousand pieces take a second. The directory gets tokenizer.model, tokenizer.json,

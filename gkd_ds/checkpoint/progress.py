@@ -63,7 +63,7 @@ class Progress:
         0  # the step after which on_epoch_end came last; an epoch is open at any later one
     )
     evaluation_due: bool = False  # after this step, and not done yet
-    evaluations: int = 0  # rows of metrics since the last update
+    evaluations: int = 0  # recorded since the last update
     train_loss: Mean = field(default_factory=Mean)  # of the updates that were applied
     unlogged_loss: Mean = field(default_factory=Mean)  # of the updates since the last on_log
     last_update: dict[str, float] = field(default_factory=dict)  # the rest of what on_log tells

@@ -5,7 +5,7 @@
 
 The fields carry the names, meanings and defaults of TRL's GKDConfig, so code and recipes written
 for it keep working; our own fields stand beside the ones they belong to. What TRL has and we do not
-act on is inherited (unsupported.py), and so is what transformers' callbacks read (callbacks.py).
+act on is inherited (unsupported.py), and so is what transformers' callbacks read (training_args.py).
 
 Everything knowable without files is checked when the object is made (`validate`); files and
 directories by `validate_files`, which the command line and the trainer call before any model is
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gkd_ds.config import checks
-from gkd_ds.config.callbacks import ReadByCallbacks
 from gkd_ds.config.deepspeed_checks import read_student_file, read_teacher_file
+from gkd_ds.config.training_args import ReadAsTrainingArguments
 from gkd_ds.config.unsupported import REASONS, UnsupportedFields, refuse_unsupported
 from gkd_ds.config.values import IntervalStrategy, SaveStrategy, convert
 
@@ -37,7 +37,7 @@ def option(
 
 
 @dataclass
-class GKDConfig(ReadByCallbacks, UnsupportedFields):
+class GKDConfig(ReadAsTrainingArguments, UnsupportedFields):
     """All fields of a run. See the module docstring; each field's line says what it does.
 
     Raises:

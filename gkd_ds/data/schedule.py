@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gkd_ds.config.config import GKDConfig
 from gkd_ds.records import Source
 from gkd_ds.runtime.hashing import INCREMENT, MASK_64, splitmix64, splitmix64_array
 
@@ -48,6 +49,20 @@ class StepScheduler:
     def __post_init__(self) -> None:
         if not self.draw_samples:
             object.__setattr__(self, "draw_samples", self.micro_batch_size * self.world_size)
+
+    @classmethod
+    def of(cls, config: GKDConfig, num_samples: int, world_size: int) -> StepScheduler:
+        """The schedule that a configuration asks for."""
+        return cls(
+            num_samples=num_samples,
+            micro_batch_size=config.per_device_train_batch_size,
+            micro_batches=config.gradient_accumulation_steps,
+            world_size=world_size,
+            seed=config.seed,
+            lmbda=config.lmbda,
+            seq_kd=config.seq_kd,
+            drop_last=config.dataloader_drop_last,
+        )
 
     @property
     def window_samples(self) -> int:

@@ -26,16 +26,7 @@ class Windows:
     def of(cls, config: GKDConfig, examples: Examples | None, world_size: int) -> Windows:
         """The windows that a configuration asks for."""
         num_samples = len(examples) if examples is not None else 1
-        scheduler = StepScheduler(
-            num_samples=num_samples,
-            micro_batch_size=config.per_device_train_batch_size,
-            micro_batches=config.gradient_accumulation_steps,
-            world_size=world_size,
-            seed=config.seed,
-            lmbda=config.lmbda,
-            seq_kd=config.seq_kd,
-            drop_last=config.dataloader_drop_last,
-        )
+        scheduler = StepScheduler.of(config, num_samples, world_size)
         seed = config.seed if config.data_seed is None else config.data_seed
         return cls(examples, scheduler, SampleOrder(num_samples, seed))
 

@@ -1,4 +1,4 @@
-"""What a run did, counted: the performance rows of metrics.jsonl are made from it."""
+"""What a run did, counted: the perf/ numbers of metrics.jsonl are made from it."""
 
 from dataclasses import dataclass
 

@@ -18,9 +18,9 @@ def length_groups(lengths: list[int], token_limit: int, overhead_tokens: int) ->
     best = np.zeros(len(order) + 1)
     first_of_last_group = np.zeros(len(order) + 1, dtype=np.int64)
     for end in range(1, len(order) + 1):
-        rows = end - np.arange(end)
-        padded = rows * longest[:end]
-        allowed = (padded <= token_limit) | (rows == 1)
+        members = end - np.arange(end)
+        padded = members * longest[:end]
+        allowed = (padded <= token_limit) | (members == 1)
         cost = np.where(allowed, best[:end] + padded + overhead_tokens, np.inf)
         first_of_last_group[end] = cost.argmin()
         best[end] = cost.min()

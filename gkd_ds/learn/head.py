@@ -97,9 +97,9 @@ class _ChunkedLoss(torch.autograd.Function):
         bias_grad_W = torch.zeros_like(bias_W, dtype=torch.float32) if bias_W is not None else None
         per_token_4N = torch.empty(4, N, dtype=torch.float32, device=device)
 
-        rows = chunk_rows(N, loss.chunk_bytes, vocabulary, hidden_ND.dtype)
-        for start in range(0, N, rows):
-            chunk = slice(start, min(start + rows, N))
+        size = chunk_rows(N, loss.chunk_bytes, vocabulary, hidden_ND.dtype)
+        for start in range(0, N, size):
+            chunk = slice(start, min(start + size, N))
             hidden_nD = hidden_ND[chunk]
             student_nV = transform.apply_(accelerator.logits(hidden_nD, weight_VD, bias_V))
             teacher_nV = loss.teacher_logits(chunk, device)

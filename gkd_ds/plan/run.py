@@ -138,16 +138,7 @@ def count_batches(config: GKDConfig, samples: int, ranks: int) -> Batches:
         raise InputError(
             f"The data set '{config.dataset_name}' has no rows; nothing can be trained on it."
         )
-    scheduler = StepScheduler(
-        num_samples=samples,
-        micro_batch_size=config.per_device_train_batch_size,
-        micro_batches=config.gradient_accumulation_steps,
-        world_size=ranks,
-        seed=config.seed,
-        lmbda=config.lmbda,
-        seq_kd=config.seq_kd,
-        drop_last=config.dataloader_drop_last,
-    )
+    scheduler = StepScheduler.of(config, samples, ranks)
     windows = scheduler.windows_per_epoch
     updates = (
         config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * windows)

@@ -127,16 +127,16 @@ class StreamedTeacher:
         for number in range(count):
             chunks = passes[number] if number < len(passes) else []
             batches = [
-                sequence_batch([rollouts[row] for row in chunk], self.pad_id, self.device)
+                sequence_batch([rollouts[i] for i in chunk], self.pad_id, self.device)
                 for chunk in chunks
             ]
             hidden_of_chunk = self._pass(
                 batches or [sequence_batch([], self.pad_id, self.device)], heartbeat
             )
             for chunk, hidden_NE in zip(chunks, hidden_of_chunk):
-                lengths = [len(rollouts[row].completion_ids) for row in chunk]
-                for row, part in zip(chunk, hidden_NE.split(lengths)):
-                    hidden[row] = part
+                lengths = [len(rollouts[i].completion_ids) for i in chunk]
+                for index, part in zip(chunk, hidden_NE.split(lengths)):
+                    hidden[index] = part
         return self._targets(rollouts, hidden)
 
     def _passes(self, lengths: list[int]) -> list[list[list[int]]]:
@@ -318,7 +318,7 @@ class _Call:
 
 
 class _Chunk:
-    """Some rows of the window on their way through the layers."""
+    """Some rollouts of the window on their way through the layers."""
 
     def __init__(self, embeds_BTE: Tensor):
         self.embeds_BTE = self.hidden_BTE = embeds_BTE

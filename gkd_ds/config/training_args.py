@@ -12,7 +12,7 @@ from gkd_ds.config.unsupported import REASONS
 from gkd_ds.runtime.redaction import OPEN_KEYS, SECRET_KEYS, redact
 
 
-class ReadByCallbacks:
+class ReadAsTrainingArguments:
     """Derived values of GKDConfig. The launcher sets the variables that tell the ranks."""
 
     def to_dict(self) -> dict[str, Any]:
