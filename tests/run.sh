@@ -1,68 +1,84 @@
 #!/usr/bin/env bash
 # Sets up the environment and passes the tests.
 #
-#   bash tests/run.sh                              # everything that can run on this machine
-#   bash tests/run.sh --fast                       # unit tests and one run on two ranks, in four minutes at most
+#   bash tests/run.sh                              # everything
+#   bash tests/run.sh --fast                       # tests/unit and one run on two ranks, in four minutes
 #   bash tests/run.sh tests/unit -k divergence     # what pytest is told instead
+#   bash tests/run.sh --no-install ...             # any of these, and nothing is installed from Debian
 #
-# Three kinds: tests/unit (one process), tests/dist (real ranks on this machine), tests/launch (real hosts, real Slurm).
-# What they need from the system is installed from Debian where that is possible (as root, with apt); --no-install leaves
-# the system alone. What is missing then is said before and after.
+# Three kinds: tests/unit (one process), tests/dist (real ranks on this machine), tests/launch (real hosts, real
+# Slurm). What they need from the system is listed below. It is installed where it is missing and this may be done
+# (root, apt-get); where it may not, that is said before and after the tests.
 set -uo pipefail
+started=$SECONDS
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 
-fast=no install=yes
+install=yes fast=no
 while [ $# -gt 0 ]; do
-    case "$1" in
-        --fast) fast=yes ;;
+    case $1 in
         --no-install) install=no ;;
+        --fast) fast=yes ;;
         *) break ;;
     esac
     shift
 done
+if [ $fast = yes ] && [ $# -gt 0 ]; then
+    echo "run.sh: --fast chooses the tests; leave out '$*'." >&2
+    exit 2
+fi
 
-# ---- What the tests need from Debian: kind, command or header, package
+# Debian's package, a file or command of it, what needs it.
+NEEDS="
+python3-venv    ensurepip                  the environment
+g++             g++                        tests/dist (NVMe offload)
+libaio-dev      /usr/include/libaio.h      tests/dist (NVMe offload)
+procps          pgrep                      tests/dist (launch/local.sh)
+pdsh            pdsh                       tests/launch (hostfile)
+openssh-server  /usr/sbin/sshd             tests/launch (hostfile)
+iproute2        ip                         tests/launch (hostfile)
+slurm-wlm       /usr/sbin/slurmctld        tests/launch (Slurm)
+munge           /usr/sbin/munged           tests/launch (Slurm)
+shellcheck      shellcheck                 tests/launch (scripts)
+"
 
-needed=(
-    "tests/dist (NVMe offload)|libaio.h|libaio-dev"
-    "tests/dist (NVMe offload)|g++|g++"
-    "tests/launch (hostfile)|pdsh|pdsh"
-    "tests/launch (hostfile)|sshd|openssh-server"
-    "tests/launch (hostfile)|ip|iproute2"
-    "tests/launch (hostfile)|numactl|numactl"
-    "tests/launch (Slurm)|slurmctld|slurm-wlm"
-    "tests/launch (Slurm)|munged|munge"
-    "tests/launch (scripts)|shellcheck|shellcheck"
-)
-is_here() { command -v "$1" > /dev/null || [ -e "/usr/sbin/$1" ] || [ -e "/usr/include/$1" ]; }
-find_missing() {
-    missing=() packages=()
-    local kind what package
-    for line in "${needed[@]}"; do
-        IFS='|' read -r kind what package <<< "$line"
-        is_here "$what" || { missing+=("$kind needs $what: apt-get install $package"); packages+=("$package"); }
-    done
+is_there() {
+    case $1 in
+        ensurepip) [ -x .venv/bin/python ] || "${PYTHON:-python3}" -c "import ensurepip" 2> /dev/null ;;
+        *) [ -e "$1" ] || command -v "$1" > /dev/null ;;
+    esac
 }
-find_missing
-if [ "$fast" = no ] && [ "$install" = yes ] && [ ${#packages[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
-    echo "Installing ${packages[*]} (--no-install leaves the system alone)"
+
+look() {  # sets `packages` and `missing`
+    packages=() missing=()
+    local package what kind
+    while read -r package what kind; do
+        if [ -n "$package" ] && ! is_there "$what"; then
+            packages+=("$package")
+            missing+=("$kind: apt-get install $package")
+        fi
+    done <<< "$NEEDS"
+}
+
+look
+if [ ${#packages[@]} -gt 0 ] && [ $install = yes ] && [ $fast = no ] && [ "$EUID" = 0 ] && command -v apt-get > /dev/null; then
+    echo "Installing from Debian: ${packages[*]}"
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq < /dev/null
     apt-get install -y -qq --no-install-recommends "${packages[@]}" < /dev/null > /dev/null
-    find_missing
+    look
 fi
-warn_of_missing() {
-    [ "$fast" = no ] && [ ${#missing[@]} -gt 0 ] || return 0
+say_what_is_missing() {
+    [ ${#missing[@]} -gt 0 ] && [ $fast = no ] || return 0
     printf '\n!!! NOT EVERYTHING IS TESTED on this machine:\n' >&2
     printf '!!!   %s\n' "${missing[@]}" >&2
+    printf '!!! (root has it installed by: bash tests/run.sh)\n\n' >&2
 }
-warn_of_missing
-
-# ---- The environment
+say_what_is_missing
 
 bash tools/setup_env.sh || exit 1
+
 export PATH="$root/.venv/bin:$PATH"
 export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -74,47 +90,41 @@ export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$root/.venv/torch_extensions
 mkdir -p "$TORCH_EXTENSIONS_DIR"
 find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +30 -delete
 
-# ---- The tests
-
-status=0 started=$SECONDS
+status=0
 ruff check . || status=1
 ruff format --check . || status=1
 
+# What runs beside something else says what it has to say when that has ended.
 aside=$(mktemp)
 trap 'rm -f "$aside"' EXIT
-beside() {  # this command's output comes when the other one has ended
-    "$@" > "$aside" 2>&1 &
-}
-wait_for_the_other() {
-    wait $! || status=1
-    cat "$aside"
-}
 
 if [ $# -gt 0 ]; then
     python -m pytest "$@" || status=1
-elif [ "$fast" = yes ]; then
-    beside python -m pytest -q tests/unit/data tests/unit/checkpoint tests/unit/monitor tests/unit/tools
-    python -m pytest -q tests/unit tests/dist/test_control.py --ignore tests/unit/data --ignore tests/unit/checkpoint \
-        --ignore tests/unit/monitor --ignore tests/unit/tools || status=1
-    wait_for_the_other
+elif [ $fast = yes ]; then
+    # Two processes of about the same length, for two cores.
+    half=(tests/unit/checkpoint tests/unit/data tests/unit/learn tests/unit/plan tests/unit/tools)
+    python -m pytest -q "${half[@]}" > "$aside" 2>&1 &
+    other=$!
+    python -m pytest -q tests/unit "${half[@]/#/--ignore=}" || status=1
+    wait $other || status=1
+    cat "$aside"
+    python -m pytest -q tests/dist/test_control.py || status=1
 else
     # tests/launch mostly wait, for Slurm and for what must time out. Beside them, on what they leave of the cores:
-    # tests/unit, which use one, and the build of DeepSpeed's NVMe reader, which takes minutes and which tests/dist need.
-    # Where it cannot be built, the tests that need it say so.
-    # shellcheck disable=SC2317  # it is called by name, in `beside`
-    unit_tests() {
+    # tests/unit, which use one, and the build of DeepSpeed's NVMe reader, which takes minutes and which tests/dist
+    # need. Where it cannot be built, the tests that need it say so.
+    (
         nice python -c "from deepspeed.ops.op_builder import AsyncIOBuilder as B; B().load()" \
             > "$TORCH_EXTENSIONS_DIR/async_io.log" 2>&1
         nice python -m pytest tests/unit
-    }
-    beside unit_tests
+    ) > "$aside" 2>&1 &
+    unit=$!
     python -m pytest --durations=10 tests/launch || status=1
-    wait_for_the_other
+    wait $unit || status=1
+    cat "$aside"
     python -m pytest --durations=15 tests/dist || status=1
 fi
-
-warn_of_missing
-seconds=$((SECONDS - started))
-verdict=$([ "$status" = 0 ] && echo passed || echo FAILED)
-printf '\nThe tests %s in %d min %d s.\n' "$verdict" $((seconds / 60)) $((seconds % 60))
+say_what_is_missing
+took=$((SECONDS - started))
+printf 'All of it took %d min %02d s; exit code %d.\n' $((took / 60)) $((took % 60)) "$status"
 exit "$status"
