@@ -5,7 +5,7 @@
 
 The fields carry the names, meanings and defaults of TRL's GKDConfig, so code and recipes written
 for it keep working; our own fields stand beside the ones they belong to. What TRL has and we do not
-act on is inherited (unsupported.py), and so is what transformers' callbacks read (training_args.py).
+act on is inherited (unsupported.py), and so is what transformers reads (training_args.py).
 
 Everything knowable without files is checked when the object is made (`validate`); files and
 directories by `validate_files`, which the command line and the trainer call before any model is
