@@ -102,7 +102,7 @@ if [ $# -gt 0 ]; then
     python -m pytest "$@" || status=1
 elif [ $fast = yes ]; then
     # Two processes of about the same length, for two cores.
-    half=(tests/unit/checkpoint tests/unit/data tests/unit/learn tests/unit/plan tests/unit/tools)
+    half=(tests/unit/checkpoint tests/unit/data tests/unit/learn tests/unit/plan tests/unit/rollout tests/unit/tools)
     python -m pytest -q "${half[@]}" > "$aside" 2>&1 &
     other=$!
     python -m pytest -q tests/unit "${half[@]/#/--ignore=}" || status=1
