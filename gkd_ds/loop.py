@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from gkd_ds.runtime.interrupts import Interrupts, StopAgreed
 from gkd_ds.runtime.watchdog import Watchdog
 
 
-class WindowLoop:
+class WindowLoop(ABC):
     """Runs the windows of `inputs` through `pipeline`, tells `callbacks`, evaluates and saves."""
 
     def __init__(
@@ -68,7 +69,6 @@ class WindowLoop:
         self.session: Session | None = None  # of the last train()
         self.stop_reason: str | None = None
         self.exit_code = FINISHED  # of the last train()
-        self._started = 0.0  # seconds, of time.monotonic
         self._rollouts: list[Rollout] = []  # of the last window
         self._learned: Learned | None = None
         self.control = TrainerControl()
@@ -83,14 +83,14 @@ class WindowLoop:
         self._event("on_init_end")
 
     def run(self, resume: bool | str | None) -> TrainOutput:
-        """What `train` does; `resume` as `resume_from_checkpoint`, which it takes the place of."""
+        """What `train` does; `resume` replaces the field `resume_from_checkpoint`."""
         config = self.args
         refuse_occupied(config, resume)
         watchdog = self.pipeline.watchdog = Watchdog(config.watchdog_timeout, config.output_dir)
         self.session = Session(
             config, self.student, self.state, self.windows, self.publisher, watchdog
         )
-        self._started, self._rollouts, self._learned = time.monotonic(), [], None
+        self._rollouts, self._learned = [], None
         with self.interrupts, only_run(config.output_dir), watchdog:
             exit_code, self.stop_reason = FAILED, None
             try:
@@ -112,6 +112,14 @@ class WindowLoop:
             ranks.barrier()
             process.leave_at_exit()
         return TrainOutput(self.state.global_step, self.progress.train_loss.value, metrics)
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate on the trainer's sets, tell the callbacks, return the metrics. A collective."""
+
+    @abstractmethod
+    def save_model(self) -> None:
+        """Write the student to output_dir. A collective; raises CheckpointError on all ranks."""
 
     @property
     def tracker(self) -> Tracker | None:
@@ -256,7 +264,7 @@ class WindowLoop:
     def _log_summary(self) -> dict[str, float]:
         """What transformers tells callbacks about a run when it ends."""
         metrics = {
-            "train_runtime": time.monotonic() - self._started,
+            "train_runtime": time.monotonic() - self.session.started,
             "train_loss": self.progress.train_loss.value,
             "epoch": self.state.epoch or 0.0,
         }

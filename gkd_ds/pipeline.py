@@ -40,8 +40,8 @@ from gkd_ds.teacher.loading import load as load_teacher
 from gkd_ds.teacher.streamed import StreamedTeacher
 from gkd_ds.teacher.teacher import Teacher
 
-# A micro-batch more costs about as much as this many padded tokens: ZeRO-3 gathers every layer once
-# more.
+# One more micro-batch costs about as much as this many padded tokens: ZeRO-3 gathers every layer
+# once more.
 MICRO_BATCH_OVERHEAD_TOKENS = 256
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Source(str, Enum):
-    """Who wrote a completion. What is sampled stands first, the student's own before all."""
+    """Who wrote a completion. Sampled sources come first, the student before the teacher."""
 
     STUDENT = "student"
     TEACHER = "teacher"

@@ -62,18 +62,18 @@ look() {  # sets `packages` and `missing`
 }
 
 look
-if [ ${#packages[@]} -gt 0 ] && [ $install = yes ] && [ $fast = no ] && [ "$EUID" = 0 ] && command -v apt-get > /dev/null; then
+if [ ${#packages[@]} -gt 0 ] && [ $install = yes ] && [ $fast = no ] && [ $# -eq 0 ] && [ "$EUID" = 0 ] && command -v apt-get > /dev/null; then
     echo "Installing from Debian: ${packages[*]}"
     export DEBIAN_FRONTEND=noninteractive
-    apt-get update -qq < /dev/null
-    apt-get install -y -qq --no-install-recommends "${packages[@]}" < /dev/null > /dev/null
+    { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${packages[@]}" > /dev/null; } < /dev/null ||
+        echo "run.sh: apt-get could not install all of it." >&2
     look
 fi
 say_what_is_missing() {
     [ ${#missing[@]} -gt 0 ] && [ $fast = no ] || return 0
     printf '\n!!! NOT EVERYTHING IS TESTED on this machine:\n' >&2
     printf '!!!   %s\n' "${missing[@]}" >&2
-    printf '!!! (root has it installed by: bash tests/run.sh)\n\n' >&2
+    printf '!!! (as root, bash tests/run.sh installs them)\n\n' >&2
 }
 say_what_is_missing
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Session:
         self.run_dir = Path(config.output_dir)
         self.tracker: Tracker | None = None
         self.progress: Progress | None = None
+        self.started = 0.0  # seconds, of time.monotonic: what the run does itself begins here
         self.saved_step: int | None = None  # of the last checkpoint from which a run can go on
 
     # -- beginning --------------------------------------------------------------------------------
@@ -66,6 +68,7 @@ class Session:
             _write_or_refuse(lambda: _clear(run_dir))
         if found is not None:
             self._check(found)
+        self.started = time.monotonic()
         self.progress = Progress(
             BadUpdates(config.max_bad_updates), evaluation_due=config.eval_on_start
         )

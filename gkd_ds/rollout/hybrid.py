@@ -49,10 +49,11 @@ class Hybrid(RolloutEngine):
         probe = [Sample(0, [1, 2, 3, 4, 5, 6], [], Source.STUDENT)]
         greedy = Sampling(8, 0.0, 0, (), 0, student.vocabulary)
         forward = causal_lm.decoding_forward(student.model, student.vocabulary)
-        with self.window():
+        with zero.gathered_parameters(student.engine, student.counters):
             ours = self.generate(probe, greedy, lambda: None)
             student.model.eval()  # the engine has left it in training mode
             plain = decode(forward, [probe[0].prompt_ids], [0], greedy, student.device)
+        student.model.train()
         check(ours, plain)
 
     @staticmethod

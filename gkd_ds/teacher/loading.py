@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -17,7 +18,11 @@ def load(model: loading.Model, config: GKDConfig) -> tuple[PreTrainedModel, dict
     The read buffers of a teacher on NVMe are made while it is loaded, so they are fitted before.
     """
     ds_config = loading.teacher_ds_config(model, config)
+    while_loading = copy.deepcopy(ds_config)
     if nvme.is_used(ds_config):
         element_size = accelerator.precision(config).itemsize
-        nvme.fit_buffers(ds_config, loading.teacher_shapes(model, config), element_size)
-    return loading.load_teacher(model, config, ds_config), ds_config
+        nvme.fit_buffers(while_loading, loading.teacher_shapes(model, config), element_size)
+    loaded = loading.load_teacher(model, config, while_loading)
+    # The init kwargs may have asked for another dtype than the run's.
+    nvme.fit_buffers(ds_config, loaded, loaded.get_output_embeddings().weight.dtype.itemsize)
+    return loaded, ds_config

@@ -131,8 +131,7 @@ class SwapFiles:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Around what reads them: whatever happens to them before or meanwhile, nothing that was
-        read gets further.
+        """Around what reads them: no data from a file that was changed before or meanwhile is used.
 
         Raises SwapFileError on all ranks when one of them misses a file, or finds another one. A
         collective.

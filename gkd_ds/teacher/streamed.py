@@ -45,8 +45,8 @@ from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.teacher import nvme
 
-# A chunk more costs about as much as this many tokens: the weights are here already, only the calls
-# are repeated.
+# One more chunk costs about as much as this many tokens: the weights are here already, only the
+# calls are repeated.
 CHUNK_OVERHEAD_TOKENS = 64
 
 

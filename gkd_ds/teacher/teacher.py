@@ -1,7 +1,7 @@
 """The door for teachers: what the phases of a window ask of one.
 
 streamed.py is the first: the teacher's weights here, layer by layer. A new one (served, cached,
-several) is a class in a file of its own with these methods; the trainer builds it.
+several) is a class in a file of its own with these methods; `Pipeline.build` makes it.
 """
 
 from __future__ import annotations
