@@ -92,6 +92,20 @@ def check_combinations(config: Any) -> None:
     check_schedule(config)
     check_intervals(config)
     check_best(config)
+    check_metrics(config)
+
+
+def check_metrics(config: Any) -> None:
+    """What compute_metrics gets."""
+    wanted = list(config.include_for_metrics or [])
+    for name in wanted:
+        if name not in ("inputs", "loss"):
+            raise wrong("include_for_metrics", f"may hold inputs and loss, not {show(name)}")
+    if config.include_inputs_for_metrics and "inputs" not in wanted:
+        wanted.append("inputs")
+    config.include_for_metrics = wanted
+    if config.label_names not in (None, [], ["labels"]):
+        raise wrong("label_names", "is always labels, the completion tokens; remove it")
 
 
 def check_precision(config: Any) -> None:

@@ -305,7 +305,34 @@ class GKDConfig(ReadAsTrainingArguments, UnsupportedFields):
         None, "Whether that metric should rise (default: not for a loss or divergence)."
     )
     prediction_loss_only: bool = option(
-        False, "Accepted for TRL's scripts; evaluation only ever returns losses."
+        False, "Evaluate to losses alone: compute_metrics is not asked, predict() returns none."
+    )
+    predict_with_generate: bool = option(
+        False,
+        "compute_metrics gets what the student writes and the references, as token ids, instead of "
+        "the student's logits on the references.",
+    )
+    batch_eval_metrics: bool = option(
+        False, "compute_metrics gets one batch after the other, and nothing is kept."
+    )
+    include_for_metrics: list | None = option(
+        list, "What compute_metrics gets besides: inputs, loss (per row)."
+    )
+    include_inputs_for_metrics: bool = option(
+        False, "The old name of include_for_metrics: [inputs]."
+    )
+    eval_do_concat_batches: bool = option(
+        True, "Predictions of all batches in one array, padded with -100, instead of a list."
+    )
+    eval_accumulation_steps: int | None = option(
+        None, "Accepted: predictions go to the host after every batch.", low=1
+    )
+    eval_use_gather_object: bool = option(
+        False, "Accepted: predictions are gathered as objects anyway."
+    )
+    label_names: list | None = option(None, "Accepted: null or labels, which is what they are.")
+    do_predict: bool = option(
+        False, "Accepted for TRL's scripts; calling predict() is what predicts."
     )
 
     save_strategy: SaveStrategy = option(
@@ -321,6 +348,11 @@ class GKDConfig(ReadAsTrainingArguments, UnsupportedFields):
         False,
         "Checkpoints without optimizer and position; they cannot be resumed. A stop writes a whole "
         "one.",
+    )
+    save_weights_in_checkpoints: bool | None = option(
+        None,
+        "Checkpoints also hold the model, so that from_pretrained reads them; null: for students "
+        "of less than 2 GB.",
     )
     resume_from_checkpoint: bool | str | None = option(
         None,

@@ -10,7 +10,6 @@ from typing import Any
 from gkd_ds.runtime.errors import InputError
 
 # Reasons of more than one field.
-_SUMS = "evaluation keeps sums, not predictions"
 _NO_APEX = "apex is not used; set fp16 or bf16"
 _MEMORY = "memory is bounded by rollout_memory_mb, score_memory_mb and loss_memory_mb"
 _TOKENIZED_ONCE = "the data set is tokenized once, before training, and needs no loader processes"
@@ -27,7 +26,6 @@ _NO_TPU = "DeepSpeed has no engine for TPUs"
 
 # Name, type, default (`list` is an empty one), and the reason, which says what to do.
 TABLE: list[tuple[str, Any, Any, str]] = [
-    ("do_predict", bool, False, "there is no prediction loop; use GKDTrainer.evaluate"),
     (
         "per_gpu_train_batch_size",
         int | None,
@@ -52,13 +50,6 @@ TABLE: list[tuple[str, Any, Any, str]] = [
     ("use_mps_device", bool, False, "DeepSpeed has no engine for MPS"),
     ("tpu_num_cores", int | None, None, _NO_TPU),
     ("tpu_metrics_debug", bool, False, _NO_TPU),
-    ("eval_accumulation_steps", int | None, None, _SUMS),
-    ("eval_do_concat_batches", bool, True, _SUMS),
-    ("eval_use_gather_object", bool, False, _SUMS),
-    ("batch_eval_metrics", bool, False, _SUMS),
-    ("include_inputs_for_metrics", bool, False, _SUMS),
-    ("include_for_metrics", list, list, _SUMS),
-    ("label_names", list | None, None, "labels are always the completion tokens"),
     ("use_legacy_prediction_loop", bool, False, "there is only one evaluation loop"),
     ("past_index", int, -1, "the models have no past to carry between batches"),
     ("bf16_full_eval", bool, False, "evaluation uses the precision of training; set bf16"),
