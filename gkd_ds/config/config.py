@@ -78,7 +78,9 @@ class GKDConfig(ReadAsTrainingArguments, KeepsInitVars, *BASES):
         return self.stop_file or os.path.join(self.output_dir, "STOP")
 
 
-# Each reads and sets the other.
-GKDConfig.torch_dtype = Alias("dtype")
-GKDConfig.activation_checkpointing = Alias("gradient_checkpointing")
-GKDConfig.activation_checkpointing_kwargs = Alias("gradient_checkpointing_kwargs")
+for alias, name in {
+    "torch_dtype": "dtype",
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}.items():
+    setattr(GKDConfig, alias, Alias(OPTIONS[alias], name))

@@ -43,7 +43,8 @@ class Inactive:
             return True
         if isinstance(self.accepts, dict) and isinstance(value, dict):
             return all(value[key] in self.accepts.get(key, ()) for key in value)
-        return not value and not default  # "", [], None and False all say the same
+        switched_off = not value and not default  # "", [], None and False all say the same
+        return switched_off and self.accepts == ()
 
 
 # Reasons of more than one field.
@@ -195,7 +196,7 @@ TABLE = [
         None,
         ALREADY,
         "the labels are the completion tokens; remove it",
-        (["labels"],),
+        ([], ["labels"]),
     ),
     # Models and adapters
     Inactive("load_in_8bit", InitVar[bool], False, FIXED, _QUANTIZED),

@@ -18,7 +18,7 @@ from dataclasses import InitVar, dataclass
 from numbers import Real
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from gkd_ds.config.values import wrong
+from gkd_ds.config.values import convert, wrong
 from gkd_ds.runtime.errors import show
 
 
@@ -134,13 +134,17 @@ def _keeping(post_init: Callable, names: list[str]) -> Callable:
 
 @dataclass(frozen=True)
 class Alias:
-    """A field that is another name of the field `name`, which it sets unless it is None."""
+    """In the place of the field `option`: another name of the field `of`, which it sets unless it
+    is given None.
+    """
 
-    name: str
+    option: Option
+    of: str
 
     def __get__(self, config: Any, owner: type) -> Any:
-        return self if config is None else getattr(config, self.name)
+        return self if config is None else getattr(config, self.of)
 
     def __set__(self, config: Any, value: Any) -> None:
+        value = convert(self.option.name, self.option.kind, value)
         if value is not None:
-            setattr(config, self.name, value)
+            setattr(config, self.of, value)
