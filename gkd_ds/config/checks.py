@@ -120,6 +120,20 @@ def check_optimizer(config: Any) -> None:
         near = difflib.get_close_matches(config.optim, OPTIMIZERS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(OPTIMIZERS)}."
         raise InputError(f"GKDConfig field 'optim' is {show(config.optim)}; {hint}")
+    if config.optim.endswith(("lomo", "_layerwise")):
+        raise wrong(
+            "optim",
+            f"is {config.optim}, which updates weights while gradients are computed, before the "
+            "window's are complete; choose another, such as adafactor or adamw_8bit",
+        )
+    if config.optim.startswith("schedule_free"):
+        raise wrong(
+            "optim",
+            f"is {config.optim}, which evaluates with other weights than it trains, and a rollout "
+            "needs both; choose another, and a schedule by lr_scheduler_type",
+        )
+    if config.optim_target_modules and not config.optim.startswith(("galore", "apollo")):
+        raise wrong("optim_target_modules", "is for galore_* and apollo_*; remove it, or set optim")
     for setting in filter(None, (config.optim_args or "").split(",")):
         if not re.fullmatch(r"\s*\w+\s*=[^=]+", setting):
             raise wrong(
