@@ -24,7 +24,7 @@ from transformers.trainer_callback import TrainerState
 
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.engine.inputs import Inputs
-from gkd_ds.learn.optimizer import decayed_parameters, make_optimizer, make_scheduler
+from gkd_ds.learn.optim import decayed_parameters, make_optimizer, make_scheduler
 from gkd_ds.learn.student import Student
 from gkd_ds.models import Models
 from gkd_ds.pipeline import Formula, Pipeline

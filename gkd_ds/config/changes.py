@@ -5,36 +5,30 @@ A configuration is read at three times: when a trainer is made (models, data), w
 looked, and refuses what comes too late.
 """
 
-from __future__ import annotations
-
 import copy
-import dataclasses
 from typing import Any
 
-from gkd_ds.config.config import GKDConfig, groups
+from gkd_ds.config.config import GKDConfig
+from gkd_ds.config.fields import GROUPS, INACTIVE, OPTIONS
 from gkd_ds.runtime.errors import InputError
 
 # What a trainer has read for good when it is made; groups of fields, and fields of other groups.
-OF_TRAINER = {field.name for group in ("Models", "Data") for field in groups()[group]} - {
-    "disable_dropout",
-    "remove_unused_columns",
-}
+OF_TRAINER = {
+    option.name for group in ("Models", "Adapters", "Data") for option in GROUPS[group]
+} - {"disable_dropout", "remove_unused_columns"}
 OF_TRAINER |= {"bf16", "fp16", "tf32", "deepspeed", "teacher_deepspeed", "use_cpu", "local_rank"}
 OF_TRAINER |= {"ddp_backend", "ddp_timeout", "max_runtime", "stop_file", "full_determinism"}
 # What is read anew whenever it is needed: these may change between any two windows.
 AT_ANY_TIME = {
     *("lmbda", "seq_kd", "beta", "temperature", "divergence_temperature", "max_new_tokens"),
     *("rollout_memory_mb", "score_memory_mb", "targets_memory_mb", "loss_memory_mb"),
-    *("learn_tokens_per_micro_batch", "offload_optimizer_states"),
+    *("learn_tokens_per_micro_batch", "offload_optimizer_states", "remove_unused_columns"),
+    *("do_train", "do_eval", "do_predict"),
     *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter"),
-    *("log_rollouts", "eval_strategy", "eval_steps", "eval_delay", "per_device_eval_batch_size"),
-    *("eval_on_policy", "eval_max_samples", "metric_for_best_model", "greater_is_better"),
-    *("load_best_model_at_end", "save_strategy", "save_steps", "save_total_limit"),
-    *("save_only_model", "push_to_hub", "hub_model_id", "hub_strategy", "hub_token"),
-    *("hub_private_repo", "hub_revision", "remove_unused_columns", "save_weights_in_checkpoints"),
-    *("do_train", "do_eval", "do_predict", "prediction_loss_only", "predict_with_generate"),
-    *("batch_eval_metrics", "include_for_metrics", "include_inputs_for_metrics", "label_names"),
-    *("eval_do_concat_batches", "eval_accumulation_steps", "eval_use_gather_object"),
+    *("log_rollouts", "include_num_input_tokens_seen", "include_tokens_per_second"),
+    *("save_strategy", "save_steps", "save_total_limit", "save_only_model"),
+    *("save_weights_in_checkpoints", *INACTIVE),
+    *(option.name for group in ("Evaluation", "Hub") for option in GROUPS[group]),
 }
 
 
@@ -70,7 +64,7 @@ class Fields:
 
 def _values(config: GKDConfig) -> dict[str, Any]:
     """Every field; lists and dicts as they are now."""
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    values = {name: getattr(config, name) for name in OPTIONS}
     return {
         name: copy.deepcopy(value) if isinstance(value, (list, dict)) else value
         for name, value in values.items()
