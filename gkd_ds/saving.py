@@ -78,7 +78,8 @@ class Saving(Engines):
         InputError for others.
         """
         given = {"model_name": model_name, "dataset_name": dataset_name, **kwargs}
-        self.publisher.write_card(export.card_of_arguments(given))
+        card = export.card_of_arguments(given)
+        self.publisher.write_card(card)
 
     @property
     def hub_model_id(self) -> str:

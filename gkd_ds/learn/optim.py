@@ -45,7 +45,9 @@ def make_optimizer(model: PreTrainedModel, config: GKDConfig, decayed: list[str]
 
 
 def make_scheduler(optimizer: Optimizer, config: GKDConfig, total_updates: int) -> LRScheduler:
-    """The learning rate over `total_updates` updates, as `lr_scheduler_*` and `warmup_*` have it."""
+    """The learning rate over `total_updates` updates, by the fields `lr_scheduler_*` and
+    `warmup_*`.
+    """
     return get_scheduler(
         config.lr_scheduler_type,
         optimizer,
