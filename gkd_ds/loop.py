@@ -9,7 +9,6 @@ import dataclasses
 import time
 from abc import abstractmethod
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,11 +88,9 @@ class WindowLoop(Saving):
 
         Called again, it begins at the first window once more, with the weights as they are now.
         """
-        before = self.session
         changed = self._read_fields()
-        if before is None or before.run_dir != Path(self.args.output_dir):
-            refuse_occupied(self.args, resume)
-        if before is not None or changed:
+        refuse_occupied(self.args, resume)
+        if self.session is not None or changed:
             self._restart()
         self._rollouts, self._learned = [], None
         self.is_in_train = True
@@ -253,6 +250,8 @@ class WindowLoop(Saving):
 
     def _event(self, name: str, *args: Any) -> None:
         """Tell the callbacks of one of transformers' events, and hear what they want."""
+        if self._pipeline is not None and ranks.world_size() == 1:
+            self.student.show()
         tell = getattr(self.callback_handler, name)
         self.control = tell(self.args, self.state, self.control, *args)
 

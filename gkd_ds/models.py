@@ -20,6 +20,8 @@ class Models:
 
     def __init__(self, inputs: Inputs):
         config = self._config = inputs.config
+        for role, model in (("student", inputs.student), ("teacher", inputs.teacher)):
+            lending.refuse_lent(model, role)
         self.teacher, self._teacher = teacher_loading.load(inputs.teacher, config)
         self._student = loading.student_ds_config(inputs.student, config)
         self.student = loading.load_student(inputs.student, config, self._student)

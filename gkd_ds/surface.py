@@ -216,8 +216,9 @@ class Surface(WindowLoop):
                 do_sample=True,
                 top_k=0,
                 top_p=1.0,
-                pad_token_id=self.inputs.pad_id,
-                eos_token_id=list(self.inputs.stop_ids),
+                use_cache=not self.args.gradient_checkpointing,
+                pad_token_id=self.processing_class.pad_token_id,
+                eos_token_id=self.model.generation_config.eos_token_id,
             )
             self._generation_seen = self._generation_config.to_dict()
         return self._generation_config

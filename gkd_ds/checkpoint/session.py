@@ -33,6 +33,8 @@ FINISHED_FILE = "FINISHED"
 TRAINER_STATE_NAME = "trainer_state.json"  # transformers' name
 SMALL_STUDENT = 2 * 10**9  # bytes of weights that a checkpoint may hold twice
 
+_own_directories: set[Path] = set()  # in which this process has trained
+
 
 class Session:
     """One call of `train()`, as far as its directory is concerned. Every method is a collective.
@@ -239,16 +241,19 @@ class Session:
 
 
 def refuse_occupied(config: GKDConfig, resume: bool | str | None) -> None:
-    """Refuse an output_dir that training would write over. A collective.
+    """Refuse an output_dir that training would write over, unless it was this process that trained
+    there before: a notebook's cell that is run again, train() called twice. A collective.
 
     Rank 0 looks, before it writes anything.
     """
+    directory = Path(config.output_dir).resolve()
 
     def look() -> None:
-        if ranks.rank() == 0:
+        if ranks.rank() == 0 and directory not in _own_directories:
             config.check_output_dir_is_free(resume)
 
     ranks.run_on_all_ranks(look, catch=InputError)
+    _own_directories.add(directory)
 
 
 def _clear(run_dir: Path) -> None:

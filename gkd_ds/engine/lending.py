@@ -62,6 +62,15 @@ def make_whole(model: PreTrainedModel) -> None:
             parameter.data = whole
 
 
+def refuse_lent(model: PreTrainedModel | str, role: str) -> None:
+    """Raise InputError for a model that another trainer's engine has at this moment."""
+    if isinstance(model, PreTrainedModel) and any(map(zero.is_partitioned, model.parameters())):
+        raise InputError(
+            f"the {role} is in the engine of another trainer; give this one a model of its own, or "
+            "the name of one."
+        )
+
+
 def is_lendable(model: PreTrainedModel) -> bool:
     """Whether this process holds all of the model in memory, partitioned or not."""
     return not any(zero.is_on_nvme(parameter) for parameter in model.parameters())

@@ -171,6 +171,13 @@ class Student:
         with torch.no_grad():
             return zero.run_pass(self.engine, run)
 
+    def show(self) -> None:
+        """Let others look at `model`, in one process: its parameters are whole, as views of their
+        partitions, until the next pass. Those that are not on the device stay away.
+        """
+        parameters = [p for p in self.model.parameters() if zero.is_partitioned(p)]
+        zero.keep_whole([p for p in parameters if p.ds_tensor.device == self.device])
+
     def release(self) -> None:
         """Take the engine down: `model` is a model again, with its weights. One process only.
 
