@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import os
@@ -29,6 +30,7 @@ def main(directory: Path, wanted: list[str]) -> dict[str, dict]:
         place = directory / name
         place.mkdir()
         os.chdir(place)
+        gc.freeze()  # the trainer and DeepSpeed collect garbage, and would look at all imports
         started, error = time.monotonic(), ""
         try:
             SCRIPTS[name](home)
