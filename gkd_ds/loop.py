@@ -6,6 +6,7 @@ GKDTrainer (trainer.py) is this loop under TRL's name and with TRL's methods.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from abc import abstractmethod
 from contextlib import AbstractContextManager
@@ -40,6 +41,7 @@ from gkd_ds.monitor.metrics import (
 from gkd_ds.pipeline import Learned, Pipeline, count_tokens
 from gkd_ds.records import Rollout
 from gkd_ds.runtime import ranks
+from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.exit_codes import FAILED, FINISHED, NOT_SAVED, STOPPED
 from gkd_ds.runtime.interrupts import Interrupts, StopAgreed
 from gkd_ds.runtime.watchdog import Watchdog
@@ -182,14 +184,17 @@ class WindowLoop(Saving):
         self.interrupts.raise_if_stop_requested()
 
     def _read_fields(self) -> dict[str, Any]:
-        """Let act what was assigned to fields since this was done last, or refuse it; what changed.
-        Collective while training.
+        """Let act what was assigned to fields since this was done last; what has changed. Raises
+        InputError, on all ranks, for what cannot act. A collective.
         """
-        changed = self.fields.changed(self.is_in_train)
-        if self.is_in_train and ranks.any_rank(bool(changed)):
-            ranks.refuse_differences(
-                {name: repr(value) for name, value in changed.items()}, "fields"
-            )
+        if not ranks.any_rank(self.fields.touched()):
+            return {}
+        read = functools.partial(self.fields.changed, self.is_in_train)
+        changed, *others = ranks.run_on_all_ranks(read, catch=InputError)
+        if any(other != changed for other in others):
+            names = ", ".join(f"args.{name}" for name in sorted(set(changed).union(*others)))
+            raise InputError(f"{names} was not changed alike on all ranks; change it on all.")
+        if self.is_in_train:
             self.state.compute_steps(self.args, self.state.max_steps)
             self.windows.read_fields(self.args)
             self.pipeline.read_fields()

@@ -38,6 +38,10 @@ class Fields:
     def __init__(self, config: GKDConfig):
         self._config, self._seen = config, _values(config)
 
+    def touched(self) -> bool:
+        """Whether any field was assigned another value since `changed` was called last."""
+        return _values(self._config) != self._seen
+
     def changed(self, while_training: bool) -> dict[str, Any]:
         """The fields that were assigned since the last call, with their values; validated.
 
