@@ -6,6 +6,7 @@ paths name.
 """
 
 import difflib
+import importlib.util
 import math
 import os
 import re
@@ -20,7 +21,7 @@ from gkd_ds.config.paths import (
     check_path_or_hub_name,
     obstacle_to_writing,
 )
-from gkd_ds.config.training_fields import OPTIMIZERS, SCHEDULES
+from gkd_ds.config.training_fields import LIGER_LOSSES, OPTIMIZERS, SCHEDULES
 from gkd_ds.config.values import dtype_name, init_dtypes, is_text, wrong
 from gkd_ds.runtime.errors import InputError, show
 from gkd_ds.runtime.files import check_stop_file
@@ -72,6 +73,7 @@ def check_combinations(config: Any) -> None:
     check_adapters(config)
     check_optimizer(config)
     check_schedule(config)
+    check_liger(config)
     check_intervals(config)
     check_best(config)
 
@@ -190,6 +192,23 @@ def check_schedule(config: Any) -> None:
             )
 
 
+def check_liger(config: Any) -> None:
+    chosen = config.liger_kernel_config
+    if chosen and not config.use_liger_kernel:
+        raise wrong("liger_kernel_config", "is set, but use_liger_kernel is false; set it to true")
+    for name, is_on in (chosen or {}).items():
+        if not isinstance(is_on, bool):
+            raise wrong(
+                "liger_kernel_config", f"has {name} {show(is_on)}; it must be true or false"
+            )
+        if is_on and name in LIGER_LOSSES:
+            raise wrong(
+                "liger_kernel_config",
+                f"switches {name} on, but the loss is ours, and made chunk by chunk already; "
+                "remove it",
+            )
+
+
 def check_intervals(config: Any) -> None:
     """Steps that fit their strategies; `eval_steps` is `logging_steps` by default."""
     if config.eval_strategy == "steps" and config.eval_steps is None:
@@ -293,6 +312,12 @@ def check_files(config: Any) -> None:
     Raises:
         InputError: a file or directory is missing, or cannot be written.
     """
+    if config.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise wrong(
+            "use_liger_kernel",
+            "needs the package liger-kernel; install it, or set it to false (the loss is fused "
+            "without it)",
+        )
     check_model("model_name_or_path", config.model_name_or_path, config.model_init_kwargs)
     check_model(
         "teacher_model_name_or_path",
