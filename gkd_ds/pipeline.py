@@ -12,6 +12,7 @@ number of micro-batches.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,29 +21,33 @@ from dataclasses import dataclass
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from gkd_ds.config.config import GKDConfig
-from gkd_ds.engine import loading
 from gkd_ds.engine.counters import Counters
 from gkd_ds.engine.inputs import Inputs
+from gkd_ds.engine.lending import is_lendable
 from gkd_ds.learn.batching import length_groups
 from gkd_ds.learn.divergence import generalized_jsd_objective
 from gkd_ds.learn.head import LossInputs, TeacherHead
-from gkd_ds.learn.objective import Objective
+from gkd_ds.learn.objective import Objective, by_autograd
 from gkd_ds.learn.student import Student
+from gkd_ds.models import Models
 from gkd_ds.records import Completions, Rollout, Sample, Source, TeacherTargets, sequence_batch
 from gkd_ds.rollout.choose import rollout_engine_class
 from gkd_ds.rollout.engine import RolloutEngine
 from gkd_ds.rollout.sampling import Sampling
 from gkd_ds.runtime import faults, ranks
 from gkd_ds.runtime.watchdog import Watchdog
-from gkd_ds.teacher.loading import load as load_teacher
 from gkd_ds.teacher.streamed import StreamedTeacher
 from gkd_ds.teacher.teacher import Teacher
 
 # One more micro-batch costs about as much as this many padded tokens: ZeRO-3 gathers every layer
 # once more.
 MICRO_BATCH_OVERHEAD_TOKENS = 256
+
+# (beta, temperature, student logits [n, V], teacher logits [n, V], tokens [n]) -> loss [n]
+Formula = Callable[[float, float, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,46 +67,60 @@ class Pipeline:
 
     def __init__(
         self,
+        inputs: Inputs,
         student: Student,
         rollout_engine: RolloutEngine,
         teacher: Teacher,
-        objective: Objective,
-        sampling: Sampling,
-        config: GKDConfig,
         counters: Counters,
-        watchdog: Watchdog,
+        formula: Formula | None = None,
     ):
+        self.inputs, self.config, self._formula = inputs, inputs.config, formula
         self.student, self.rollout_engine, self.teacher = student, rollout_engine, teacher
-        self.objective, self.sampling, self.config = objective, sampling, config
-        self.counters, self.watchdog = counters, watchdog
+        self.counters = counters
+        self.watchdog = Watchdog(self.config.watchdog_timeout, self.config.output_dir)
         self.safe_point: Callable[[], None] = lambda: None
         self.seconds: dict[str, float] = {}
         self.decoded_sequences = 0
+        self.read_fields()
 
     @classmethod
     def build(
-        cls, inputs: Inputs, total_updates: int, optimizers: tuple = (None, None)
+        cls,
+        inputs: Inputs,
+        models: Models,
+        optimizer: Optimizer | None,
+        scheduler: LRScheduler | Callable[[Optimizer], LRScheduler],
+        formula: Formula | None = None,
     ) -> Pipeline:
-        """Load both models and build their engines, the teacher first. Raises InputError."""
+        """Build the engines of both models, the teacher's first. For `optimizer` and `scheduler`
+        see Student; `formula` is another loss than the generalized JSD. Raises InputError.
+        """
         config, counters = inputs.config, Counters()
-        model, ds_config = load_teacher(inputs.teacher, config)
         teacher = StreamedTeacher(
-            model, config, ds_config, inputs.vocabulary, inputs.pad_id, counters
-        )
-        ds_config = loading.student_ds_config(inputs.student, config)
-        model = loading.load_student(inputs.student, config, ds_config)
-        engine_class = rollout_engine_class(config, model)
-        student = Student(
-            model,
+            models.teacher,
             config,
-            ds_config,
+            models.teacher_ds_config(),
             inputs.vocabulary,
-            total_updates,
+            inputs.pad_id,
             counters,
-            optimizers,
+        )
+        engine_class = rollout_engine_class(config, models.student)
+        student = Student(
+            models.student,
+            config,
+            models.student_ds_config(),
+            inputs.vocabulary,
+            counters,
+            optimizer,
+            scheduler,
             prepare=engine_class.prepare,
         )
-        sampling = Sampling(
+        return cls(inputs, student, engine_class(student), teacher, counters, formula)
+
+    def read_fields(self) -> None:
+        """What the configuration says about sampling and about the loss counts from now on."""
+        config, inputs = self.config, self.inputs
+        self.sampling = Sampling(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             seed=config.seed,
@@ -110,17 +129,20 @@ class Pipeline:
             vocabulary=inputs.vocabulary,
             max_length=config.max_length,
         )
-        objective = generalized_jsd_objective(config.beta, config.divergence_temperature)
-        return cls(
-            student,
-            engine_class(student),
-            teacher,
-            objective,
-            sampling,
-            config,
-            counters,
-            Watchdog(config.watchdog_timeout, config.output_dir),
+        beta, temperature = config.beta, config.divergence_temperature
+        self.objective: Objective = (
+            generalized_jsd_objective(beta, temperature)
+            if self._formula is None
+            else by_autograd(functools.partial(self._formula, beta, temperature))
         )
+
+    def release(self) -> None:
+        """Take the engines down: both models are models again. One process only; a model on NVMe
+        stays where it is.
+        """
+        for engine in (self.teacher, self.student):
+            if is_lendable(engine.model):
+                engine.release()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[], None]]:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 
 from gkd_ds.checkpoint import export, store
 from gkd_ds.checkpoint.model_card import Card
 from gkd_ds.engine import loading, zero
 from gkd_ds.engine.inputs import Inputs
-from gkd_ds.learn.student import Student
 from gkd_ds.runtime import ranks
 
 
 class Publisher:
     """Writes and uploads the student, with a card that tells how it was made."""
 
-    def __init__(self, inputs: Inputs, student: Student, state: TrainerState):
-        self.inputs, self.student, self.state = inputs, student, state
+    def __init__(self, inputs: Inputs, model: PreTrainedModel, state: TrainerState):
+        self.inputs, self.model, self.state = inputs, model, state
         self.names = (loading.name_of(inputs.student), loading.name_of(inputs.teacher))
 
     def save(self, directory: str | Path) -> None:
@@ -34,8 +34,8 @@ class Publisher:
 
     def write(self, directory: Path) -> None:
         """The work of `save`: every rank gathers, rank 0 writes. Raises rank 0's error there."""
-        model = self.student.model
-        state_dict = zero.full_state_dict(self.student.engine, model)
+        model = self.model
+        state_dict = zero.full_state_dict(model)
         if ranks.rank() == 0:
             export.export_model(
                 model,
@@ -59,6 +59,15 @@ class Publisher:
             "metrics": next((entry for entry in reversed(history) if "eval_loss" in entry), None),
         }
 
+    def write_card(self, card: Card) -> None:
+        """Write output_dir's model card, with `card` in place of what the run knows; if that is
+        empty, only where there is none yet. Rank 0 does it.
+        """
+        directory = Path(self.inputs.config.output_dir)
+        if ranks.rank() == 0 and (card or not (directory / export.CARD_FILE).exists()):
+            directory.mkdir(parents=True, exist_ok=True)
+            export.write_card(directory, {**self.card(), **card})
+
     def push(
         self,
         message: str,
@@ -66,11 +75,9 @@ class Publisher:
         token: str | None = None,
         revision: str | None = None,
         checkpoint: str | None = None,
-        card: Card | None = None,
     ) -> str | None:
-        """Upload output_dir; its address. Rank 0 does it, the others return None.
-
-        `card` replaces parts of the model card first. Raises RuntimeError when the hub refuses.
+        """Upload output_dir; its address. Rank 0 does it, the others return None. Raises
+        RuntimeError when the hub refuses.
         """
         if ranks.rank() != 0:
             return None
@@ -81,6 +88,4 @@ class Publisher:
                 hub_token=token or config.hub_token,
                 hub_revision=revision or config.hub_revision,
             )
-        if card:
-            export.write_card(config.output_dir, {**self.card(), **card})
         return export.push_to_hub(config.output_dir, config, message, blocking, checkpoint)

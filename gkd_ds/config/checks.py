@@ -68,6 +68,14 @@ def check_combinations(config: Any) -> None:
     check_training(config)
     check_intervals(config)
     check_best(config)
+    check_metrics(config)
+
+
+def check_metrics(config: Any) -> None:
+    """What compute_metrics gets."""
+    for name in config.include_for_metrics:
+        if name not in ("inputs", "loss"):
+            raise wrong("include_for_metrics", f"may hold inputs and loss, not {show(name)}")
 
 
 def check_intervals(config: Any) -> None:

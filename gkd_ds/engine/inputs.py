@@ -4,6 +4,7 @@ loaded.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gkd_ds.config.config import GKDConfig
+from gkd_ds.data.batches import Collator, collated
 from gkd_ds.data.examples import Examples, tokenize
 from gkd_ds.data.tokenizer import stop_token_ids
 from gkd_ds.engine import loading
@@ -32,6 +34,7 @@ class Inputs:
     train: Examples | None
     evaluation: dict[str, Examples]
     vocabulary: int
+    data_collator: Collator | None = None
 
     @classmethod
     def read(
@@ -42,8 +45,11 @@ class Inputs:
         train_dataset: Any,
         eval_dataset: Any,
         processing_class: Any,
+        data_collator: Collator | None = None,
     ) -> Inputs:
-        """Tokenize the data and check what can be checked. Raises InputError."""
+        """Tokenize the data (where there is a `data_collator`, through it) and check what can be
+        checked. Raises InputError.
+        """
         student = model if model is not None else config.model_name_or_path
         teacher = teacher_model if teacher_model is not None else config.teacher_model_name_or_path
         _check_models(config, student, teacher)
@@ -52,25 +58,46 @@ class Inputs:
         loading.generation_config(teacher, config.teacher_model_init_kwargs)
         own = loading.generation_config(student, config.model_init_kwargs)
         stop_ids = stop_token_ids(tokenizer, own)
-        where = config.dataset_name or "the training data"
-        train = None
-        if train_dataset is not None:
-            train = tokenize(train_dataset, tokenizer, config, where, stop_ids)
-        evaluation = _tokenize_sets(eval_dataset, tokenizer, config, stop_ids)
         vocabulary = loading.shared_vocabulary(student, teacher, tokenizer, config)
-        for examples in (train, *evaluation.values()):
-            loading.require_known_tokens(examples, vocabulary)
-        return cls(config, student, teacher, tokenizer, stop_ids, train, evaluation, vocabulary)
+        without_data = cls(
+            config, student, teacher, tokenizer, stop_ids, None, {}, vocabulary, data_collator
+        )
+        return without_data.with_train(train_dataset).with_evaluation(eval_dataset)
+
+    def with_train(self, dataset: Any) -> Inputs:
+        """The same with another training set, or none. Raises InputError."""
+        where = self.config.dataset_name or "the training data"
+        train = None if dataset is None else self._tokens(dataset, where)
+        return dataclasses.replace(self, train=train)
+
+    def with_evaluation(self, dataset: Any) -> Inputs:
+        """The same with another evaluation set, several by name, or none. Raises InputError."""
+        return dataclasses.replace(self, evaluation=self.tokenize_evaluation(dataset))
+
+    def tokenize_evaluation(self, dataset: Any) -> dict[str, Examples]:
+        """Evaluation sets by name; a single one has the empty name. Raises InputError."""
+        if dataset is None:
+            return {}
+        is_named = isinstance(dataset, dict) and "messages" not in dataset
+        return {
+            name: self._tokens(rows, f"the evaluation data {name}".rstrip())
+            for name, rows in (dataset if is_named else {"": dataset}).items()
+        }
+
+    def _tokens(self, dataset: Any, where: str) -> Examples:
+        config = self.config
+        if self.data_collator is None:
+            examples = tokenize(dataset, self.tokenizer, config, where, self.stop_ids)
+        else:
+            examples = collated(dataset, self.data_collator, where, config.max_length)
+        loading.require_known_tokens(examples, self.vocabulary)
+        return examples
 
     @property
     def pad_id(self) -> int:
         """Padding is told by position, so any token will do where the models have none for it."""
         pad_id = self.tokenizer.pad_token_id
         return pad_id if pad_id < self.vocabulary else 0
-
-    def tokenize_evaluation(self, dataset: Any) -> dict[str, Examples]:
-        """Another evaluation set than the trainer's, as `evaluation` has it. Raises InputError."""
-        return _tokenize_sets(dataset, self.tokenizer, self.config, self.stop_ids)
 
     def refuse_different_ranks(self) -> None:
         """Raise InputError, on all ranks, where they were started differently. A collective."""
@@ -102,17 +129,3 @@ def _check_models(config: GKDConfig, student: Any, teacher: Any) -> None:
     config.validate_files()
     loading.require_safetensors(student, config.model_init_kwargs)
     loading.require_safetensors(teacher, config.teacher_model_init_kwargs)
-
-
-def _tokenize_sets(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase, config: GKDConfig, stop_ids: list[int]
-) -> dict[str, Examples]:
-    """Evaluation sets by name; a single one has the empty name. Raises InputError."""
-    if dataset is None:
-        return {}
-    is_named = isinstance(dataset, dict) and "messages" not in dataset
-    sets = dataset if is_named else {"": dataset}
-    return {
-        name: tokenize(rows, tokenizer, config, f"the evaluation data {name}".rstrip(), stop_ids)
-        for name, rows in sets.items()
-    }

@@ -273,13 +273,34 @@ def full_numel(parameter: nn.Parameter) -> int:
     return parameter.ds_numel if "ds_numel" in parameter.__dict__ else parameter.numel()
 
 
+def numel_beside_embeddings(model: nn.Module) -> int:
+    """Elements of all parameters but those of embeddings."""
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    return sum(full_numel(p) for p in model.parameters() if id(p) not in embeddings)
+
+
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(parameter.ds_shape) if "ds_shape" in parameter.__dict__ else parameter.shape
 
 
-def full_state_dict(engine, model: PreTrainedModel) -> dict[str, Tensor] | None:
-    """The student's whole weights on the CPU of rank 0 (None on the others), under the names
-    `model` gives them.
+def state_names(model: PreTrainedModel) -> set[str]:
+    """The names in the model's state_dict, also while its parameters are partitioned."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        persistent = module._buffers.keys() - module._non_persistent_buffers_set
+        names |= {
+            f"{prefix}.{name}".lstrip(".")
+            for name in persistent
+            if module._buffers[name] is not None
+        }
+    return names
+
+
+def full_state_dict(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """The model's whole weights on the CPU of rank 0 (None on the others), under the names that
+    it gives them.
 
     Collective, one parameter at a time, so that no device holds more than one whole parameter
     beyond its shard.
@@ -290,7 +311,7 @@ def full_state_dict(engine, model: PreTrainedModel) -> dict[str, Tensor] | None:
         with gathered([parameter]):
             if keep:
                 state[name] = parameter.detach().to("cpu", copy=True)
-    persistent = set(model.state_dict())
+    persistent = state_names(model)
     for name, buffer in model.named_buffers():
         if keep and name in persistent:
             state[name] = buffer.detach().to("cpu", copy=True)

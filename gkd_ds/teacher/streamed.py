@@ -27,6 +27,7 @@ from gkd_ds.config.config import GKDConfig
 from gkd_ds.engine import accelerator, causal_lm, zero
 from gkd_ds.engine.causal_lm import LogitTransform
 from gkd_ds.engine.counters import Counters
+from gkd_ds.engine.lending import Loan, guard
 from gkd_ds.learn.batching import length_groups
 from gkd_ds.learn.head import TeacherHead
 from gkd_ds.records import (
@@ -71,6 +72,8 @@ class StreamedTeacher:
             counters,
         )
         self.pad_id, self.device = pad_id, accelerator.device()
+        self._loan = Loan(model)
+        guard(model)
         model.eval().requires_grad_(False)
         self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         layers = causal_lm.decoder_layers(model)
@@ -103,6 +106,11 @@ class StreamedTeacher:
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
+
+    def release(self) -> None:
+        """Take the engine down: `model` is a model again. One process only."""
+        self._loan.end(self.engine)
+        del self.engine
 
     # -- score -------------------------------------------------------------------------------------
 
