@@ -17,7 +17,12 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
+from transformers.trainer_utils import (
+    EvalLoopOutput,
+    PredictionOutput,
+    TrainerMemoryTracker,
+    TrainOutput,
+)
 
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.examples import Examples
@@ -26,6 +31,7 @@ from gkd_ds.engine.inputs import Inputs
 from gkd_ds.learn import trl
 from gkd_ds.learn.optim import require_optimizer
 from gkd_ds.monitor import evaluation
+from gkd_ds.monitor.callbacks import callbacks_of
 from gkd_ds.monitor.predictions import Wanted
 from gkd_ds.overrides import refuse_overrides
 from gkd_ds.pipeline import Formula
@@ -70,6 +76,9 @@ class GKDTrainer(Surface):
         config = args if args is not None else GKDConfig()
         config.validate()  # fields may have been set since it was made
         require_optimizer(config)
+        callbacks = [*callbacks_of(config), *(callbacks or [])]
+        self._memory_tracker = TrainerMemoryTracker(config.skip_memory_metrics)
+        self._memory_tracker.start()  # here and below: transformers knows the caller by its name
         # The time budget includes loading, and a stop file that appears meanwhile counts.
         interrupts = Interrupts(config.stop_path, config.max_runtime)
         inputs = Inputs.read(
@@ -87,7 +96,8 @@ class GKDTrainer(Surface):
         has_own = compute_metrics is not None or type(self).evaluate is not GKDTrainer.evaluate
         evaluation.refuse_impossible_evaluation(config, inputs.evaluation, has_own)
         _start(inputs)
-        super().__init__(inputs, interrupts, callbacks or [], optimizers)
+        super().__init__(inputs, interrupts, callbacks, optimizers)
+        self._memory_tracker.stop_and_update_metrics()
 
     def train(
         self,
@@ -111,6 +121,7 @@ class GKDTrainer(Surface):
             raise InputError("no train_dataset is given; pass one to GKDTrainer.")
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
+        self._memory_tracker.start()
         self._ignore_keys_for_eval = ignore_keys_for_eval
         self.callback_handler.train_dataloader = self.get_train_dataloader()
         return self.run(resume_from_checkpoint)
@@ -135,6 +146,7 @@ class GKDTrainer(Surface):
             sets = self.inputs.tokenize_evaluation(eval_dataset)
         if not sets:
             raise InputError("no eval_dataset is given; pass one to GKDTrainer or to evaluate().")
+        self._memory_tracker.start()
         metrics: dict[str, float] = {}
         record: dict[str, Any] = {"step": self.state.global_step}
         before, after = f"{metric_key_prefix}_", f"{metric_key_prefix}/"
@@ -150,6 +162,7 @@ class GKDTrainer(Surface):
         if self.tracker is not None:
             self.tracker.log_eval(record)
             self.progress.evaluations += 1
+        self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
 
     def predict(
@@ -162,9 +175,11 @@ class GKDTrainer(Surface):
         references (what `preprocess_logits_for_metrics` makes of them) or, with
         `predict_with_generate`, what it writes. Collective.
         """
+        self._memory_tracker.start()
         examples = self.inputs.tokenize_evaluation({"": test_dataset})[""]
         with self.engines():
             output = self._evaluate_set(examples, metric_key_prefix, returned=True)
+        self._memory_tracker.stop_and_update_metrics(output.metrics)
         self._event("on_predict", output.metrics)
         return PredictionOutput(output.predictions, output.label_ids, output.metrics)
 

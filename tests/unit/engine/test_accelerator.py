@@ -1,6 +1,7 @@
 """What is asked of the accelerator; its kernels are tested where they are used."""
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.engine import accelerator
@@ -19,3 +20,12 @@ def test_precision_on_the_cpu_is_fp32_unless_it_is_set(fields, name):
 def test_zeropp_s_quantization_is_refused_on_the_cpu(name):
     with pytest.raises(InputError, match=f"{name} needs kernels that DeepSpeed has for GPUs only"):
         accelerator.refuse_missing_kernels({"zero_optimization": {"stage": 3, name: True}})
+
+
+@pytest.mark.parametrize(("every", "calls"), [(1, 6), (2, 3), (4, 1), (None, 0)])
+def test_the_cache_is_emptied_every_so_many_updates(every, calls, monkeypatch):
+    emptied = []
+    monkeypatch.setattr(get_accelerator(), "empty_cache", lambda: emptied.append(1))
+    for step in range(1, 7):
+        accelerator.empty_cache_every(every, step)
+    assert len(emptied) == calls

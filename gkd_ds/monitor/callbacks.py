@@ -1,0 +1,41 @@
+"""transformers' reporting integrations, as the configuration asks for them."""
+
+from __future__ import annotations
+
+from transformers import TrainerCallback
+from transformers.integrations import (
+    get_reporting_integration_callbacks,
+    is_tensorboard_available,
+)
+
+from gkd_ds.config.config import GKDConfig
+from gkd_ds.monitor.tracker import SINKS, reported_to
+from gkd_ds.runtime.errors import InputError, first_line
+
+
+def callbacks_of(config: GKDConfig) -> list[TrainerCallback]:
+    """The callbacks of a run with this configuration. Raises InputError where a package is
+    missing.
+    """
+    names = reported_to(config)
+    if "tensorboard" in names and not is_tensorboard_available():
+        raise _missing("tensorboard", "it needs the package tensorboard")
+    callbacks: list[TrainerCallback] = []
+    for name in names:
+        if name in SINKS:
+            continue
+        try:
+            callbacks += [
+                integration() for integration in get_reporting_integration_callbacks([name])
+            ]
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise _missing(name, first_line(error).rstrip(".")) from error
+    return callbacks
+
+
+def _missing(name: str, reason: str) -> InputError:
+    reason = reason.split(". ")[0]
+    return InputError(
+        f"GKDConfig field 'report_to' names {name}, which cannot be used here ({reason}); install "
+        "it, or leave it out."
+    )
