@@ -27,6 +27,7 @@ from transformers.trainer_utils import (
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.examples import Examples
 from gkd_ds.engine import process
+from gkd_ds.engine.compilation import require_backend
 from gkd_ds.engine.inputs import Inputs
 from gkd_ds.learn import trl
 from gkd_ds.learn.optim import require_optimizer
@@ -76,6 +77,7 @@ class GKDTrainer(Surface):
         config = args if args is not None else GKDConfig()
         config.validate()  # fields may have been set since it was made
         require_optimizer(config)
+        require_backend(config)
         callbacks = [*callbacks_of(config), *(callbacks or [])]
         self._memory_tracker = TrainerMemoryTracker(config.skip_memory_metrics)
         self._memory_tracker.start()  # here and below: transformers knows the caller by its name

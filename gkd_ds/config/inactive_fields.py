@@ -56,7 +56,6 @@ _NO_TPU = "DeepSpeed has no engine for TPUs; remove it"
 _NO_APEX = "apex is not used; set fp16 or bf16"
 _MEMORY = "set rollout_memory_mb, score_memory_mb, loss_memory_mb and learn_tokens_per_micro_batch"
 _QUANTIZED = "ZeRO shards weights that are numbers of their own; train adapters (use_peft) in bf16"
-_NOT_COMPILED = "ZeRO-3 moves parameters in hooks, which compilation would break; remove it"
 _PACKED = (
     "the learn phase packs a window's samples itself; use learn_tokens_per_micro_batch for its size"
 )
@@ -229,9 +228,6 @@ TABLE = [
     ),
     Inactive("fp16_backend", str, "auto", RETIRED, _NO_APEX),
     Inactive("fp16_opt_level", str, "O1", RETIRED, _NO_APEX),
-    Inactive("torch_compile", bool, False, FIXED, _NOT_COMPILED),
-    Inactive("torch_compile_backend", str | None, None, FIXED, _NOT_COMPILED),
-    Inactive("torch_compile_mode", str | None, None, FIXED, _NOT_COMPILED),
     Inactive("torchdynamo", str | None, None, RETIRED, "use torch_compile_backend"),
     Inactive("jit_mode_eval", bool, False, RETIRED, "ZeRO's engines cannot be traced; remove it"),
     Inactive(

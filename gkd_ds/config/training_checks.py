@@ -22,6 +22,10 @@ def check_training(config: Any) -> None:
     check_optimizer(config)
     check_schedule(config)
     check_liger(config)
+    if config.torch_compile_backend or config.torch_compile_mode:
+        config.torch_compile = True
+    if config.torch_compile:
+        config.torch_compile_backend = config.torch_compile_backend or "inductor"
 
 
 def take_revision(config: Any) -> None:

@@ -145,6 +145,17 @@ class Precision:
     liger_kernel_config: JsonObject = option(
         None, "Which of them, as Liger names them: rope, swiglu, rms_norm, ..."
     )
+    torch_compile: bool = option(
+        False,
+        "Compile the student's forward and backward by torch.compile; rollouts stay as they are. "
+        "Under ZeRO-3 every gather of weights interrupts it.",
+    )
+    torch_compile_backend: str | None = option(
+        None, "Backend of torch.compile (default inductor); sets torch_compile."
+    )
+    torch_compile_mode: (
+        Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None
+    ) = option(None, "Mode of torch.compile; sets torch_compile.")
     rollout_memory_mb: AtLeastOne = option(
         None,
         "MiB of one rank's KV cache; the window is sampled in as many batches as that takes; null: "

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.engine import accelerator, causal_lm, liger, zero
 from gkd_ds.engine.causal_lm import LogitTransform
+from gkd_ds.engine.compilation import compile_engine
 from gkd_ds.engine.counters import Counters
 from gkd_ds.engine.lending import Loan, guard
 from gkd_ds.learn.head import LossHead, LossInputs
@@ -80,6 +81,7 @@ class Student:
         # from_pretrained leaves a model in evaluation mode: neither dropout nor gradient
         # checkpointing would happen.
         model.train()
+        compile_engine(self.engine, config)
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
