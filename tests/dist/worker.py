@@ -26,7 +26,7 @@ from gkd_ds import GKDConfig
 from gkd_ds.engine import process
 from gkd_ds.runtime import ranks
 from gkd_ds.train import leave
-from tests.dist.scenarios import bad_updates, engines, nvme, parity, surface, windows
+from tests.dist.scenarios import bad_updates, engines, fields, nvme, parity, surface, windows
 from tests.dist.scenarios.common import ARGUMENTS, FIELDS, RESULTS
 
 
@@ -55,6 +55,11 @@ SCENARIOS = [
     surface.overrides,
     surface.models_in_engines,
     surface.changes,
+    fields.optimizers,
+    fields.measures,
+    fields.callback_states,
+    fields.compiled,
+    fields.first_rank_first,
     windows.sources,
     windows.resume,
     windows.generation_that_raises,
