@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ Made by `python tools/field_table.py > gkd_ds/FIELDS.md`; a test compares it wit
 | fixed | there is one way here, for the reason given; other values are refused |
 | retired | an old name; any value but the default is refused with its successor |
 
-A refusal is an `InputError` when the configuration is made (exit code 2 of the command), with the reason that stands here. Of
-the {seed} fields of the configuration that this project began with, {counts}. Fields that only TRL {trl} has are marked
-TRL, our own *ours*; names that TRL's scripts keep in ScriptArguments or ModelConfig are marked *script*: they are arguments of
-GKDConfig and flags of `python -m gkd_ds.train`, and no flags of HfArgumentParser, so that those classes can stand beside it."""
+A refusal is an `InputError` when the configuration is made (exit code 2 of the command), with the reason that stands here.
+
+Of the {seed} fields of the configuration that this project began with (TRL's at that time), {counts}. Fields that TRL {trl} has
+beside them are marked *TRL*, our own *ours*. Names that TRL's scripts keep in ScriptArguments or ModelConfig are marked *script*: they are arguments of
+GKDConfig and flags of `python -m gkd_ds.train`, but no flags of HfArgumentParser, so that those classes can stand beside it."""
 
 
 def table() -> str:
@@ -43,19 +45,16 @@ def table() -> str:
         field["name"] for field in json.loads((APIS / "seed_api.json").read_text())["GKDConfig"]
     }
     trl = json.loads((APIS / "trl_api.json").read_text())
-    counts = {answer: 0 for answer in (WORKS, ALREADY, FIXED, RETIRED)}
-    for name in seed:
-        counts[answer_of(name)] += 1
-    told = ", ".join(
-        f"{count} {'are ' * (answer != WORKS)}{answer}" for answer, count in counts.items()
-    )
+    counts = Counter(answer_of(name) for name in seed)
+    told = f"{counts[WORKS]} work, {counts[ALREADY]} are already so, {counts[FIXED]} are fixed "
+    told += f"and {counts[RETIRED]} are retired"
     release = trl.pop("source").split()[1]
     lines = [INTRODUCTION.format(seed=len(seed), counts=told, trl=release)]
 
     def origin(name: str) -> str:
         if name in seed:
             return ""
-        places = {"GKDConfig": "TRL", "ScriptArguments": "*script*", "ModelConfig": "*script*"}
+        places = {"GKDConfig": "*TRL*", "ScriptArguments": "*script*", "ModelConfig": "*script*"}
         return next((mark for place, mark in places.items() if name in trl[place]), "*ours*")
 
     for heading, options in GROUPS.items():

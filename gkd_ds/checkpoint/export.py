@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,7 @@ def push_to_hub(
     commit_message: str,
     blocking: bool = True,
     checkpoint: str | None = None,
+    on_start: Callable[[Future], None] = lambda upload: None,
 ) -> str:
     """Upload an exported directory; returns the address of the repository. Rank 0 only.
 
@@ -137,6 +139,7 @@ def push_to_hub(
         blocking: False returns at once and uploads in a thread, which reports its own failure.
         checkpoint: directory name of the newest checkpoint, uploaded as `last-checkpoint` when
             hub_strategy is "checkpoint".
+        on_start: gets each upload that goes on in a thread.
 
     Raises RuntimeError with one sentence, without the token, when the hub refuses or cannot be
     reached.
@@ -164,6 +167,7 @@ def push_to_hub(
             )
             if not blocking:
                 started.add_done_callback(report)
+                on_start(started)
     except Exception as problem:  # network, name, refusal: the client has no common class for them
         raise RuntimeError(sentence(problem)) from None
     return f"{api.endpoint}/{repository['repo_id']}"

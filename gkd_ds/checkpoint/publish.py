@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import Future
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -21,6 +22,7 @@ class Publisher:
     def __init__(self, inputs: Inputs, model: PreTrainedModel, state: TrainerState):
         self.inputs, self.model, self.state = inputs, model, state
         self.names = (loading.name_of(inputs.student), loading.name_of(inputs.teacher))
+        self._uploads: list[Future] = []  # that go on
 
     def save(self, directory: str | Path) -> None:
         """Write a Hugging Face directory. A collective.
@@ -78,14 +80,21 @@ class Publisher:
     ) -> str | None:
         """Upload output_dir; its address. Rank 0 does it, the others return None. Raises
         RuntimeError when the hub refuses.
+
+        Without `hub_always_push`, one that does not block is left out while another goes on.
         """
         if ranks.rank() != 0:
             return None
         config = self.inputs.config
+        self._uploads = [upload for upload in self._uploads if not upload.done()]
+        if self._uploads and not blocking and not config.hub_always_push:
+            return None
         if token or revision:
             config = dataclasses.replace(
                 config,
                 hub_token=token or config.hub_token,
                 hub_revision=revision or config.hub_revision,
             )
-        return export.push_to_hub(config.output_dir, config, message, blocking, checkpoint)
+        return export.push_to_hub(
+            config.output_dir, config, message, blocking, checkpoint, self._uploads.append
+        )

@@ -76,10 +76,50 @@ def run_main(capsys, *arguments: str) -> tuple[int, str]:
         (["--dry_run", "no"], {"dry_run": False}),
         (["--config", "r.yaml"], {"config": "r.yaml"}),
         (["-h"], {"help": True}),
+        (["--no_disable_dropout", "--bf16"], {"disable_dropout": False, "bf16": True}),
+        (["--no-gradient-checkpointing"], {"gradient_checkpointing": False}),
+        (["--label_names", "a", "b", "--beta", "1"], {"label_names": ["a", "b"], "beta": "1"}),
+        (["--label_names", "a"], {"label_names": ["a"]}),
+        (["--label_names", '["a"]'], {"label_names": '["a"]'}),
+        (["--report_to", "wandb"], {"report_to": "wandb"}),
+        (["--report_to", "wandb", "mlflow"], {"report_to": ["wandb", "mlflow"]}),
+        (["--lora_target_modules", "q", "v"], {"lora_target_modules": ["q", "v"]}),
+        (["--torch_dtype", "bfloat16"], {"torch_dtype": "bfloat16"}),
     ],
 )
 def test_flags_are_read(arguments, expected):
     assert read_flags(arguments) == expected
+
+
+def test_a_command_line_written_for_trl_is_a_configuration():
+    """The one in the head of its example script, with what people add."""
+    line = """--model_name_or_path org/student --teacher_model_name_or_path org/teacher
+        --dataset_name org/chats --dataset_train_split train --learning_rate 2e-5
+        --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --output_dir gkd-model
+        --num_train_epochs 1 --push_to_hub --gradient_checkpointing --logging_steps 25
+        --eval_strategy steps --eval_steps 100 --bf16 --torch_dtype bfloat16 --model_revision main
+        --attn_implementation sdpa --trust_remote_code --warmup_steps 0.1 --optim adamw_torch
+        --report_to wandb tensorboard --save_strategy epoch --dataset_num_proc 4
+        --dataloader_num_workers 8 --ddp_find_unused_parameters false --max_length 2048
+        --lmbda 0.5 --beta 0.5 --temperature 0.9 --seq_kd false --no_disable_dropout"""
+    config = GKDConfig(**read_flags(line.split()))
+    assert (config.dtype, config.bf16, config.warmup_steps) == ("bfloat16", True, 0.1)
+    assert config.report_to == ["wandb", "tensorboard"] and not config.disable_dropout
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ("--load_in_4bit", "'load_in_4bit'"),
+        ("--dataset_streaming", "'dataset_streaming'"),
+        ("--lora_r 64", "use_peft"),
+        ("--no_disable_dropout true", "--no_disable_dropout takes no value"),
+        ("--no_push_to_hub", "--no_push_to_hub"),
+    ],
+)
+def test_what_trl_s_flags_ask_for_and_is_not_done_is_refused(flags, part, capsys):
+    code, error = run_main(capsys, *flags.split())
+    assert code == 2 and part in error
 
 
 @pytest.mark.parametrize(

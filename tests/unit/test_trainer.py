@@ -220,3 +220,28 @@ def test_settings_of_loading_are_refused_beside_an_object(build, models, role, f
         == f"{name} is set but the {role} is already a model; drop one of them."
     )
     assert build(**fields) == "all input was accepted"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("beta", 7),
+        ("fsdp", "full_shard"),
+        ("optim", "adafactor"),
+        ("optim_args", "momentum=0.9"),
+        ("torch_compile_backend", "inductr"),
+        ("report_to", ["clearml"]),
+    ],
+)
+def test_a_field_that_was_set_after_the_configuration_was_made_is_checked(
+    models, tmp_path, field, value
+):
+    config = GKDConfig(output_dir=str(tmp_path / "run"))
+    setattr(config, field, value)
+    with pytest.raises(InputError, match=field):
+        GKDTrainer(
+            str(models / "student"),
+            str(models / "teacher"),
+            config,
+            train_dataset=make_chat_rows(2),
+        )

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -422,6 +423,32 @@ def test_a_hub_that_cannot_be_reached(run_dir, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(RuntimeError, match="The push to the hub failed"):
         push_to_hub(run_dir, GKDConfig(output_dir=str(run_dir), hub_model_id="org/made"), "end")
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_a_push_that_finds_another_unfinished_is_left_out_unless_always(
+    run_dir, monkeypatch, always
+):
+    started, pushes = [Future(), Future(), Future()], []
+
+    def push(directory, config, message, blocking, checkpoint, on_start):
+        pushes.append(message)
+        if not blocking:
+            on_start(started[len(pushes) - 1])
+
+    monkeypatch.setattr("gkd_ds.checkpoint.export.push_to_hub", push)
+    config = GKDConfig(output_dir=str(run_dir), hub_always_push=always)
+    inputs = Inputs(config, "org/base", "org/teacher", None, [], None, {}, 0)
+    publisher = Publisher(inputs, model=None, state=TrainerState())
+    publisher.push("first", blocking=False)
+    publisher.push("second", blocking=False)
+    assert pushes == (["first", "second"] if always else ["first"])
+    publisher.push("the end")
+    assert pushes[-1] == "the end"
+    for future in started:
+        future.set_result(None)
+    publisher.push("later", blocking=False)
+    assert pushes[-1] == "later"
 
 
 def test_push_arguments(run_dir):
