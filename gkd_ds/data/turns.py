@@ -30,6 +30,8 @@ THOUGHTS = frozenset({"reasoning_content", "thinking", "reasoning"})
 QUESTION = {"role": "user", "content": "A question"}
 # Answers that differ from their first letter to their last.
 ANSWERS = ("first", "other")
+# Marks such as <think> and [INST], words, spaces: what a template has as a whole or not at all.
+PIECES = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|\s+|.", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Turns:
         R1's template opens <think> for the model, and deletes the thought afterwards.
         """
         unanswered, shown = self._render(row, row.prompt), self._until_answer(row)
-        added = prompt[len(os.path.commonprefix([prompt, unanswered])) :]
+        added = _beyond(prompt, unanswered)
         opened, closing = _opened(added, shown)
         if added and whole.startswith(shown):
             rest = whole[len(shown) :]
@@ -138,15 +140,26 @@ def texts_in(value: Any) -> Iterator[str]:
             yield from texts_in(inner)
 
 
-def _opened(added: str, shown: str) -> tuple[str, str]:
+def _opened(added: list[str], shown: str) -> tuple[str, str]:
     """What a generation prompt opens beyond the header that a finished turn is shown with, and what
     would close it: ("<think>", "</think>"), ("[THINK]", "[/THINK]").
 
     Two empty texts where it opens nothing, or closes it itself: Qwen3's, with thinking off.
     """
-    lengths = (n for n in range(len(added), 0, -1) if shown.rstrip().endswith(added[:n].rstrip()))
-    opened = added[next(lengths, 0) :].strip()
+    pieces = PIECES.findall(shown)[-2 * len(added) :]
+    header = max(_common(added, pieces[start:]) for start in range(len(pieces) + 1))
+    opened = "".join(added[header:]).strip()
     word = opened.partition("\n")[0].strip()
     closing = f"{word[:1]}/{word[1:]}"
     closed = not opened or word[1:2] == "/" or closing in opened
     return ("", "") if closed else (opened, closing)
+
+
+def _beyond(text: str, other: str) -> list[str]:
+    """The pieces of a text from where it differs from another."""
+    pieces = PIECES.findall(text)
+    return pieces[_common(pieces, PIECES.findall(other)) :]
+
+
+def _common(pieces: list[str], others: list[str]) -> int:
+    return len(os.path.commonprefix([pieces, others]))
