@@ -16,6 +16,7 @@ from typing import Any
 from transformers.trainer_callback import TrainerState
 
 from gkd_ds.checkpoint import engine_files, resharding, store
+from gkd_ds.checkpoint.changed import settings
 from gkd_ds.checkpoint.progress import TRAINER_STATE, Progress, check_state, differences
 from gkd_ds.checkpoint.publish import Publisher
 from gkd_ds.config.config import GKDConfig
@@ -49,7 +50,7 @@ class Session:
     ):
         self.config, self.student, self.state = config, student, state
         self.windows, self.publisher, self.watchdog = windows, publisher, watchdog
-        self.run_dir = Path(config.output_dir)
+        self.run_dir, self.settings = Path(config.output_dir), settings(config)
         self.tracker: Tracker | None = None
         self.progress: Progress | None = None
         self.started = 0.0  # seconds, of time.monotonic: what the run does itself begins here
@@ -100,6 +101,12 @@ class Session:
         tells.
         """
         check_state(found)
+        if found.step > self.state.max_steps:
+            raise InputError(
+                f"cannot resume from {found.path}: it has {found.step} updates, more than the "
+                f"{self.state.max_steps} that max_steps or num_train_epochs asks for; ask for more "
+                "or name an earlier checkpoint."
+            )
         for name, value in self.windows.schedule().items():
             before = found.state["schedule"][name]
             if value != before:
@@ -123,18 +130,24 @@ class Session:
         self._note_best_checkpoint()
         self.progress = Progress.of(found.state["progress"], self.config)
         self.tracker.say(f"resumed from {found.path} at step {self.state.global_step}")
-        for sentence in differences(found, self.config):
+        for sentence in differences(found, self.config, self.student.passed):
             self.tracker.say(sentence)
 
     def _load_engine(self, found: store.Manifest) -> None:
+        """Weights, moments and counters; settings and schedule stay the configuration's."""
         engine, world = self.student.engine, ranks.world_size()
-        if found.world_size == world:
-            engine_files.load_engine(engine, found.path, lambda: self.watchdog.beat("resume"))
-            return
-        self.tracker.say(
-            f"{found.path} was written by {found.world_size} ranks; resharding it for {world}"
-        )
-        resharding.load_engine(engine, found.path, found.world_size, ranks.rank(), world)
+        with engine_files.settings_kept(engine, self.student.passed) as overruled:
+            if found.world_size != world:
+                self.tracker.say(
+                    f"{found.path} was written by {found.world_size} ranks; resharding it for "
+                    f"{world}"
+                )
+            if found.world_size != world or not engine_files.same_groups(engine, found.path):
+                resharding.load_engine(engine, found.path, found.world_size, ranks.rank(), world)
+            else:
+                engine_files.load_engine(engine, found.path, lambda: self.watchdog.beat("resume"))
+        for sentence in overruled:
+            self.tracker.say(sentence)
 
     # -- saving -----------------------------------------------------------------------------------
 
@@ -175,7 +188,7 @@ class Session:
             },
             "progress": dataclasses.asdict(self.progress),
             "tracker_run_id": self.tracker.run_id,
-            "config": self.config.to_dict(),
+            "config": self.settings,
             "schedule": {**self.windows.schedule(), "draw_samples": scheduler.draw_samples},
         }
 

@@ -58,6 +58,12 @@ class Student:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
         optimizer, scheduler = optimizers
+        # What of "optimizer" and "schedule" is the caller's, and not the configuration's.
+        self.passed = tuple(
+            what
+            for what, given in zip(("optimizer", "schedule"), optimizers, strict=True)
+            if given is not None
+        )
         if optimizer is None and "optimizer" not in ds_config:
             optimizer = _optimizer(model, config)
         root = zero.EngineRoot(model=model)
