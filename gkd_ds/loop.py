@@ -6,6 +6,7 @@ GKDTrainer (trainer.py) is this loop under TRL's name and with TRL's methods.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
@@ -86,6 +87,7 @@ class WindowLoop(ABC):
         """What `train` does; `resume` replaces the field `resume_from_checkpoint`."""
         config = self.args
         refuse_occupied(config, resume)
+        self.publisher.refuse_unwritable()
         watchdog = self.pipeline.watchdog = Watchdog(config.watchdog_timeout, config.output_dir)
         self.session = Session(
             config, self.student, self.state, self.windows, self.publisher, watchdog
@@ -280,6 +282,8 @@ class WindowLoop(ABC):
         if self.args.metric_for_best_model is None:
             return
         value, best = metric_for_best_model(self.args, metrics), self.state.best_metric
+        if not math.isfinite(value):
+            return
         if best is None or (value > best if self.args.greater_is_better else value < best):
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
             self.control.should_save |= self.args.save_strategy == "best"
@@ -294,15 +298,23 @@ class WindowLoop(ABC):
         if path is None:
             return None
         if self.args.push_to_hub and self.args.hub_strategy != "end":
-            self.save_model()
-            message = f"Training in progress, step {self.state.global_step}"
-            self._push(message, blocking=False, checkpoint=path.name)
+            self._push_checkpoint(path)
         self._event("on_save")
         return path
 
+    def _push_checkpoint(self, path: Path) -> None:
+        """Push the student as it is now; a sentence, and training goes on, when that fails."""
+        try:
+            self.save_model()
+        except store.CheckpointError as error:
+            self.tracker.say(str(error))
+            return
+        message = f"Training in progress, step {self.state.global_step}"
+        self._push(message, blocking=False, checkpoint=path.name)
+
     def _end(self) -> bool:
         """After the last window: a checkpoint if the run was stopped early, the finished student
-        otherwise. False if that could not be written.
+        otherwise, and then the best one in its place. False if that could not be done.
         """
         if self.stop_reason:
             # save_only_model does not count: the run is to go on from here.
@@ -312,9 +324,10 @@ class WindowLoop(ABC):
                 path = self._save_checkpoint(only_model=False)
             self.session.say_stopped(self.stop_reason, path)
             return path is not None
-        self.session.load_best()
         try:
-            self.save_model()
+            self.save_model()  # before anything else can go wrong
+            if self.session.load_best():
+                self.save_model()
             self.session.mark_finished()
         except store.CheckpointError as error:
             self.tracker.say(str(error))

@@ -13,6 +13,7 @@ from gkd_ds.engine import loading, zero
 from gkd_ds.engine.inputs import Inputs
 from gkd_ds.learn.student import Student
 from gkd_ds.runtime import ranks
+from gkd_ds.runtime.errors import InputError
 
 
 class Publisher:
@@ -20,7 +21,21 @@ class Publisher:
 
     def __init__(self, inputs: Inputs, student: Student, state: TrainerState):
         self.inputs, self.student, self.state = inputs, student, state
+        # The update whose weights the student has, where it is not that of the run.
+        self.best_step: int | None = None
         self.names = (loading.name_of(inputs.student), loading.name_of(inputs.teacher))
+
+    def refuse_unwritable(self) -> None:
+        """Raise InputError for a student that transformers reads but does not write: one that was
+        loaded from a GGUF file, or in some quantized form.
+        """
+        quantizer = vars(self.student.model).get("hf_quantizer")
+        if quantizer is not None and not quantizer.is_serializable():
+            raise InputError(
+                f"the student {self.names[0]!r} is in a form that transformers reads and does not "
+                "write (GGUF, or quantized), so it could not be saved at the end; convert it to "
+                "plain weights first."
+            )
 
     def save(self, directory: str | Path) -> None:
         """Write a Hugging Face directory. A collective.
@@ -48,14 +63,15 @@ class Publisher:
 
     def card(self) -> Card:
         """What the run knows about its student."""
-        inputs, history = self.inputs, self.state.log_history
+        inputs, step = self.inputs, self.best_step or self.state.global_step
+        history = [entry for entry in self.state.log_history if entry.get("step", 0) <= step]
         return {
             "student": self.names[0],
             "teacher": self.names[1],
             "dataset": inputs.config.dataset_name,
             "data_fingerprint": inputs.train.fingerprint if inputs.train is not None else None,
             "config": inputs.config.to_dict(),
-            "step": self.state.global_step,
+            "step": step,
             "metrics": next((entry for entry in reversed(history) if "eval_loss" in entry), None),
         }
 

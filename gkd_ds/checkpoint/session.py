@@ -22,6 +22,7 @@ from gkd_ds.checkpoint.publish import Publisher
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.windows import Windows
 from gkd_ds.learn.student import Student
+from gkd_ds.monitor.evaluation import best_evaluation
 from gkd_ds.monitor.guards import BadUpdates
 from gkd_ds.monitor.tracker import Tracker
 from gkd_ds.runtime import ranks
@@ -127,11 +128,21 @@ class Session:
         saved = found.state["trainer_state"]
         for name in TRAINER_STATE:
             setattr(self.state, name, saved[name])
+        self._choose_anew(found.state["config"])
         self._note_best_checkpoint()
         self.progress = Progress.of(found.state["progress"], self.config)
         self.tracker.say(f"resumed from {found.path} at step {self.state.global_step}")
         for sentence in differences(found, self.config, self.student.passed):
             self.tracker.say(sentence)
+
+    def _choose_anew(self, before: dict[str, Any]) -> None:
+        """Choose the best evaluation so far by another metric than the checkpoint did, if need
+        be.
+        """
+        names = ("metric_for_best_model", "greater_is_better")
+        if any(before.get(name) != self.settings[name] for name in names):
+            best = best_evaluation(self.config, self.state.log_history, lambda step: True)
+            self.state.best_global_step, self.state.best_metric = best or (None, None)
 
     def _load_engine(self, found: store.Manifest) -> None:
         """Weights, moments and counters; settings and schedule stay the configuration's."""
@@ -169,10 +180,7 @@ class Session:
         except store.CheckpointError as error:
             self.tracker.say(str(error))
             return None
-        best = self.state.best_global_step
-        store.prune(
-            self.run_dir, self.config.save_total_limit, f"checkpoint-{best}" if best else None
-        )
+        store.prune(self.run_dir, self.config.save_total_limit, protect=self._best_saved())
         ranks.barrier()
         self._note_best_checkpoint()
         self.saved_step = None if only_model else step
@@ -193,8 +201,21 @@ class Session:
         }
 
     def _note_best_checkpoint(self) -> None:
-        best = self.run_dir / f"checkpoint-{self.state.best_global_step}"
-        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        best = self._best_saved()
+        self.state.best_model_checkpoint = str(best) if best else None
+
+    def _best_saved(self) -> Path | None:
+        """The checkpoint with the best evaluation. The best evaluation may have none: evaluations
+        may come more often, and a save may fail.
+        """
+
+        def path(step: int) -> Path:
+            return self.run_dir / f"checkpoint-{step}"
+
+        best = best_evaluation(
+            self.config, self.state.log_history, lambda step: path(step).is_dir()
+        )
+        return path(best[0]) if best else None
 
     # -- ending -----------------------------------------------------------------------------------
 
@@ -205,12 +226,32 @@ class Session:
             saved = f"its state is in {path}; resume_from_checkpoint=auto continues"
         self.tracker.say(f"stopped after update {self.state.global_step}: {reason}; {saved}")
 
-    def load_best(self) -> None:
-        """Bring the student back to the best checkpoint, where the run has one and wants it."""
-        if self.config.load_best_model_at_end and self.state.best_global_step:
-            best = self.run_dir / f"checkpoint-{self.state.best_global_step}"
-            found, _ = store.find(self.run_dir, best)
-            self._load_engine(found)
+    def load_best(self) -> bool:
+        """Bring the student back to the best checkpoint, where the run wants it; whether that made
+        it another one.
+
+        Raises CheckpointError, on all ranks, when the checkpoint is damaged.
+        """
+        if not self.config.load_best_model_at_end:
+            return False
+        best = ranks.broadcast(self._best_saved())
+        if best is None:
+            self.tracker.say(
+                "no evaluation has a checkpoint, so the student is the one of the last update"
+            )
+            return False
+        if best.name == f"checkpoint-{self.state.global_step}":
+            return False
+        found, reason = store.verify_together(best, lambda: self.watchdog.beat("load best"))
+        if found is None:
+            raise store.CheckpointError(
+                f"the best checkpoint was not loaded ({reason}); the student in {self.run_dir} is "
+                f"the one of the last update, {self.state.global_step}"
+            )
+        self._load_engine(found)
+        self.publisher.best_step = found.step
+        self.tracker.say(f"the student is the one of {best}, the best that was saved")
+        return True
 
     def mark_finished(self) -> None:
         """Leave a file that says how many updates the finished run has made."""

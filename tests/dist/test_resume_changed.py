@@ -180,7 +180,10 @@ FILES = {
     "order": ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "partitions"),
     "stage": ({"zero_optimization": {"stage": 1}}, "ZeRO stage"),
     "optimizer": (
-        {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {}}},
+        {
+            "zero_optimization": {"stage": 2},
+            "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+        },
         "optimizer",
     ),
 }

@@ -72,6 +72,27 @@ NAN, INFINITY = float("nan"), float("inf")
             ["multiple of eval_steps"],
         ),
         ({"save_strategy": "best"}, ["save_strategy: best", "eval_strategy"]),
+        (
+            {
+                "load_best_model_at_end": True,
+                "save_only_model": True,
+                "eval_strategy": "steps",
+                "eval_steps": 500,
+            },
+            ["'load_best_model_at_end'", "'save_only_model'"],
+        ),
+        (
+            {
+                "load_best_model_at_end": True,
+                "save_only_model": True,
+                "eval_strategy": "epoch",
+                "save_strategy": "best",
+            },
+            ["'load_best_model_at_end'", "'save_only_model'"],
+        ),
+        ({"push_to_hub": True, "hub_model_id": "a/b/c"}, ["'hub_model_id'", "'a/b/c'"]),
+        ({"push_to_hub": True, "output_dir": "runs/my run"}, ["'hub_model_id'", "'my run'"]),
+        ({"push_to_hub": True, "output_dir": "runs/a--b"}, ["'hub_model_id'", "'a--b'"]),
         ({"lr_scheduler_type": "wavy"}, ["'lr_scheduler_type'", "cosine"]),
         ({"lr_scheduler_kwargs": {"num_cycles": 2}}, ["'lr_scheduler_kwargs'", "num_cycles"]),
         ({"lr_scheduler_kwargs": '{"num_cycles": '}, ["'lr_scheduler_kwargs'", "mapping"]),
