@@ -122,7 +122,7 @@ class GKDConfig(ReadAsTrainingArguments, UnsupportedFields):
         1024, "Tokens of prompt and completion together; null for no bound.", low=2
     )
     remove_unused_columns: bool = option(
-        True, "Accepted for TRL's scripts; only known columns are ever read."
+        True, "Accepted for TRL's scripts; a column that is not read is named."
     )
     dataloader_drop_last: bool = option(
         False, "Leave out the last window of an epoch when it is not full."
@@ -296,7 +296,7 @@ class GKDConfig(ReadAsTrainingArguments, UnsupportedFields):
         None, "Evaluate on the first so many samples only.", low=1
     )
     load_best_model_at_end: bool = option(
-        False, "End with the best checkpoint instead of the last."
+        False, "End with the best of the saved checkpoints instead of the last update."
     )
     metric_for_best_model: str | None = option(
         None, "Metric that decides which is best (default loss)."
@@ -325,7 +325,7 @@ class GKDConfig(ReadAsTrainingArguments, UnsupportedFields):
     resume_from_checkpoint: bool | str | None = option(
         None,
         "A checkpoint's directory; true: the newest valid one in output_dir; auto: the same, or "
-        "start if there is none.",
+        "start if there is none. Fields that have changed act from then on, and are named.",
     )
 
     push_to_hub: bool = option(False, "Push the model to the hub when it is saved.", heading="Hub")

@@ -117,6 +117,24 @@ def test_an_index_beside_a_whole_model_is_not_asked(build, models, tmp_path):
     assert build(student=tmp_path / "student") == "all input was accepted"
 
 
+@pytest.mark.parametrize("own_file", [True, False])
+@pytest.mark.parametrize("stops", [100, [2, 100], None])
+def test_stop_tokens_are_transformers_own_by_name_and_as_an_object(
+    models, tmp_path, own_file, stops
+):
+    """Where there is no generation_config.json, config.json names them."""
+    shutil.copytree(models / "student", tmp_path / "student")
+    file, other = tmp_path / "student" / "config.json", tmp_path / "student/generation_config.json"
+    if not own_file:
+        other.unlink()
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": stops}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    known = loading.generation_config(str(tmp_path / "student"), None).eos_token_id
+    assert known == model.generation_config.eos_token_id
+    assert known == loading.generation_config(model, None).eos_token_id
+    assert own_file or known == stops
+
+
 def test_a_cached_model_without_generation_config_says_nothing_of_its_stop_tokens():
     """Offline, a file that is not in the cache is a missing one, not a damaged one."""
     assert loading.generation_config("some-org/some-model", None) is None
