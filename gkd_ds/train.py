@@ -13,6 +13,7 @@ import atexit
 import dataclasses
 import os
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -23,9 +24,10 @@ from typing import Any, NoReturn
 from gkd_ds.config.config import GKDConfig, groups
 from gkd_ds.config.recipe import read_flags, read_recipe
 from gkd_ds.config.unsupported import REASONS
+from gkd_ds.runtime import faults
 from gkd_ds.runtime.errors import InputError
-from gkd_ds.runtime.exit_codes import DIVERGED, FAILED, WRONG_INPUT
-from gkd_ds.runtime.launcher import check_hostfile
+from gkd_ds.runtime.exit_codes import DIVERGED, FAILED, STOPPED, WRONG_INPUT
+from gkd_ds.runtime.launcher import LauncherGone, check_hostfile
 from gkd_ds.runtime.redaction import redact
 
 # The launcher looks at its ranks once a second. As soon as one of a node has failed it ends them
@@ -63,6 +65,9 @@ def command(
     except InputError as error:
         say(error)
         return WRONG_INPUT
+    except LauncherGone as error:
+        say(error)
+        return STOPPED
     except (
         Exception
     ):  # with a traceback, as Python would print it, but without the secrets that may be in it
@@ -148,16 +153,22 @@ def read_datasets(config: GKDConfig) -> tuple[Any, Any]:
 
 
 def run(config: GKDConfig) -> int:
-    """Build the trainer and train to the end; the exit code."""
+    """Build the trainer and train to the end; the exit code.
+
+    The process is about to end then: signals are ignored from there on.
+    """
     trainer = build(config)
 
     from gkd_ds.monitor.guards import TrainingStopped
 
+    trainer.interrupts.afterwards = signal.SIG_IGN
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     except TrainingStopped as error:
         say(error)
         return DIVERGED
+    finally:
+        faults.point("leave")
     return trainer.exit_code
 
 

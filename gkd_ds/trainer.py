@@ -34,7 +34,7 @@ from gkd_ds.pipeline import Pipeline
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.interrupts import Interrupts
-from gkd_ds.runtime.launcher import check_hostfile
+from gkd_ds.runtime.launcher import LauncherGone, check_hostfile, is_gone
 
 
 class GKDTrainer(WindowLoop):
@@ -186,6 +186,10 @@ def _start(inputs: Inputs) -> None:
         level = config.log_level.replace("detail", "info").upper()
         logging.getLogger("gkd_ds").setLevel(level)
     process.start(config)
+    if ranks.any_rank(is_gone()):
+        raise LauncherGone(
+            "the deepspeed launcher was ended before the first update; start the run again."
+        )
     inputs.refuse_different_ranks()
     torch.manual_seed(config.seed)
 
