@@ -22,7 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.engine import loading
+from gkd_ds.engine import builds, loading
 from gkd_ds.engine.counters import Counters
 from gkd_ds.engine.inputs import Inputs
 from gkd_ds.learn.batching import length_groups
@@ -79,6 +79,7 @@ class Pipeline:
         self.decoded_sequences = 0
 
     @classmethod
+    @builds.taking_turns()
     def build(
         cls, inputs: Inputs, total_updates: int, optimizers: tuple = (None, None)
     ) -> Pipeline:
