@@ -15,12 +15,13 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.engine import accelerator
+from gkd_ds.engine import accelerator, rendezvous
 from gkd_ds.runtime.errors import InputError
 
 
 def start(config: GKDConfig) -> None:
     """Join the process group: the launcher's, or one of a single process when there is no launcher.
+    Raises InputError.
 
     A CPU run must not spend three minutes building DeepSpeed's shared-memory communication op; gloo
     does without.
@@ -57,6 +58,7 @@ def start(config: GKDConfig) -> None:
             "MASTER_PORT": port,
         }
         os.environ.update({name: str(value) for name, value in alone.items()})
+    place = None if torch.distributed.is_initialized() else rendezvous.meet(config.ddp_timeout)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(
@@ -65,6 +67,7 @@ def start(config: GKDConfig) -> None:
         auto_mpi_discovery=False,
         verbose=False,
     )
+    del place
 
 
 def leave_at_exit() -> None:
