@@ -42,10 +42,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command(
-    argv: list[str], work: Callable[[GKDConfig], int], check: Callable[[GKDConfig], None]
+    argv: list[str], work: Callable[[GKDConfig], int], check: Callable[[GKDConfig, bool], None]
 ) -> int:
-    """Read a command line, `check` its configuration and do `work` with it; `work` returns the exit
-    code.
+    """Read a command line, `check` its configuration (and whether it is a dry run) and do `work`
+    with it; `work` returns the exit code.
     """
     try:
         given = read_flags(argv)
@@ -55,7 +55,7 @@ def command(
         dry_run = given.pop("dry_run", False)
         recipe = given.pop("config", None)
         config = GKDConfig(**{**(read_recipe(recipe) if recipe else {}), **given})
-        check(config)
+        check(config, dry_run)
         if config.use_cpu:  # DeepSpeed chooses its accelerator when it is imported
             os.environ["DS_ACCELERATOR"] = "cpu"
         if not dry_run:
@@ -79,8 +79,9 @@ def command(
         return FAILED
 
 
-def check_inputs(config: GKDConfig) -> None:
-    """Everything that can be wrong with the input and be found without importing torch.
+def check_inputs(config: GKDConfig, dry_run: bool = False) -> None:
+    """Everything that can be wrong with the input and be found without importing torch, whatever is
+    done with it.
 
     Raises:
         InputError: a needed name is missing, or a file, directory, split or hub model is not there.
@@ -102,12 +103,12 @@ def check_inputs(config: GKDConfig) -> None:
     )
 
 
-def check_training(config: GKDConfig) -> None:
+def check_training(config: GKDConfig, dry_run: bool = False) -> None:
     """The inputs, and that the run overwrites nothing; early, before the first rank can have
-    written anything there.
+    written anything there. A dry run writes nothing, beside whatever run is in output_dir.
     """
     check_inputs(config)
-    config.check_output_dir_is_free(config.resume_from_checkpoint)
+    config.check_output_dir_is_free(dry_run or config.resume_from_checkpoint)
 
 
 def check_hub_model(field: str, model: str, init_kwargs: dict | None) -> None:

@@ -40,6 +40,7 @@ def start(config: GKDConfig) -> None:
             "use_cpu is set but DeepSpeed has chosen an accelerator; set DS_ACCELERATOR=cpu as "
             "well."
         )
+    accelerator.refuse_missing_precision(config)
     if config.tf32 is not None:
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     if config.full_determinism:
