@@ -12,6 +12,7 @@ number of micro-batches.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.engine import loading
+from gkd_ds.engine import builds, loading
 from gkd_ds.engine.counters import Counters
 from gkd_ds.engine.inputs import Inputs
 from gkd_ds.learn.batching import length_groups
@@ -39,6 +40,8 @@ from gkd_ds.runtime.watchdog import Watchdog
 from gkd_ds.teacher.loading import load as load_teacher
 from gkd_ds.teacher.streamed import StreamedTeacher
 from gkd_ds.teacher.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 # One more micro-batch costs about as much as this many padded tokens: ZeRO-3 gathers every layer
 # once more.
@@ -79,6 +82,7 @@ class Pipeline:
         self.decoded_sequences = 0
 
     @classmethod
+    @builds.taking_turns()
     def build(
         cls, inputs: Inputs, total_updates: int, optimizers: tuple = (None, None)
     ) -> Pipeline:
@@ -88,6 +92,7 @@ class Pipeline:
         teacher = StreamedTeacher(
             model, config, ds_config, inputs.vocabulary, inputs.pad_id, counters
         )
+        logger.info("The teacher is ready.")
         ds_config = loading.student_ds_config(inputs.student, config)
         model = loading.load_student(inputs.student, config, ds_config)
         engine_class = rollout_engine_class(config, model)
@@ -101,6 +106,7 @@ class Pipeline:
             optimizers,
             prepare=engine_class.prepare,
         )
+        logger.info("The student is ready.")
         sampling = Sampling(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
@@ -137,6 +143,7 @@ class Pipeline:
         self.watchdog.beat(name)
         self.safe_point()
         faults.point(name)
+        logger.debug("%s begins.", name)
         started = time.perf_counter()
         yield heartbeat
         get_accelerator().synchronize()

@@ -34,7 +34,9 @@ from gkd_ds.pipeline import Pipeline
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.interrupts import Interrupts
-from gkd_ds.runtime.launcher import check_hostfile
+from gkd_ds.runtime.launcher import LauncherGone, check_hostfile, is_gone
+
+logger = logging.getLogger(__name__)
 
 
 class GKDTrainer(WindowLoop):
@@ -73,12 +75,14 @@ class GKDTrainer(WindowLoop):
         )
         check_hostfile()
         config = args if args is not None else GKDConfig()
+        _show_log(config)
         # The time budget includes loading, and a stop file that appears meanwhile counts.
         interrupts = Interrupts(config.stop_path, config.max_runtime)
         inputs = Inputs.read(
             config, model, teacher_model, train_dataset, eval_dataset, processing_class
         )
         refuse_impossible_evaluation(config, inputs.evaluation)
+        logger.info("Models, tokenizer and data have been checked.")
         _start(inputs)
         windows = Windows.of(config, inputs.train, ranks.world_size())
         state = initial_state(config, windows.scheduler.windows_per_epoch)
@@ -182,12 +186,27 @@ class GKDTrainer(WindowLoop):
 def _start(inputs: Inputs) -> None:
     """Join the other ranks, and see that they were started alike. A collective."""
     config = inputs.config
-    if config.log_level != "passive":
-        level = config.log_level.replace("detail", "info").upper()
-        logging.getLogger("gkd_ds").setLevel(level)
     process.start(config)
+    if ranks.any_rank(is_gone()):
+        raise LauncherGone(
+            "the deepspeed launcher was ended before the first update; start the run again."
+        )
     inputs.refuse_different_ranks()
+    logger.info("%d ranks have met, started alike.", ranks.world_size())
     torch.manual_seed(config.seed)
+
+
+def _show_log(config: GKDConfig) -> None:
+    """Show the package's own log as log_level says; of the other ranks, no more than warnings."""
+    if config.log_level == "passive":
+        return
+    level = getattr(logging, config.log_level.replace("detail", "info").upper())
+    log = logging.getLogger("gkd_ds")
+    log.setLevel(level if config.should_log else max(level, logging.WARNING))
+    if not log.hasHandlers():  # a script that has configured logging gets it there
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+        log.addHandler(handler)
 
 
 def _refuse_unsupported(**arguments: Any) -> None:

@@ -272,7 +272,7 @@ class GKDConfig(ReadAsTrainingArguments, UnsupportedFields):
         4, "Sampled completions logged each time, beside the teacher's probability of them.", low=0
     )
     log_level: Literal["passive", "detail", "debug", "info", "warning", "error", "critical"] = (
-        option("passive", "Level of our own log; passive leaves Python's logging as it is.")
+        option("passive", "Our own log: info tells the steps of the start, debug the phases, too.")
     )
     disable_tqdm: bool | None = option(
         None, "Plain lines instead of a progress bar; null: a bar on a terminal only."

@@ -7,12 +7,14 @@ means by "no" or "2e-5" is the field's business, the same for both.
 
 import dataclasses
 import difflib
+import fnmatch
 import types
 from typing import Any, get_args
 
 import yaml
 
 from gkd_ds.config.config import GKDConfig
+from gkd_ds.config.unsupported import ELSEWHERE
 from gkd_ds.config.values import convert
 from gkd_ds.runtime.errors import InputError, show
 
@@ -146,5 +148,9 @@ def is_switch(name: str) -> bool:
 
 def unknown(name: str, where: str, known: list[str], prefix: str = "") -> InputError:
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {prefix}{near[0]}?" if near else "see --help for all names."
+    elsewhere = [what for pattern, what in ELSEWHERE.items() if fnmatch.fnmatchcase(name, pattern)]
+    if elsewhere:
+        hint = f"{elsewhere[0]}."
+    else:
+        hint = f"did you mean {prefix}{near[0]}?" if near else "see --help for all names."
     return InputError(f"Unknown name {show(prefix + name)} in {where}; {hint}")

@@ -184,6 +184,29 @@ TABLE: list[tuple[str, Any, Any, str]] = [
     ),
 ]
 
+# Names that are no fields: those of TRL's other groups of arguments (ModelConfig, ScriptArguments)
+# and old ones, as patterns, with what to do. TRL's own flags are recognised, so that nobody is sent
+# to the field that happens to be spelt most alike.
+_NO_ADAPTERS = "adapters (LoRA) are not there yet, all weights are trained: leave it out"
+_NOT_QUANTIZED = "weights are not quantized: leave it out, and choose their type with dtype"
+ELSEWHERE: dict[str, str] = {
+    "torch_dtype": "use dtype",
+    "model_revision": "write revision into model_init_kwargs",
+    "use_peft": _NO_ADAPTERS,
+    "lora_*": _NO_ADAPTERS,
+    "use_*lora": _NO_ADAPTERS,
+    "use_dora": _NO_ADAPTERS,
+    "load_in_?bit": _NOT_QUANTIZED,
+    "bnb_*": _NOT_QUANTIZED,
+    "use_bnb_*": _NOT_QUANTIZED,
+    "dataset_streaming": "the data set is read whole, before training: leave it out",
+    "gradient_checkpointing_use_*": "write use_reentrant into gradient_checkpointing_kwargs",
+    "ignore_bias_buffers": "leave it out: nothing is wrapped in DistributedDataParallel",
+    "evaluation_strategy": "use eval_strategy",
+    "max_seq_length": "use max_length",
+    "tokenizer": "the student's is used; pass another one to GKDTrainer as processing_class",
+}
+
 REASONS: dict[str, str] = {name: reason for name, _, _, reason in TABLE}
 
 

@@ -4,6 +4,7 @@ cheap comes first.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -120,7 +121,7 @@ def _shards(index: Path) -> set[str]:
 
 
 def load_tokenizer(model: Model, given: Any, config: GKDConfig) -> PreTrainedTokenizerBase:
-    """The run's tokenizer, ready to use: `given` (processing_class), or the student's own."""
+    """The run's tokenizer, ready to use: a copy of `given` (processing_class) or the student's."""
     if given is not None and not isinstance(given, PreTrainedTokenizerBase):
         raise InputError(
             f"processing_class is a {type(given).__name__}; pass the student's tokenizer."
@@ -129,7 +130,7 @@ def load_tokenizer(model: Model, given: Any, config: GKDConfig) -> PreTrainedTok
         model, config, config.model_init_kwargs
     )  # loading a tokenizer reads it: a bad one is blamed first
     tokenizer = (
-        given
+        copy.deepcopy(given)  # the caller's stays as it is
         if given is not None
         else _tokenizer_of(name_of(model), config, config.model_init_kwargs)
     )

@@ -15,12 +15,13 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.engine import accelerator
+from gkd_ds.engine import accelerator, rendezvous
 from gkd_ds.runtime.errors import InputError
 
 
 def start(config: GKDConfig) -> None:
     """Join the process group: the launcher's, or one of a single process when there is no launcher.
+    Raises InputError.
 
     A CPU run must not spend three minutes building DeepSpeed's shared-memory communication op; gloo
     does without.
@@ -39,6 +40,7 @@ def start(config: GKDConfig) -> None:
             "use_cpu is set but DeepSpeed has chosen an accelerator; set DS_ACCELERATOR=cpu as "
             "well."
         )
+    accelerator.refuse_missing_precision(config)
     if config.tf32 is not None:
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     if config.full_determinism:
@@ -57,6 +59,7 @@ def start(config: GKDConfig) -> None:
             "MASTER_PORT": port,
         }
         os.environ.update({name: str(value) for name, value in alone.items()})
+    place = None if torch.distributed.is_initialized() else rendezvous.meet(config.ddp_timeout)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(
@@ -65,6 +68,7 @@ def start(config: GKDConfig) -> None:
         auto_mpi_discovery=False,
         verbose=False,
     )
+    del place
 
 
 def leave_at_exit() -> None:

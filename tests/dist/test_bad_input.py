@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.dist.rank_server import Job, Server
+from tests.taken_port import HTTP, taken_port
 
 
 def change_json(file: Path, change) -> None:
@@ -75,25 +77,28 @@ CASES = {
         lambda recipe, place: {"model_name_or_path": str(place)},
         "neither a model's directory that exists nor a hub name",
     ),
+    "taken port": (lambda recipe, place: {}, "cannot open MASTER_PORT"),
 }
 
 
 @pytest.fixture(scope="module")
 def jobs(
     server: Server, recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Job]:
+) -> Iterator[dict[str, Job]]:
     """All at once: most of the time they wait for each other."""
     started = {}
-    for name, (change, _) in CASES.items():
-        home = tmp_path_factory.mktemp("bad")
-        mine = {
-            **recipe,
-            "max_steps": 1,
-            "output_dir": str(home / "run"),
-            **change(recipe, home / "place"),
-        }
-        started[name] = server.start(2, mine)
-    return started
+    with taken_port(HTTP) as port:
+        for name, (change, _) in CASES.items():
+            home = tmp_path_factory.mktemp("bad")
+            mine = {
+                **recipe,
+                "max_steps": 1,
+                "output_dir": str(home / "run"),
+                **change(recipe, home / "place"),
+            }
+            env = {"MASTER_PORT": str(port)} if name == "taken port" else {}
+            started[name] = server.start(2, mine, env=env)
+        yield started
 
 
 @pytest.mark.parametrize("name", CASES)
