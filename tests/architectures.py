@@ -13,7 +13,14 @@ import traceback
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY = 160
@@ -23,7 +30,7 @@ PAD, END = 0, 1
 # What a field means -> its tiny value, and the names that configurations have for it.
 SIZES: dict[int, str] = {
     VOCABULARY: "vocab_size vocab_size_per_layer_input unpadded_vocab_size pronunciation_vocab_size "
-    "shape_vocab_size",
+    "shape_vocab_size encoder_hash_byte_group_vocab",
     128: "max_position_embeddings n_positions n_ctx max_seq_len model_max_length context_length",
     64: "intermediate_size ffn_dim n_inner dff dim_ff d_inner ffn_hidden_size encoder_ffn_dim "
     "decoder_ffn_dim feed_forward_size intermediate_size_mlp dense_intermediate_size "
@@ -33,7 +40,7 @@ SIZES: dict[int, str] = {
     "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
     "shared_experts_intermediate_size moe_shared_expert_intermediate_size "
     "expert_ffn_hidden_size router_hidden_size pronunciation_embed_dim shape_embed_dim "
-    "out_hidden_size adapter_in_dim adapter_out_dim adapter_input_size",
+    "out_hidden_size hidden_size_global adapter_in_dim adapter_out_dim adapter_input_size",
     16: "mamba_d_head mamba_head_dim mamba_headdim chunk_size mamba_chunk_size index_head_dim "
     "num_experts_dim q_lora_rank",
     WINDOW: "sliding_window sliding_window_size window_size attention_window_size local_attention "
@@ -94,6 +101,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
+    "inkling_text": {"logits_mup_width_multiplier": 2.0},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "longcat_flash": {"head_dim": 4},
     "mamba2": {"head_dim": 16},
@@ -172,7 +180,7 @@ def make_model(name: str, seed: int, more_layers: int = 0) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for weight in model.state_dict().values():
             if weight.is_floating_point():
-                weight.add_(torch.randn_like(weight), alpha=0.1)
+                weight.add_(torch.randn_like(weight), alpha=0.15)
     return model.eval()
 
 
@@ -185,6 +193,22 @@ LEFT_OUT = {
     "musicgen_melody": "its tokens are rows of audio codes",
 }
 NAMES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - LEFT_OUT.keys())
+
+
+def make_word_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per word, for all of the vocabulary: <pad>, <end>, the roles, w6, w7, ..."""
+    words = ["<pad>", "<end>", "<unk>", "<user>", "<assistant>", "<system>"]
+    words += [f"w{token}" for token in range(len(words), VOCABULARY)]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<end>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    return tokenizer
 
 
 def main() -> None:
