@@ -1,7 +1,7 @@
 """What becomes of every architecture: equal to the dense reference, refused, or wrong.
 
-    PYTHONPATH=. python -m tests.dist.architecture_outcomes DIRECTORY [NAME ...]      # prints the outcomes
-    PYTHONPATH=. python -m tests.dist.architecture_outcomes DIRECTORY --write         # and ARCHITECTURES.md
+PYTHONPATH=. python -m tests.dist.architecture_outcomes DIRECTORY [NAME ...]      # prints the outcomes
+PYTHONPATH=. python -m tests.dist.architecture_outcomes DIRECTORY --write         # and ARCHITECTURES.md
 """
 
 from __future__ import annotations
