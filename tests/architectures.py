@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 VOCABULARY = 160
 WINDOW = 8  # of sliding attention: shorter than the rows of the tests
 PAD, END = 0, 1
+OTHER = 5  # the token of images and the like, which no row of the tests has
 
 # What a field means -> its tiny value, and the names that configurations have for it.
 SIZES: dict[int, str] = {
@@ -154,6 +155,8 @@ def _shrunk(config: PreTrainedConfig, more_layers: int) -> dict[str, Any]:
             tiny[name] = [TINY.get(name, value[i]) for i in layers]
         elif name in TINY and isinstance(field.default, int) and field.default:
             tiny[name] = TINY[name]
+        elif name.endswith(("_token_id", "_token_index")) and value is not None:
+            tiny[name] = min(value, OTHER) if isinstance(value, int) else value
     if "kv_lora_rank" in tiny:  # every head has keys of its own, out of one latent
         tiny["num_key_value_heads"] = tiny["num_attention_heads"]
     if "is_decoder" in fields:

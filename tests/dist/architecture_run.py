@@ -19,7 +19,6 @@ import os
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import yaml
@@ -38,9 +37,8 @@ from tests.architectures import END, VOCABULARY, make_model, make_word_tokenizer
 from tests.dist import plain
 
 # (length of the prompt, length of the data's completion): a prompt of one token, rows beyond the
-# window of sliding attention and the chunks of recurrent layers, more rows than are decoded at once.
+# window of sliding attention and the chunks of recurrent layers.
 ROWS = [(1, 7), (5, 2), (24, 12), (9, 5), (3, 9), (17, 1)]
-AT_ONCE = 4
 NEW_TOKENS = 12
 SEEDS = 8
 MARGIN = 1e-4  # between the two best logits: what fp32 can tell apart
@@ -187,11 +185,10 @@ def samples(source: Source) -> list[Sample]:
 
 
 def rollout(trainer: GKDTrainer, stop_ids: list[int]) -> dict[int, list[int]]:
-    """Greedy completions of this rank's rows, fewer at a time than there are."""
+    """Greedy completions of this rank's rows."""
     pipeline = trainer.pipeline
     pipeline.sampling = dataclasses.replace(pipeline.sampling, stop_ids=tuple(stop_ids))
-    with mock.patch("gkd_ds.rollout.gathered.sequences_that_fit", return_value=AT_ONCE):
-        written = pipeline.rollout(samples(Source.STUDENT), {Source.STUDENT})
+    written = pipeline.rollout(samples(Source.STUDENT), {Source.STUDENT})
     return {rollout.sample_id: rollout.completion_ids for rollout in written}
 
 
