@@ -50,6 +50,10 @@ class RowLengths:
             spans += [_span(source, examples, count, config) for source in sources]
         return cls(tuple(spans))
 
+    def with_sets(self, config: GKDConfig, evaluation: dict[str, Examples]) -> RowLengths:
+        """These, and those of further evaluation sets."""
+        return RowLengths(self.spans + RowLengths.of(config, None, evaluation).spans)
+
     @property
     def shortest(self) -> int:
         return min((span.shortest for span in self.spans), default=1)

@@ -8,7 +8,8 @@ refused with a sentence instead of being trained on wrong logits.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -124,11 +125,34 @@ def disable_dropout(model: nn.Module) -> None:
     or attention.
     """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        for name in _dropout_rates(module):
+            setattr(module, name, 0.0)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Inside, every rate is 0, also those that modules read from their configuration (Falcon)."""
+    owners = [*model.modules()]
+    owners += {id(m.config): m.config for m in owners if "config" in vars(m)}.values()
+    rates = [
+        (owner, name, value) for owner in owners for name, value in _dropout_rates(owner).items()
+    ]
+    for owner, name, _ in rates:
+        setattr(owner, name, 0.0)
+    try:
+        yield
+    finally:
+        for owner, name, value in rates:
+            setattr(owner, name, value)
+
+
+def _dropout_rates(owner: object) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in vars(owner).items()
+        if isinstance(value, float)
+        and ("drop" in name or (name == "p" and isinstance(owner, nn.Dropout)))
+    }
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from gkd_ds.config.config import GKDConfig
+from gkd_ds.data.lengths import RowLengths
 from gkd_ds.engine import accelerator, causal_lm, zero
 from gkd_ds.engine.causal_lm import LogitTransform
 from gkd_ds.engine.counters import Counters
+from gkd_ds.engine.startup_checks import find_switch, refuse_both_sides, refuse_noise
 from gkd_ds.learn.head import LossHead, LossInputs
-from gkd_ds.records import SequenceBatch
+from gkd_ds.records import SequenceBatch, Source
 from gkd_ds.runtime import ranks
 
 
@@ -76,9 +79,37 @@ class Student:
             self.engine.enable_backward_allreduce = False
         model.eval()
         self.run_pass(lambda: causal_lm.check_head(model, "student", self.device))
-        # from_pretrained leaves a model in evaluation mode: neither dropout nor gradient
-        # checkpointing would happen.
-        model.train()
+        # Rows up to this length and longer ones must not share a batch; None: all of them may.
+        self.switch: int | None = None
+        self.to_learn()
+
+    def to_learn(self) -> None:
+        """The mode of the learn phase: training mode where there is dropout; otherwise evaluation
+        mode, so that what is learnt is what samples, without a router's noise or the like.
+
+        Gradient checkpointing happens in training mode only: a layer that does it is in it by
+        itself, without the modules inside.
+        """
+        self.model.train(not self.config.disable_dropout)
+        for module in self.model.modules():
+            module.training |= getattr(module, "gradient_checkpointing", False)
+
+    def try_rows(self, lengths: RowLengths) -> None:
+        """Try rows of these lengths beside each other, and the mode of the learn phase, before
+        training. Collective; raises InputError where results would be random, or another row's.
+        """
+
+        def run(batches: list[SequenceBatch]) -> list[Tensor]:
+            return [self.run_pass(partial(self._hidden, batch)) for batch in batches]
+
+        try:
+            with causal_lm.without_dropout(self.model):
+                refuse_noise(self.model, run, self.to_learn, self.config)
+            self.model.eval()
+            self.switch = find_switch("student", self.model, run, lengths)
+            refuse_both_sides("student", Source.STUDENT, self.switch, lengths)
+        finally:
+            self.to_learn()
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -88,7 +119,7 @@ class Student:
             with self._room_for_rollout():
                 yield
         finally:
-            self.model.train()
+            self.to_learn()
 
     def _room_for_rollout(self) -> AbstractContextManager[None]:
         if self.config.offload_optimizer_states:
@@ -101,11 +132,14 @@ class Student:
         """The objective on a micro-batch: what `LossHead` returns for it. Collective."""
 
         def run():
-            hidden_BTD = causal_lm.body_forward(self.model, batch.input_ids_BT)
-            hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.index_N)
-            return self.model.get_output_embeddings()(hidden_ND, loss=inputs)
+            return self.model.get_output_embeddings()(self._hidden(batch), loss=inputs)
 
         return self.engine(run=run)
+
+    def _hidden(self, batch: SequenceBatch) -> Tensor:
+        """The last hidden states that predict the completions of `batch`, `[N, D]`."""
+        hidden_BTD = causal_lm.body_forward(self.model, batch.input_ids_BT, **batch.extra)
+        return hidden_BTD.flatten(0, 1).index_select(0, batch.index_N)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradient of `loss`; on the window's last micro-batch, make it ready for
@@ -161,7 +195,7 @@ class Student:
                 yield
         finally:
             zero.release_prefetched(self.engine)  # for a backward that does not come
-            self.model.train()
+            self.to_learn()
 
     def run_pass(self, run: Callable[[], Any]) -> Any:
         """One pass over the partitioned parameters, without gradients. Collective."""
