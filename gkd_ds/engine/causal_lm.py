@@ -120,6 +120,18 @@ def kv_elements_per_token(model: PreTrainedModel) -> int:
     return 2 * text.num_hidden_layers * heads * head_dim
 
 
+def set_learning_mode(model: nn.Module, dropout: bool) -> None:
+    """Training mode where there is dropout; otherwise evaluation mode, so that what learns is what
+    samples: without a router's noise, or whatever else only training mode has.
+
+    Gradient checkpointing happens in training mode only: a layer that does it is in it by itself,
+    without the modules inside.
+    """
+    model.train(dropout)
+    for module in model.modules():
+        module.training |= getattr(module, "gradient_checkpointing", False)
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every rate to 0: those of dropout modules, and those a module keeps for `F.dropout` (OPT)
     or attention.

@@ -20,7 +20,7 @@ from gkd_ds.data.lengths import RowLengths
 from gkd_ds.engine import accelerator, causal_lm, zero
 from gkd_ds.engine.causal_lm import LogitTransform
 from gkd_ds.engine.counters import Counters
-from gkd_ds.engine.startup_checks import find_switch, refuse_both_sides, refuse_noise
+from gkd_ds.engine.startup_checks import refuse_both_sides, try_rows
 from gkd_ds.learn.head import LossHead, LossInputs
 from gkd_ds.records import SequenceBatch, Source
 from gkd_ds.runtime import ranks
@@ -84,32 +84,34 @@ class Student:
         self.to_learn()
 
     def to_learn(self) -> None:
-        """The mode of the learn phase: training mode where there is dropout; otherwise evaluation
-        mode, so that what is learnt is what samples, without a router's noise or the like.
-
-        Gradient checkpointing happens in training mode only: a layer that does it is in it by
-        itself, without the modules inside.
-        """
-        self.model.train(not self.config.disable_dropout)
-        for module in self.model.modules():
-            module.training |= getattr(module, "gradient_checkpointing", False)
+        """Put the model into the mode of the learn phase, in which it always is between phases."""
+        causal_lm.set_learning_mode(self.model, dropout=not self.config.disable_dropout)
 
     def try_rows(self, lengths: RowLengths) -> None:
-        """Try rows of these lengths beside each other, and the mode of the learn phase, before
-        training. Collective; raises InputError where results would be random, or another row's.
+        """Try rows of these lengths before training (engine/startup_checks.py). Collective; raises
+        InputError where a row's result would be random, or depend on others.
         """
 
         def run(batches: list[SequenceBatch]) -> list[Tensor]:
-            return [self.run_pass(partial(self._hidden, batch)) for batch in batches]
+            """The first as when sampling, the others as when learning: it must be the same."""
+            hidden = []
+            for batch in batches:
+                if hidden:
+                    self.to_learn()
+                else:
+                    self.model.eval()
+                hidden.append(self.run_pass(partial(self._hidden, batch)))
+            return hidden
 
-        try:
-            with causal_lm.without_dropout(self.model):
-                refuse_noise(self.model, run, self.to_learn, self.config)
-            self.model.eval()
-            self.switch = find_switch("student", self.model, run, lengths)
-            refuse_both_sides("student", Source.STUDENT, self.switch, lengths)
-        finally:
-            self.to_learn()
+        advice = "use another model"
+        if self.config.gradient_checkpointing:
+            advice = "set gradient_checkpointing to false"  # its layers are in training mode
+        if not self.config.disable_dropout:
+            advice = "set disable_dropout to true"
+        with causal_lm.without_dropout(self.model):
+            self.switch = try_rows("student", self.model, run, lengths, advice)
+        advice = "lmbda to 0 and eval_on_policy to false"
+        refuse_both_sides("student", Source.STUDENT, self.switch, lengths, advice)
 
     @contextmanager
     def sampling(self) -> Iterator[None]:

@@ -28,7 +28,7 @@ from gkd_ds.data.lengths import RowLengths
 from gkd_ds.engine import accelerator, causal_lm, zero
 from gkd_ds.engine.causal_lm import LogitTransform
 from gkd_ds.engine.counters import Counters
-from gkd_ds.engine.startup_checks import find_switch, refuse_both_sides
+from gkd_ds.engine.startup_checks import refuse_both_sides, try_rows
 from gkd_ds.learn.batching import length_groups
 from gkd_ds.learn.head import TeacherHead
 from gkd_ds.records import (
@@ -294,8 +294,8 @@ class StreamedTeacher:
             return zero.run_pass(self.engine, lambda: self._stream(batches))
 
         with self.swap_files.in_use():
-            self.switch = find_switch("teacher", self.model, run, lengths)
-        refuse_both_sides("teacher", Source.TEACHER, self.switch, lengths)
+            self.switch = try_rows("teacher", self.model, run, lengths, "use another model")
+        refuse_both_sides("teacher", Source.TEACHER, self.switch, lengths, "seq_kd to false")
 
     @torch.no_grad()
     def _check(self) -> None:
