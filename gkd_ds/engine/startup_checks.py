@@ -44,8 +44,9 @@ def try_rows(
     """The length up to which the model computes rows in one way, and beyond it in another: rows on
     both sides must not share a batch. None where there is no such length.
 
-    `against_noise` is the advice where results are random. Raises InputError where results are random or depend on the mode, where rows depend on the
-    tokens or lengths beside them in any other way, and where the longest row is too long.
+    `against_noise` is the advice where results are random. Raises InputError where they are, or
+    depend on the mode, where rows depend on the tokens or lengths beside them in any other way, and
+    where the longest row is too long.
     """
     rows, who = _Rows(model, lengths.shortest), f"the {role} ({type(model).__name__})"
     longest = max(lengths.longest, rows.short)
@@ -158,7 +159,7 @@ def _switch_below(longest: int, who: str, run: Run, rows: _Rows) -> int | None:
     if _differ(first, last, noise) or _differ(near, back, noise):
         raise InputError(
             f"{who} computes every row by the longest in its batch where that has more than "
-            f"{switch} tokens; set max_length to {switch} or less."
+            f"{switch} tokens; set max_length to {switch} or less, or use another model."
         )
     return switch
 
