@@ -62,7 +62,7 @@ def try_rows(
     if ranks.any_rank(_random_states() != before or not _is_equal(near, again)):
         _refuse_noise(who, model, run, rows, against_noise)
     switch = None
-    if _differ(near, far, _fine(near)):
+    if _differ(near, far, rows.rounding(near)):
         switch = _switch_below(longest, who, run, rows)
     if switch is not None:
         near, beside = run([rows.near(), rows.beside(switch)])
@@ -126,6 +126,10 @@ class _Rows:
         padded_T[: len(self.ids_T)] = self.ids_T
         return self._batch(torch.stack([longer_T, padded_T]))
 
+    def rounding(self, hidden_ND: Tensor) -> float:
+        """What rounding may change from one `reaching` to the other."""
+        return _fine(hidden_ND) if self.takes_positions else _rough(hidden_ND)
+
     def _batch(self, ids_BT: Tensor, **extra: Tensor) -> SequenceBatch:
         """The row is the last one. All its tokens but the last are compared."""
         first = ids_BT.numel() - ids_BT.shape[1]
@@ -143,8 +147,8 @@ def _switch_below(longest: int, who: str, run: Run, rows: _Rows) -> int | None:
     """The longest row that leaves the short one alone, if one of `longest` tokens changes it."""
     near, other, far = run([rows.near(), rows.near(token=3), rows.reaching(longest)])
     # Mixtures of experts multiply the tokens of a batch together: any other token changes a little.
-    noise = 8 * _distance(near, other)
-    if not _differ(near, far, max(noise, _fine(near))):
+    noise = 8 * _distance(near, other) if rows.takes_positions else _rough(near)
+    if not _differ(near, far, max(noise, rows.rounding(near))):
         return None
     switch, longer = rows.short, longest
     while longer - switch > 1:
@@ -186,7 +190,7 @@ def _is_exact(hidden_ND: Tensor) -> bool:
 
 def _fine(hidden_ND: Tensor) -> float:
     """What rounding may change between batches of one shape."""
-    return 1e-5 if _is_exact(hidden_ND) else 1e-3
+    return 2e-6 if _is_exact(hidden_ND) else 1e-3
 
 
 def _rough(hidden_ND: Tensor) -> float:

@@ -4,12 +4,13 @@ each fault, and those without.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gkd_ds.data.lengths import RowLengths, Span
 from gkd_ds.engine import causal_lm
@@ -21,7 +22,8 @@ WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "n
 WIDTHS |= {"num_attention_heads": 4, "n_head": 4, "n_embd": 32, "d_model": 32, "n_heads": 4}
 WIDTHS |= {"num_key_value_heads": 4, "vocab_size": 300, "rotary_dim": 4}
 WIDTHS |= {"num_local_experts": 4, "num_experts": 4, "head_dim": 8, "word_embed_proj_dim": 32}
-WIDTHS |= {"num_experts_per_tok": 2, "max_position_embeddings": 160}
+WIDTHS |= {"num_experts_per_tok": 2, "max_position_embeddings": 160, "n_positions": 160}
+WIDTHS |= {"original_max_position_embeddings": 40}  # Phi-3 has it beside the rotations
 WIDTHS |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 LONGROPE |= {"original_max_position_embeddings": 40, "factor": 4.0, "rope_theta": 1e4}
@@ -35,10 +37,10 @@ LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 
 def make(kind: str, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
     """Tiny, with those of WIDTHS that its configuration knows, and with `fields`."""
-    known = AutoConfig.for_model(kind)
-    widths = {name: size for name, size in WIDTHS.items() if hasattr(known, name)}
+    known = CONFIG_MAPPING[kind].__dataclass_fields__
+    widths = {name: size for name, size in WIDTHS.items() if name in known}
+    config = AutoConfig.for_model(kind, **(widths | copy.deepcopy(fields)))
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **(widths | fields))
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
@@ -62,10 +64,11 @@ def trial(model: PreTrainedModel, longest: int, shortest: int = 9, dropout: bool
 # -- right ones ----------------------------------------------------------------------------------
 
 SOUND: dict[str, tuple[str, dict]] = {kind: (kind, {}) for kind in [
-    "llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt", "gpt_neo", "gpt_neox", "gptj",
+    "llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt", "gpt_neox", "gptj",
     "codegen", "phi3", "bloom", "falcon", "mamba", "mixtral", "qwen3_moe", "xglm", "biogpt",
 ]}  # fmt: skip
 SOUND |= {
+    "gpt_neo": ("gpt_neo", {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}),
     "yarn": ("llama", {"rope_parameters": YARN | {"rope_theta": 1e4}}),
     "llama3": ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 1e4}}),
     "linear": ("llama", {"rope_parameters": LINEAR}),
@@ -185,7 +188,7 @@ def test_noise_of_training_mode_is_refused_by_its_place(kind: str) -> None:
 def test_without_dropout_noise_is_off_and_checkpointed_gradients_are_those_of_evaluation(
     kind: str,
 ) -> None:
-    model = make(kind, **NOISY[kind])
+    model = make(kind, **NOISY[kind]).eval()
     ids_BT = torch.arange(3, 43).remainder(300).view(2, 20)
 
     def gradients() -> list[Tensor]:
