@@ -23,6 +23,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from gkd_ds.config.config import GKDConfig
+from gkd_ds.data.lengths import RowLengths
 from gkd_ds.engine import builds, loading
 from gkd_ds.engine.counters import Counters
 from gkd_ds.engine.inputs import Inputs
@@ -117,7 +118,7 @@ class Pipeline:
             max_length=config.max_length,
         )
         objective = generalized_jsd_objective(config.beta, config.divergence_temperature)
-        return cls(
+        pipeline = cls(
             student,
             engine_class(student),
             teacher,
@@ -127,6 +128,13 @@ class Pipeline:
             counters,
             Watchdog(config.watchdog_timeout, config.output_dir),
         )
+        pipeline.try_rows(inputs.lengths)
+        return pipeline
+
+    def try_rows(self, lengths: RowLengths) -> None:
+        """Raise InputError where rows of these lengths would not come out as if each were alone."""
+        self.teacher.try_rows(lengths)
+        self.student.try_rows(lengths)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[], None]]:
@@ -270,7 +278,8 @@ class Pipeline:
         Every rank runs as many as the rank with the most; the extra ones are empty.
         """
         limit = self.config.learn_tokens_per_micro_batch or batch_size * max(lengths, default=1)
-        groups = length_groups(lengths, limit, MICRO_BATCH_OVERHEAD_TOKENS)
+        switch = self.student.switch
+        groups = length_groups(lengths, limit, MICRO_BATCH_OVERHEAD_TOKENS, switch)
         (count,) = ranks.all_reduce_max([max(len(groups), 1)])
         return groups + [[]] * (count - len(groups))
 

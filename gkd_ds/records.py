@@ -7,7 +7,7 @@ sequences on the right to score and learn, where causal attention then needs no 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
@@ -73,12 +73,13 @@ class SequenceBatch:
     `input_ids_BT` holds every token but the last of each sequence's end padding; `index_N` are the
     flat positions (b * T + t) whose hidden states predict a completion token, in rollout order;
     `tokens_N` are those tokens. A batch without rollouts has one dummy sequence, so that every rank
-    runs the same collectives.
+    runs the same collectives. `extra` is what the model is given beside the tokens, if anything.
     """
 
     input_ids_BT: Tensor
     index_N: Tensor
     tokens_N: Tensor
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 def sequence_batch(rollouts: list[Rollout], pad_id: int, device: torch.device) -> SequenceBatch:

@@ -127,6 +127,7 @@ class GKDTrainer(WindowLoop):
         sets = self.inputs.evaluation
         if eval_dataset is not None:
             sets = self.inputs.tokenize_evaluation(eval_dataset)
+            self.pipeline.try_rows(self.inputs.lengths.with_sets(self.args, sets))
         if not sets:
             raise InputError("no eval_dataset is given; pass one to GKDTrainer or to evaluate().")
         metrics = evaluate_sets(self.pipeline, sets, self.args, metric_key_prefix)

@@ -8,7 +8,8 @@ refused with a sentence instead of being trained on wrong logits.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -119,16 +120,51 @@ def kv_elements_per_token(model: PreTrainedModel) -> int:
     return 2 * text.num_hidden_layers * heads * head_dim
 
 
+def set_learning_mode(model: nn.Module, dropout: bool) -> None:
+    """Training mode where there is dropout; otherwise evaluation mode, so that what learns is what
+    samples: without a router's noise, or whatever else only training mode has.
+
+    Gradient checkpointing happens in training mode only: a layer that does it is in it by itself,
+    without the modules inside.
+    """
+    model.train(dropout)
+    for module in model.modules():
+        module.training |= getattr(module, "gradient_checkpointing", False)
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every rate to 0: those of dropout modules, and those a module keeps for `F.dropout` (OPT)
     or attention.
     """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        for name in _dropout_rates(module):
+            setattr(module, name, 0.0)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Inside, every rate is 0, also those that modules read from their configuration (Falcon)."""
+    owners = [*model.modules()]
+    owners += {id(m.config): m.config for m in owners if "config" in vars(m)}.values()
+    rates = [
+        (owner, name, value) for owner in owners for name, value in _dropout_rates(owner).items()
+    ]
+    for owner, name, _ in rates:
+        setattr(owner, name, 0.0)
+    try:
+        yield
+    finally:
+        for owner, name, value in rates:
+            setattr(owner, name, value)
+
+
+def _dropout_rates(owner: object) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in vars(owner).items()
+        if isinstance(value, float)
+        and ("drop" in name or (name == "p" and isinstance(owner, nn.Dropout)))
+    }
 
 
 @torch.no_grad()

@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.examples import Examples, tokenize
+from gkd_ds.data.lengths import RowLengths
 from gkd_ds.data.tokenizer import stop_token_ids
 from gkd_ds.engine import loading
+from gkd_ds.engine.positions import check_positions
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.provenance import library_versions
 
@@ -58,9 +60,25 @@ class Inputs:
             train = tokenize(train_dataset, tokenizer, config, where, stop_ids)
         evaluation = _tokenize_sets(eval_dataset, tokenizer, config, stop_ids)
         vocabulary = loading.shared_vocabulary(student, teacher, tokenizer, config)
+        inputs = cls(config, student, teacher, tokenizer, stop_ids, train, evaluation, vocabulary)
+        inputs._check_rows(train, evaluation)
+        return inputs
+
+    def _check_rows(self, train: Examples | None, evaluation: dict[str, Examples]) -> None:
+        """Raise InputError for rows with unknown tokens, or longer than a model can be given."""
         for examples in (train, *evaluation.values()):
-            loading.require_known_tokens(examples, vocabulary)
-        return cls(config, student, teacher, tokenizer, stop_ids, train, evaluation, vocabulary)
+            loading.require_known_tokens(examples, self.vocabulary)
+        config, longest = self.config, RowLengths.of(self.config, train, evaluation).longest
+        for model, role, init_kwargs in (
+            (self.student, "student", config.model_init_kwargs),
+            (self.teacher, "teacher", config.teacher_model_init_kwargs),
+        ):
+            check_positions(model, role, config, init_kwargs, longest)
+
+    @property
+    def lengths(self) -> RowLengths:
+        """How long the rows of the run can become."""
+        return RowLengths.of(self.config, self.train, self.evaluation)
 
     @property
     def pad_id(self) -> int:
@@ -70,7 +88,9 @@ class Inputs:
 
     def tokenize_evaluation(self, dataset: Any) -> dict[str, Examples]:
         """Another evaluation set than the trainer's, as `evaluation` has it. Raises InputError."""
-        return _tokenize_sets(dataset, self.tokenizer, self.config, self.stop_ids)
+        sets = _tokenize_sets(dataset, self.tokenizer, self.config, self.stop_ids)
+        self._check_rows(None, sets)
+        return sets
 
     def refuse_different_ranks(self) -> None:
         """Raise InputError, on all ranks, where they were started differently. A collective."""

@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -126,7 +127,7 @@ def load_tokenizer(model: Model, given: Any, config: GKDConfig) -> PreTrainedTok
         raise InputError(
             f"processing_class is a {type(given).__name__}; pass the student's tokenizer."
         )
-    _model_config(
+    model_config(
         model, config, config.model_init_kwargs
     )  # loading a tokenizer reads it: a bad one is blamed first
     tokenizer = (
@@ -184,7 +185,7 @@ def shared_vocabulary(
     can be checked.
     """
     sizes = [
-        _model_config(model, config, init_kwargs).get_text_config().vocab_size
+        model_config(model, config, init_kwargs).get_text_config().vocab_size
         for model, init_kwargs in (
             (student, config.model_init_kwargs),
             (teacher, config.teacher_model_init_kwargs),
@@ -260,14 +261,13 @@ def load_teacher(model: Model, config: GKDConfig, ds_config: dict[str, Any]) -> 
     )
 
 
-def teacher_shapes(model: Model, config: GKDConfig) -> PreTrainedModel:
-    """The teacher without its weights: a name's model on the meta device."""
+def shapes(model: Model, config: GKDConfig, init_kwargs: dict | None) -> PreTrainedModel:
+    """The model without its weights: a name's model on the meta device."""
     if isinstance(model, PreTrainedModel):
         return model
-    model_config = _model_config(model, config, config.teacher_model_init_kwargs)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
-            model_config, trust_remote_code=config.trust_remote_code
+            model_config(model, config, init_kwargs), trust_remote_code=config.trust_remote_code
         )
 
 
@@ -322,7 +322,8 @@ def _has_tokenizer(
     )
 
 
-def _model_config(model: Model, config: GKDConfig, init_kwargs: dict | None):
+def model_config(model: Model, config: GKDConfig, init_kwargs: dict | None) -> PretrainedConfig:
+    """transformers' configuration of a model. Raises InputError where it cannot be read."""
     if isinstance(model, PreTrainedModel):
         return model.config
     try:
@@ -338,7 +339,7 @@ def _model_config(model: Model, config: GKDConfig, init_kwargs: dict | None):
 
 
 def _hidden_size(model: Model, config: GKDConfig, init_kwargs: dict | None) -> int:
-    return _model_config(model, config, init_kwargs).get_text_config().hidden_size
+    return model_config(model, config, init_kwargs).get_text_config().hidden_size
 
 
 def _reason(error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from gkd_ds.config.config import GKDConfig
+from gkd_ds.data.lengths import RowLengths
 from gkd_ds.engine import accelerator, causal_lm, zero
 from gkd_ds.engine.causal_lm import LogitTransform
 from gkd_ds.engine.counters import Counters
+from gkd_ds.engine.startup_checks import refuse_both_sides, try_rows
 from gkd_ds.learn.head import LossHead, LossInputs
-from gkd_ds.records import SequenceBatch
+from gkd_ds.records import SequenceBatch, Source
 from gkd_ds.runtime import ranks
 
 
@@ -82,9 +85,39 @@ class Student:
             self.engine.enable_backward_allreduce = False
         model.eval()
         self.run_pass(lambda: causal_lm.check_head(model, "student", self.device))
-        # from_pretrained leaves a model in evaluation mode: neither dropout nor gradient
-        # checkpointing would happen.
-        model.train()
+        # Rows up to this length and longer ones must not share a batch; None: all of them may.
+        self.switch: int | None = None
+        self.to_learn()
+
+    def to_learn(self) -> None:
+        """Put the model into the mode of the learn phase, in which it always is between phases."""
+        causal_lm.set_learning_mode(self.model, dropout=not self.config.disable_dropout)
+
+    def try_rows(self, lengths: RowLengths) -> None:
+        """Try rows of these lengths before training (engine/startup_checks.py). Collective; raises
+        InputError where a row's result would be random, or depend on others.
+        """
+
+        def run(batches: list[SequenceBatch]) -> list[Tensor]:
+            """The first as when sampling, the others as when learning: it must be the same."""
+            hidden = []
+            for batch in batches:
+                if hidden:
+                    self.to_learn()
+                else:
+                    self.model.eval()
+                hidden.append(self.run_pass(partial(self._hidden, batch)))
+            return hidden
+
+        advice = "use another model"
+        if self.config.gradient_checkpointing:
+            advice = "set gradient_checkpointing to false"  # its layers are in training mode
+        if not self.config.disable_dropout:
+            advice = "set disable_dropout to true"
+        with causal_lm.without_dropout(self.model):
+            self.switch = try_rows("student", self.model, run, lengths, advice)
+        advice = "lmbda to 0 and eval_on_policy to false"
+        refuse_both_sides("student", Source.STUDENT, self.switch, lengths, advice)
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -94,7 +127,7 @@ class Student:
             with self._room_for_rollout():
                 yield
         finally:
-            self.model.train()
+            self.to_learn()
 
     def _room_for_rollout(self) -> AbstractContextManager[None]:
         if self.config.offload_optimizer_states:
@@ -107,11 +140,14 @@ class Student:
         """The objective on a micro-batch: what `LossHead` returns for it. Collective."""
 
         def run():
-            hidden_BTD = causal_lm.body_forward(self.model, batch.input_ids_BT)
-            hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.index_N)
-            return self.model.get_output_embeddings()(hidden_ND, loss=inputs)
+            return self.model.get_output_embeddings()(self._hidden(batch), loss=inputs)
 
         return self.engine(run=run)
+
+    def _hidden(self, batch: SequenceBatch) -> Tensor:
+        """The last hidden states that predict the completions of `batch`, `[N, D]`."""
+        hidden_BTD = causal_lm.body_forward(self.model, batch.input_ids_BT, **batch.extra)
+        return hidden_BTD.flatten(0, 1).index_select(0, batch.index_N)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradient of `loss`; on the window's last micro-batch, make it ready for
@@ -167,7 +203,7 @@ class Student:
                 yield
         finally:
             zero.release_prefetched(self.engine)  # for a backward that does not come
-            self.model.train()
+            self.to_learn()
 
     def run_pass(self, run: Callable[[], Any]) -> Any:
         """One pass over the partitioned parameters, without gradients. Collective."""

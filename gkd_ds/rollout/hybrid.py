@@ -53,7 +53,7 @@ class Hybrid(RolloutEngine):
             ours = self.generate(probe, greedy, lambda: None)
             student.model.eval()  # the engine has left it in training mode
             plain = decode(forward, [probe[0].prompt_ids], [0], greedy, student.device)
-        student.model.train()
+        student.to_learn()
         check(ours, plain)
 
     @staticmethod

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_ds.config.config import GKDConfig
+from gkd_ds.data.lengths import RowLengths
 from gkd_ds.engine import accelerator, causal_lm, zero
 from gkd_ds.engine.causal_lm import LogitTransform
 from gkd_ds.engine.counters import Counters
+from gkd_ds.engine.startup_checks import refuse_both_sides, try_rows
 from gkd_ds.learn.batching import length_groups
 from gkd_ds.learn.head import TeacherHead
 from gkd_ds.records import (
@@ -86,6 +88,8 @@ class StreamedTeacher:
         self.engine.eval()
         self._check()
         self.swap_files = nvme.SwapFiles(model)
+        # Rows up to this length and longer ones must not share a batch; None: all of them may.
+        self.switch: int | None = None
 
     def _keep_glue_whole(self, streamed: nn.ModuleList) -> None:
         """Norms, position tables and the like stay whole on every rank: small, and used once per
@@ -152,7 +156,9 @@ class StreamedTeacher:
         pass_tokens = max(1, self.config.targets_memory_mb * 2**20 // per_token)
         passes: list[list[list[int]]] = []
         room = 0
-        for chunk in length_groups(lengths, min(chunk_tokens, pass_tokens), CHUNK_OVERHEAD_TOKENS):
+        for chunk in length_groups(
+            lengths, min(chunk_tokens, pass_tokens), CHUNK_OVERHEAD_TOKENS, self.switch
+        ):
             tokens = len(chunk) * lengths[chunk[0]]
             if tokens > room:
                 passes.append([])
@@ -180,9 +186,9 @@ class StreamedTeacher:
             _Chunk(embeds_SE.view(*batch.input_ids_BT.shape, -1))
             for batch, embeds_SE in zip(batches, embedded_1SE[0].split(sizes))
         ]
-        for chunk in chunks:
+        for chunk, batch in zip(chunks, batches):
             with self._doors(chunk.note_call):
-                causal_lm.body_forward(self.model, inputs_embeds=chunk.hidden_BTE)
+                causal_lm.body_forward(self.model, inputs_embeds=chunk.hidden_BTE, **batch.extra)
             chunk.hidden_BTE = chunk.calls[0].hidden  # what the first layer was given
         for index, slot in enumerate(self.slots):
             outputs = slot.streamed(
@@ -195,7 +201,9 @@ class StreamedTeacher:
         selected = []
         for chunk, batch in zip(chunks, batches):
             with self._doors(lambda slot, call, chunk=chunk: chunk.hidden_BTE):
-                last_BTE = causal_lm.body_forward(self.model, inputs_embeds=chunk.embeds_BTE)
+                last_BTE = causal_lm.body_forward(
+                    self.model, inputs_embeds=chunk.embeds_BTE, **batch.extra
+                )
             selected.append(last_BTE.flatten(0, 1).index_select(0, batch.index_N))
         return selected
 
@@ -275,6 +283,19 @@ class StreamedTeacher:
                 ranks.any_rank,
                 heartbeat,
             )
+
+    @torch.no_grad()
+    def try_rows(self, lengths: RowLengths) -> None:
+        """Try rows of these lengths beside each other, in one pass. Collective; raises InputError
+        where a row's result would depend on others.
+        """
+
+        def run(batches: list[SequenceBatch]) -> list[Tensor]:
+            return zero.run_pass(self.engine, lambda: self._stream(batches))
+
+        with self.swap_files.in_use():
+            self.switch = try_rows("teacher", self.model, run, lengths, "use another model")
+        refuse_both_sides("teacher", Source.TEACHER, self.switch, lengths, "seq_kd to false")
 
     @torch.no_grad()
     def _check(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from gkd_ds.data.lengths import RowLengths
 from gkd_ds.learn.head import TeacherHead
 from gkd_ds.records import Completions, Rollout, Sample, TeacherTargets
 from gkd_ds.rollout.sampling import Sampling
@@ -27,6 +28,9 @@ class Teacher(Protocol):
         self, samples: list[Sample], sampling: Sampling, heartbeat: Callable[[], None]
     ) -> Completions:
         """Complete `samples`, for sequence-level distillation."""
+
+    def try_rows(self, lengths: RowLengths) -> None:
+        """Before training: raise InputError where a row's targets would depend on others."""
 
     def whole_head(self) -> AbstractContextManager[TeacherHead]:
         """Around a learn phase: what turns hidden states into logits, whole on every rank."""
