@@ -1,25 +1,21 @@
 """What gkd_ds assumes about a transformers causal language model: a body, an output layer, a list
 of decoder layers.
 
-Assumptions are checked once at start-up (`check_head`), so that an architecture that breaks one is
-refused with a sentence instead of being trained on wrong logits.
+Assumptions are checked at start-up (`check_head`, rollout/ways.py, teacher/streamed.py), so that an
+architecture that breaks one is refused with a sentence instead of being trained on wrong logits.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from gkd_ds.runtime.errors import InputError
-
-# (ids [B, t], mask [B, L + t] or None, positions [B, t], cache) -> logits of the last position [B,
-# V]
-Forward = Callable[[Tensor, "Tensor | None", Tensor, DynamicCache], Tensor]
+from gkd_ds.runtime.errors import InputError, first_line
 
 
 @dataclass(frozen=True)
@@ -58,65 +54,55 @@ class LogitTransform:
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
 
-def body_forward(model: PreTrainedModel, input_ids_BT: Tensor | None = None, **kwargs) -> Tensor:
-    """Last hidden states `[B, T, D]` (after the final norm) of right-padded sequences."""
-    return model.base_model(input_ids=input_ids_BT, use_cache=False, **kwargs).last_hidden_state
+def body(model: PreTrainedModel) -> nn.Module:
+    """The part between token ids and the output layer: the child that holds the input embedding.
 
-
-def decoding_forward(model: PreTrainedModel, vocabulary: int) -> Forward:
-    """The decode loop's view of `model`: logits of the last position, over the shared vocabulary,
-    `[B, V]`.
+    (transformers' `base_model` goes by a prefix, which for some architectures names no attribute.)
     """
-    body, head, transform = (
-        model.base_model,
-        model.get_output_embeddings(),
-        LogitTransform.of(model.config),
-    )
-    # transformers 5.24 renamed the argument; models from the hub that bring their own code may have
-    # the old name.
-    cache_name = (
-        "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
-    )
+    embedding = model.get_input_embeddings()
+    return next(child for child in model.children() if _holds(child, embedding))
 
-    def forward(
-        ids_Bt: Tensor, mask_BL: Tensor | None, positions_Bt: Tensor, cache: DynamicCache
-    ) -> Tensor:
-        hidden_BtD = body(
-            input_ids=ids_Bt,
-            attention_mask=mask_BL,
-            position_ids=positions_Bt,
-            use_cache=True,
-            **{cache_name: cache},
-        ).last_hidden_state
-        return transform.apply_(head(hidden_BtD[:, -1]))[:, :vocabulary]
 
-    return forward
+def body_forward(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
+    """Last hidden states `[B, T, D]` (after the final norm) of right-padded sequences."""
+    return body(model)(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+
+
+def logits(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
+    """The model's logits `[B, T, W]`, by way of body, output layer and transform."""
+    hidden_BTD = body_forward(model, input_ids_BT)
+    return LogitTransform.of(model.config).apply_(model.get_output_embeddings()(hidden_BTD))
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers inside the body.
+    """The list of decoder layers: beside the input embedding, and as long as the model is deep.
 
-    Raises InputError where there is not exactly one.
+    A model may have other lists: the towers of other modalities, which stand further away; small
+    modules, one per layer. Where lengths do not decide, the list with the most modules inside does.
+    Raises InputError where there is none.
     """
-    depth = model.config.get_text_config().num_hidden_layers
-    lists = [
-        m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth
-    ]
-    if not lists:
-        raise InputError(
-            f"{type(model).__name__} has no list of its {depth} decoder layers, which gkd_ds needs "
-            "to stream a teacher "
-            "layer by layer; choose a decoder-only architecture."
-        )
-    return lists[0]
+    embedding = model.get_input_embeddings()
+    around = [m for m in body(model).modules() if m is not embedding and _holds(m, embedding)]
+    for module in reversed(around):  # the innermost first
+        if lists := list(_outermost_lists(module)):
+            depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+            return max(lists, key=lambda found: (len(found) == depth, len(list(found.modules()))))
+    raise InputError(
+        f"{type(model).__name__} has no list of decoder layers, which gkd_ds needs to stream a "
+        "teacher layer by layer; choose a decoder-only architecture."
+    )
 
 
-def kv_elements_per_token(model: PreTrainedModel) -> int:
-    """Numbers in the keys and values of one token of one sequence, in all layers."""
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_dim
+def _holds(module: nn.Module, wanted: nn.Module) -> bool:
+    return any(inside is wanted for inside in module.modules())
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _outermost_lists(child)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -131,6 +117,21 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+@contextmanager
+def refusing(problem: str, remedy: str) -> Iterator[None]:
+    """Around a start-up check: whatever an architecture's own code raises becomes an InputError.
+
+    A lack of memory and a dead rank are no fault of the architecture.
+    """
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError, torch.distributed.DistError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}".rstrip(".: ")
+        raise InputError(f"{problem} ({reason}); {remedy}.") from error
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel, role: str, device: torch.device) -> None:
     """Raise InputError unless transform(output layer(body(ids))) are the model's own logits.
@@ -139,16 +140,16 @@ def check_head(model: PreTrainedModel, role: str, device: torch.device) -> None:
     something other than the body's last hidden state. Collective where parameters are partitioned:
     call inside the engine's root.
     """
-    ids_BT = torch.arange(1, 9, device=device).remainder(model.config.get_text_config().vocab_size)[
-        None
-    ]
-    theirs = model(input_ids=ids_BT, use_cache=False).logits.float()
-    head, transform = model.get_output_embeddings(), LogitTransform.of(model.config)
-    ours = transform.apply_(head(body_forward(model, ids_BT))).float()
-    scale = theirs.abs().max().clamp(min=1.0)
-    if theirs.shape != ours.shape or (theirs - ours).abs().max() > 0.02 * scale:
-        raise InputError(
-            f"the {role} ({type(model).__name__}) computes its logits in a way gkd_ds does not "
-            "know, so its divergence "
-            "would be wrong; use a model whose logits are its output layer, scaled or soft-capped."
-        )
+    problem = (
+        f"the {role} ({type(model).__name__}) computes its logits in a way gkd_ds does not know, "
+        "so its divergence would be wrong"
+    )
+    remedy = "use a model whose logits are its output layer, scaled or soft-capped"
+    vocabulary = model.config.get_text_config().vocab_size
+    ids_BT = torch.arange(1, 9, device=device).remainder(vocabulary)[None]
+    with refusing(problem, remedy):
+        theirs = model(input_ids=ids_BT, use_cache=False).logits.float()
+        ours = logits(model, ids_BT).float()
+        scale = theirs.abs().max().clamp(min=1.0)
+        if theirs.shape != ours.shape or (theirs - ours).abs().max() > 0.02 * scale:
+            raise InputError(f"{problem}; {remedy}.")
