@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gkd_ds.engine.decoding_forwards import CachedForward, cached_forward
+from gkd_ds.engine.causal_lm import CachedForward, cached_forward
 
 
 @dataclass(frozen=True)

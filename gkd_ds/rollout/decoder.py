@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gkd_ds.engine.cache_size import measured
-from gkd_ds.engine.causal_lm import logits
-from gkd_ds.engine.decoding_forwards import cached_forward, decoding_forward, whole_forward
+from gkd_ds.engine.causal_lm import cached_forward, decoding_forward, logits, whole_forward
 from gkd_ds.learn.student import Student
 from gkd_ds.records import Completions, Rollout, Sample, Source, sequence_batch
 from gkd_ds.rollout.batch import Batch
