@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_ds.data.lengths import RowLengths
+from gkd_ds.engine import causal_lm
 from gkd_ds.records import SequenceBatch, Source
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError, first_line
@@ -95,7 +96,7 @@ class _Rows:
     def __init__(self, model: PreTrainedModel, shortest: int):
         self.short = min(max(shortest, FEWEST), MOST)
         self.vocabulary = model.config.get_text_config().vocab_size
-        parameters = inspect.signature(model.base_model.forward).parameters
+        parameters = inspect.signature(causal_lm.body(model).forward).parameters
         self.takes_positions = "position_ids" in parameters
         self.device = get_accelerator().current_device_name()
         self.ids_T = self._ids(self.short - 1, 7)
