@@ -9,7 +9,7 @@ from transformers.trainer_callback import TrainerState
 
 from gkd_ds.checkpoint import export, store
 from gkd_ds.checkpoint.model_card import Card
-from gkd_ds.engine import loading, zero
+from gkd_ds.engine import sources, zero
 from gkd_ds.engine.inputs import Inputs
 from gkd_ds.learn.student import Student
 from gkd_ds.runtime import ranks
@@ -20,7 +20,7 @@ class Publisher:
 
     def __init__(self, inputs: Inputs, student: Student, state: TrainerState):
         self.inputs, self.student, self.state = inputs, student, state
-        self.names = (loading.name_of(inputs.student), loading.name_of(inputs.teacher))
+        self.names = (sources.name_of(inputs.student), sources.name_of(inputs.teacher))
 
     def save(self, directory: str | Path) -> None:
         """Write a Hugging Face directory. A collective.

@@ -38,7 +38,7 @@ class Checkpoint:
     """
 
     def __init__(self, source: str, dtype: torch.dtype, init_kwargs: dict[str, Any]):
-        self.init_kwargs = dict(init_kwargs)
+        self.source, self.init_kwargs = source, dict(init_kwargs)
         quantization = self.init_kwargs.pop("quantization_config", None)  # no change of the file's
         config, self.init_kwargs = AutoConfig.from_pretrained(
             source, return_unused_kwargs=True, **self.init_kwargs
