@@ -10,8 +10,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from gkd_ds.runtime.errors import name_list
-
 logger = logging.getLogger(__name__)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -29,18 +27,21 @@ def problem(model: PreTrainedModel, report: dict[str, Any], is_changed: bool = F
     left_out = beyond if missing else _parts_of_it(model, beyond, is_changed)
     faults = []
     if missing:
-        faults.append(f"{_count(missing)} missing ({name_list(missing, 3)})")
+        faults.append(f"{_count(missing)} missing ({_some(missing)})")
     if other:
         name, found, wanted = other[0]
-        more = ", ..." if len(other) > 1 else ""
-        shapes = f"{name!r} is {list(found)} and should be {list(wanted)}{more}"
-        faults.append(f"{_count(other)} of another shape ({shapes})")
+        shapes = f"{name!r} is {list(found)} and should be {list(wanted)}"
+        faults.append(f"{_count(other)} of another shape ({shapes}{', ...' * (len(other) > 1)})")
     if left_out:
-        faults.append(f"{_count(left_out)} without a place in it ({name_list(left_out, 3)})")
+        faults.append(f"{_count(left_out)} without a place in it ({_some(left_out)})")
     if not faults and beyond:
-        names = name_list(beyond, 3)
-        logger.warning("%s has no use for these weights: %s.", type(model).__name__, names)
+        kind = type(model).__name__
+        logger.warning("%s has no use for these weights: %s.", kind, _some(beyond))
     return ", ".join(faults) or None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + ", ..." * (len(names) > 3)
 
 
 def _count(names: list) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import find_adapter_config_file
 
 from gkd_ds.config.config import GKDConfig
@@ -191,10 +192,15 @@ def refuse_adapter(model: str, role: str, given: dict | None) -> None:
 
 
 def _refuse_encoder(config: PretrainedConfig, what: str) -> None:
+    kind, is_decoder = config.model_type, config.to_dict().get("is_decoder", True)
     if config.is_encoder_decoder:
         raise InputError(
-            f"{what} is an encoder-decoder ({config.model_type}); choose a decoder-only causal "
-            "language model."
+            f"{what} is an encoder-decoder ({kind}); choose a decoder-only causal language model."
+        )
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder:
+        raise InputError(
+            f"{what} is an encoder ({kind} without is_decoder), where every token sees those after "
+            "it; choose a decoder-only causal language model."
         )
 
 

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import get_checkpoint_shard_files
@@ -52,8 +53,8 @@ class Checkpoint:
         self.tied: dict[str, str] = dict(shapes.all_tied_weights_keys)
         self.is_changed = not config.to_dict().keys().isdisjoint(init_kwargs)
         self.files = [] if "gguf_file" in init_kwargs else _files(source, init_kwargs)
-        is_quantized = quantization or config.to_dict().get("quantization_config")
-        self.is_comparable = bool(self.files) and not is_quantized
+        quantization = quantization or config.to_dict().get("quantization_config")
+        self.is_comparable = bool(self.files) and not _is_quantized(quantization)
 
     def look(self) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The model without weights, and transformers' report of how the files fit it; in its
@@ -141,6 +142,13 @@ def _taken(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     for name, shape in model.named_parameters(remove_duplicate=False):
         if "taken" in vars(shape):
             yield name, shape.taken
+
+
+def _is_quantized(settings: Any) -> bool:
+    """Whether transformers quantizes by these settings; it ignores those it does not know."""
+    if isinstance(settings, dict):
+        return AutoHfQuantizer.supports_quant_method(settings)
+    return settings is not None
 
 
 def _files(source: str, init_kwargs: dict[str, Any]) -> list[str]:
