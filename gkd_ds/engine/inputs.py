@@ -100,6 +100,8 @@ def _check_models(config: GKDConfig, student: Any, teacher: Any) -> None:
     sources.refuse_ignored(
         teacher, "teacher", teacher_model_init_kwargs=config.teacher_model_init_kwargs
     )
+    sources.set_attention(student, "student", config)
+    sources.set_attention(teacher, "teacher", config)
     config.validate_files()
     sources.require_safetensors(student, config.model_init_kwargs)
     sources.require_safetensors(teacher, config.teacher_model_init_kwargs)

@@ -57,7 +57,8 @@ def load_tokenizer(model: Model, given: Any, config: GKDConfig) -> PreTrainedTok
     )
     if tokenizer is None:
         raise InputError(
-            f"the student {sources.name_of(model)!r} comes without a tokenizer; pass processing_class."
+            f"the student {sources.name_of(model)!r} comes without a tokenizer; pass "
+            "processing_class."
         )
     for template in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
         if not re.fullmatch(r"\w[\w.-]*", template):
@@ -88,8 +89,8 @@ def generation_config(model: Model, init_kwargs: dict | None) -> GenerationConfi
         if not is_damaged:
             return None
         raise InputError(
-            f"the generation config of model {model!r} cannot be read ({sources.reason(error)}); get it "
-            "again, or delete it."
+            f"the generation config of model {model!r} cannot be read ({sources.reason(error)}); "
+            "get it again, or delete it."
         ) from error
 
 

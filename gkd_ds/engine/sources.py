@@ -84,6 +84,21 @@ def refuse_ignored(model: Model, role: str, **settings: Any) -> None:
             raise InputError(f"{name} is set but the {role} is already a model; drop one of them.")
 
 
+def set_attention(model: Model, role: str, config: GKDConfig) -> None:
+    """Give an object the attention that a name would be loaded with. Raises InputError where it is
+    unknown or not installed.
+    """
+    if not isinstance(model, PreTrainedModel) or not config.attn_implementation:
+        return
+    try:
+        model.set_attn_implementation(config.attn_implementation)
+    except (ValueError, ImportError) as error:
+        raise InputError(
+            f"the {role} cannot have the attention that attn_implementation names "
+            f"({reason(error)}); choose another one."
+        ) from error
+
+
 def require_safetensors(model: Model, init_kwargs: dict | None) -> None:
     """Raise InputError for a directory whose weights are pickles only (loading a pickle may run
     code) or damaged.
