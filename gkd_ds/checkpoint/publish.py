@@ -9,7 +9,7 @@ from transformers.trainer_callback import TrainerState
 
 from gkd_ds.checkpoint import export, store
 from gkd_ds.checkpoint.model_card import Card
-from gkd_ds.engine import loading, zero
+from gkd_ds.engine import sources, zero
 from gkd_ds.engine.inputs import Inputs
 from gkd_ds.learn.student import Student
 from gkd_ds.runtime import ranks
@@ -23,7 +23,7 @@ class Publisher:
         self.inputs, self.student, self.state = inputs, student, state
         # The update whose weights the student has, where it is not that of the run.
         self.best_step: int | None = None
-        self.names = (loading.name_of(inputs.student), loading.name_of(inputs.teacher))
+        self.names = (sources.name_of(inputs.student), sources.name_of(inputs.teacher))
 
     def refuse_unwritable(self) -> None:
         """Raise InputError for a student that transformers reads but does not write: one that was

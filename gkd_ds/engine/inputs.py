@@ -14,7 +14,7 @@ from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.examples import Examples, tokenize
 from gkd_ds.data.lengths import RowLengths
 from gkd_ds.data.tokenizer import stop_token_ids
-from gkd_ds.engine import loading
+from gkd_ds.engine import loading, sources
 from gkd_ds.engine.positions import check_positions
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.provenance import library_versions
@@ -27,8 +27,8 @@ class Inputs:
     """
 
     config: GKDConfig
-    student: loading.Model
-    teacher: loading.Model
+    student: sources.Model
+    teacher: sources.Model
     tokenizer: PreTrainedTokenizerBase
     stop_ids: list[int]
     train: Examples | None
@@ -122,17 +122,22 @@ class Inputs:
 
 
 def _check_models(config: GKDConfig, student: Any, teacher: Any) -> None:
-    loading.require_causal_lm(student, "student")
-    loading.require_causal_lm(teacher, "teacher")
-    loading.refuse_ignored(
+    sources.require_causal_lm(student, "student")
+    sources.require_causal_lm(teacher, "teacher")
+    sources.refuse_shared_weights(student, teacher)
+    sources.refuse_ignored(
         student, "student", model_init_kwargs=config.model_init_kwargs, dtype=config.dtype
     )
-    loading.refuse_ignored(
+    sources.refuse_ignored(
         teacher, "teacher", teacher_model_init_kwargs=config.teacher_model_init_kwargs
     )
+    sources.set_attention(student, "student", config)
+    sources.set_attention(teacher, "teacher", config)
     config.validate_files()
-    loading.require_safetensors(student, config.model_init_kwargs)
-    loading.require_safetensors(teacher, config.teacher_model_init_kwargs)
+    sources.require_safetensors(student, config.model_init_kwargs)
+    sources.require_safetensors(teacher, config.teacher_model_init_kwargs)
+    sources.require_whole(student, "student", config, config.model_init_kwargs)
+    sources.require_whole(teacher, "teacher", config, config.teacher_model_init_kwargs)
 
 
 def _tokenize_sets(

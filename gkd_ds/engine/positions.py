@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.engine import loading
+from gkd_ds.engine import loading, sources
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
 
@@ -29,7 +29,7 @@ def check_positions(
     What limits rows in another way (a table of rotations, say) shows when the longest row is tried
     (startup_checks.py).
     """
-    text = loading.model_config(model, config, init_kwargs).get_text_config()
+    text = sources.model_config(model, config, init_kwargs).get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is None or longest <= positions:
         return

@@ -54,10 +54,10 @@ class _Zero3Loading:
 
 
 def load(
-    source: str, ds_config: dict[str, Any], dtype: torch.dtype, **init_kwargs: Any
-) -> PreTrainedModel:
-    """`from_pretrained` under `ds_config`: at ZeRO-3 every parameter is partitioned as soon as it
-    exists.
+    source: str, ds_config: dict[str, Any], **init_kwargs: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """`from_pretrained` under `ds_config`, with its report of missing, other and unused weights: at
+    ZeRO-3 every parameter is partitioned as soon as it exists.
 
     Rank 0 maps the checkpoint's files and hands the ranks one module after the other; nobody holds
     the whole model.
@@ -66,7 +66,9 @@ def load(
     set_hf_deepspeed_config(loading)
     try:
         with accelerator.loading():
-            return AutoModelForCausalLM.from_pretrained(source, **{"dtype": dtype, **init_kwargs})
+            return AutoModelForCausalLM.from_pretrained(
+                source, output_loading_info=True, **init_kwargs
+            )
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"the weights of {source!r} cannot be read ({first_line(error)}); get them again."
@@ -270,6 +272,24 @@ def is_only_on_nvme(parameter: nn.Parameter) -> bool:
     return (
         is_on_nvme(parameter) and parameter.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE
     )
+
+
+@contextmanager
+def own_part(parameter: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """This rank's part of a partitioned parameter, flat, and the number of its first element in the
+    whole; all of a parameter or buffer that is not partitioned. Collective for one on NVMe.
+    """
+    if not is_partitioned(parameter):
+        yield parameter, 0
+        return
+    size = parameter.ds_tensor.ds_numel
+    begin = min(deepspeed.comm.get_rank() * size, parameter.ds_numel)
+    end = min(begin + size, parameter.ds_numel)  # the last part is padded
+    if is_only_on_nvme(parameter):
+        with gathered([parameter]):
+            yield parameter.flatten()[begin:end], begin
+    else:
+        yield parameter.ds_tensor[: end - begin], begin
 
 
 def full_numel(parameter: nn.Parameter) -> int:

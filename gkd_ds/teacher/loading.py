@@ -8,11 +8,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.engine import accelerator, loading
+from gkd_ds.engine import accelerator, loading, sources
 from gkd_ds.teacher import nvme
 
 
-def load(model: loading.Model, config: GKDConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load(model: sources.Model, config: GKDConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The teacher's model and the DeepSpeed configuration for its engine. Collective.
 
     The read buffers of a teacher on NVMe are made while it is loaded, so they are fitted before.
