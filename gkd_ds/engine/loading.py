@@ -91,8 +91,8 @@ def generation_config(model: Model, init_kwargs: dict | None) -> GenerationConfi
             )
             if is_damaged:
                 raise InputError(
-                    f"the generation config of model {model!r} cannot be read ({sources.reason(error)}); "
-                    "get it again, or delete it."
+                    f"the generation config of model {model!r} cannot be read "
+                    f"({sources.reason(error)}); get it again, or delete it."
                 ) from error
     return None
 
