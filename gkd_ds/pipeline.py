@@ -36,6 +36,7 @@ from gkd_ds.rollout.engine import RolloutEngine
 from gkd_ds.rollout.sampling import Sampling
 from gkd_ds.runtime import faults, ranks
 from gkd_ds.runtime.watchdog import Watchdog
+from gkd_ds.teacher.base import BaseTeacher
 from gkd_ds.teacher.loading import load as load_teacher
 from gkd_ds.teacher.streamed import StreamedTeacher
 from gkd_ds.teacher.teacher import Teacher
@@ -84,23 +85,9 @@ class Pipeline:
     ) -> Pipeline:
         """Load both models and build their engines, the teacher first. Raises InputError."""
         config, counters = inputs.config, Counters()
-        model, ds_config = load_teacher(inputs.teacher, config)
-        teacher = StreamedTeacher(
-            model, config, ds_config, inputs.vocabulary, inputs.pad_id, counters
-        )
-        ds_config = loading.student_ds_config(inputs.student, config)
-        model = loading.load_student(inputs.student, config, ds_config)
-        engine_class = rollout_engine_class(config, model)
-        student = Student(
-            model,
-            config,
-            ds_config,
-            inputs.vocabulary,
-            total_updates,
-            counters,
-            optimizers,
-            prepare=engine_class.prepare,
-        )
+        separate = None if inputs.teacher_is_base else _streamed_teacher(inputs, counters)
+        student, rollout_engine = _student(inputs, total_updates, counters, optimizers)
+        teacher = separate or BaseTeacher(student, inputs.pad_id)
         sampling = Sampling(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
@@ -113,7 +100,7 @@ class Pipeline:
         objective = generalized_jsd_objective(config.beta, config.divergence_temperature)
         return cls(
             student,
-            engine_class(student),
+            rollout_engine,
             teacher,
             objective,
             sampling,
@@ -275,6 +262,41 @@ class Pipeline:
             [i for i, length in zip(group, lengths) for _ in range(length)], dtype=torch.long
         )
         sums_4R.index_add_(1, owner.to(sums_4R.device), per_token_4N)
+
+
+def _streamed_teacher(inputs: Inputs, counters: Counters) -> StreamedTeacher:
+    config = inputs.config
+    model, ds_config = load_teacher(inputs.teacher, config)
+    if inputs.teacher_adapter is not None:
+        inputs.teacher_adapter.attach(model, trainable=False)
+    return StreamedTeacher(model, config, ds_config, inputs.vocabulary, inputs.pad_id, counters)
+
+
+def _student(
+    inputs: Inputs, total_updates: int, counters: Counters, optimizers: tuple
+) -> tuple[Student, RolloutEngine]:
+    config = inputs.config
+    ds_config = loading.student_ds_config(inputs.student, config)
+    model = loading.load_student(inputs.student, config, ds_config)
+    engine_class = rollout_engine_class(config, model)
+    adapter = None
+    if inputs.student_adapter is not None:
+        torch.manual_seed(
+            config.seed
+        )  # a new adapter's numbers depend on nothing that was drawn before
+        adapter = inputs.student_adapter.attach(model, trainable=True)
+    student = Student(
+        model,
+        config,
+        ds_config,
+        inputs.vocabulary,
+        total_updates,
+        counters,
+        optimizers,
+        prepare=engine_class.prepare,
+        adapter=adapter,
+    )
+    return student, engine_class(student)
 
 
 def _rollouts(

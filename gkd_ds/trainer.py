@@ -68,7 +68,6 @@ class GKDTrainer(WindowLoop):
             data_collator=data_collator,
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            peft_config=peft_config,
             formatting_func=formatting_func,
         )
         check_hostfile()
@@ -76,7 +75,13 @@ class GKDTrainer(WindowLoop):
         # The time budget includes loading, and a stop file that appears meanwhile counts.
         interrupts = Interrupts(config.stop_path, config.max_runtime)
         inputs = Inputs.read(
-            config, model, teacher_model, train_dataset, eval_dataset, processing_class
+            config,
+            model,
+            teacher_model,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config,
         )
         refuse_impossible_evaluation(config, inputs.evaluation)
         _start(inputs)

@@ -100,6 +100,10 @@ class GKDConfig(ReadAsTrainingArguments, UnsupportedFields):
     )
     disable_dropout: bool = option(True, "Switch dropout off in the student.")
 
+    merge_on_export: bool = option(
+        False, "Write a student with an adapter as one plain model, not as an adapter."
+    )
+
     dataset_name: str | None = option(
         None, "A hub name, a JSON, JSONL or Parquet file, or a directory of them.", heading="Data"
     )

@@ -13,15 +13,17 @@ from transformers import PreTrainedTokenizerBase
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.examples import Examples, tokenize
 from gkd_ds.data.tokenizer import stop_token_ids
-from gkd_ds.engine import loading
+from gkd_ds.engine import adapters, loading
+from gkd_ds.engine.adapters import Adapter
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.provenance import library_versions
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """`student` and `teacher` are names or models. `evaluation` holds the evaluation sets by name;
-    a single one has the empty name. `vocabulary` is the number of token ids that both models score.
+    """`student` and `teacher` are names or models; of one with an adapter, its base. `evaluation`
+    holds the evaluation sets by name; a single one has the empty name. `vocabulary` is the number
+    of token ids that both models score.
     """
 
     config: GKDConfig
@@ -32,6 +34,8 @@ class Inputs:
     train: Examples | None
     evaluation: dict[str, Examples]
     vocabulary: int
+    student_adapter: Adapter | None = None
+    teacher_adapter: Adapter | None = None
 
     @classmethod
     def read(
@@ -42,10 +46,13 @@ class Inputs:
         train_dataset: Any,
         eval_dataset: Any,
         processing_class: Any,
+        peft_config: Any = None,
     ) -> Inputs:
         """Tokenize the data and check what can be checked. Raises InputError."""
         student = model if model is not None else config.model_name_or_path
         teacher = teacher_model if teacher_model is not None else config.teacher_model_name_or_path
+        student, student_adapter = adapters.split(student, peft_config)
+        teacher, teacher_adapter = adapters.split(teacher, None, "teacher")
         _check_models(config, student, teacher)
         tokenizer = loading.load_tokenizer(student, processing_class, config)
         # Only whether it can be read.
@@ -60,13 +67,39 @@ class Inputs:
         vocabulary = loading.shared_vocabulary(student, teacher, tokenizer, config)
         for examples in (train, *evaluation.values()):
             loading.require_known_tokens(examples, vocabulary)
-        return cls(config, student, teacher, tokenizer, stop_ids, train, evaluation, vocabulary)
+        return cls(
+            config,
+            student,
+            teacher,
+            tokenizer,
+            stop_ids,
+            train,
+            evaluation,
+            vocabulary,
+            student_adapter,
+            teacher_adapter,
+        )
 
     @property
     def pad_id(self) -> int:
         """Padding is told by position, so any token will do where the models have none for it."""
         pad_id = self.tokenizer.pad_token_id
         return pad_id if pad_id < self.vocabulary else 0
+
+    @property
+    def teacher_is_base(self) -> bool:
+        """Whether the teacher is what the student's adapter was put on: then one copy serves
+        both.
+        """
+        config = self.config
+        same_source = self.student is self.teacher or (
+            isinstance(self.student, str)
+            and self.student == self.teacher
+            and config.model_init_kwargs == config.teacher_model_init_kwargs
+            and config.dtype in (None, "auto")
+        )
+        alone = self.student_adapter is not None and self.teacher_adapter is None
+        return alone and same_source and config.teacher_deepspeed is None
 
     def tokenize_evaluation(self, dataset: Any) -> dict[str, Examples]:
         """Another evaluation set than the trainer's, as `evaluation` has it. Raises InputError."""

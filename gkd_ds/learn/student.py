@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from gkd_ds.learn.head import LossHead, LossInputs
 from gkd_ds.records import SequenceBatch
 from gkd_ds.runtime import ranks
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 class Student:
     """Wraps `model` (whole, or partitioned by `zero.load`) in a DeepSpeed engine.
@@ -29,7 +32,8 @@ class Student:
     Args: `total_updates` is the length of the learning-rate schedule; `vocabulary` the number V of
     token ids that the student and the teacher share; `optimizers` an optional (torch optimizer,
     scheduler) pair of the caller; `prepare` changes what the engine is made of, before it exists
-    (RolloutEngine.prepare). Raises InputError when the architecture's logits cannot be reproduced.
+    (RolloutEngine.prepare); `adapter` is what peft has put into `model`, of which only that is
+    trained. Raises InputError when the architecture's logits cannot be reproduced.
     """
 
     def __init__(
@@ -42,7 +46,9 @@ class Student:
         counters: Counters,
         optimizers: tuple = (None, None),
         prepare: Callable[[dict[str, Any], zero.EngineRoot, PreTrainedModel], None] | None = None,
+        adapter: PeftModel | None = None,
     ):
+        self.adapter = adapter
         self.model, self.config, self.vocabulary, self.counters = (
             model,
             config,

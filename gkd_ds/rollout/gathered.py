@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from gkd_ds.engine import accelerator, causal_lm, zero
+from gkd_ds.engine import accelerator, adapters, causal_lm, zero
 from gkd_ds.learn.head import LossHead
 from gkd_ds.records import Completions, Sample
 from gkd_ds.rollout.decoding import decode
@@ -25,11 +25,14 @@ class Gathered(RolloutEngine):
 
     @contextmanager
     def window(self) -> Iterator[None]:
-        """The whole student on every rank, laid out for products of few rows."""
+        """The whole student on every rank, its adapter merged, laid out for products of few
+        rows.
+        """
         student = self.student
         with (
             student.sampling(),
             zero.gathered_parameters(student.engine, student.counters),
+            adapters.merged(student.model),
             accelerator.fast_decoding(student.model, linear=(nn.Linear, LossHead)),
         ):
             yield
