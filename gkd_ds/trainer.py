@@ -25,6 +25,7 @@ from gkd_ds.data.windows import Windows
 from gkd_ds.engine import process
 from gkd_ds.engine.inputs import Inputs
 from gkd_ds.learn import trl
+from gkd_ds.learn.optim import require_optimizer
 from gkd_ds.loop import WindowLoop
 from gkd_ds.monitor.evaluation import (
     evaluate_sets,
@@ -72,6 +73,8 @@ class GKDTrainer(WindowLoop):
         )
         check_hostfile()
         config = args if args is not None else GKDConfig()
+        config.validate()  # fields may have been set since it was made
+        require_optimizer(config)
         # The time budget includes loading, and a stop file that appears meanwhile counts.
         interrupts = Interrupts(config.stop_path, config.max_runtime)
         inputs = Inputs.read(
@@ -187,9 +190,8 @@ class GKDTrainer(WindowLoop):
 def _start(inputs: Inputs) -> None:
     """Join the other ranks, and see that they were started alike. A collective."""
     config = inputs.config
-    if config.log_level != "passive":
-        level = config.log_level.replace("detail", "info").upper()
-        logging.getLogger("gkd_ds").setLevel(level)
+    if (config.log_level if config.should_log else config.log_level_replica) != "passive":
+        logging.getLogger("gkd_ds").setLevel(config.get_process_log_level())
     process.start(config)
     inputs.refuse_different_ranks()
     torch.manual_seed(config.seed)

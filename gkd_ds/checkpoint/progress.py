@@ -6,7 +6,6 @@ and done anyway.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -16,7 +15,8 @@ from typing import Any
 from transformers.trainer_callback import TrainerState
 
 from gkd_ds.checkpoint.manifest import MANIFEST, Manifest
-from gkd_ds.config.config import GKDConfig, groups
+from gkd_ds.config.config import GKDConfig
+from gkd_ds.config.fields import GROUPS, OPTIONS
 from gkd_ds.monitor.guards import BadUpdates, RateLimit, WindowStats
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
@@ -197,13 +197,12 @@ def differences(found: Manifest, config: GKDConfig) -> list[str]:
     """One sentence for each setting or library that is not what it was when the checkpoint was
     written.
     """
-    unimportant = {field.name for group in WITHOUT_INFLUENCE for field in groups()[group]}
+    unimportant = {option.name for group in WITHOUT_INFLUENCE for option in GROUPS[group]}
     unimportant.add("local_rank")
     changes = []
     now = json.loads(json.dumps(redact(config.to_dict())))
     before = found.state["config"]
-    for option in dataclasses.fields(GKDConfig):
-        name = option.name
+    for name in OPTIONS:
         if name not in unimportant and name in before and before[name] != now.get(name):
             changes.append((name, before[name], now.get(name)))
     for name, version in library_versions().items():

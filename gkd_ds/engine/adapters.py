@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gkd_ds.config.config import GKDConfig
 from gkd_ds.engine import zero
 from gkd_ds.runtime.errors import InputError, first_line
 
@@ -65,6 +66,25 @@ class Adapter:
                 f"the adapter does not fit {type(base).__name__} ({first_line(error)}); check its "
                 "target_modules, or train the adapter on this model."
             ) from error
+
+
+def of_fields(config: GKDConfig) -> PeftConfig | None:
+    """The adapter that the fields ask for (TRL's flags); None where `use_peft` is false."""
+    if not config.use_peft:
+        return None
+    modules = config.lora_target_modules
+    return _peft().LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        # As peft and TRL: a single name may be "all-linear" or a pattern.
+        target_modules=modules[0] if isinstance(modules, list) and len(modules) == 1 else modules,
+        target_parameters=config.lora_target_parameters,
+        modules_to_save=config.lora_modules_to_save,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+    )
 
 
 def split(model: Any, peft_config: Any, role: str = "student") -> tuple[Any, Adapter | None]:

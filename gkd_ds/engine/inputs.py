@@ -51,6 +51,8 @@ class Inputs:
         """Tokenize the data and check what can be checked. Raises InputError."""
         student = model if model is not None else config.model_name_or_path
         teacher = teacher_model if teacher_model is not None else config.teacher_model_name_or_path
+        if peft_config is None:
+            peft_config = adapters.of_fields(config)
         student, student_adapter = adapters.split(student, peft_config)
         teacher, teacher_adapter = adapters.split(teacher, None, "teacher")
         _check_models(config, student, teacher)

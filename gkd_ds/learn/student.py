@@ -19,6 +19,7 @@ from gkd_ds.engine import accelerator, causal_lm, zero
 from gkd_ds.engine.causal_lm import LogitTransform
 from gkd_ds.engine.counters import Counters
 from gkd_ds.learn.head import LossHead, LossInputs
+from gkd_ds.learn.optim import optimizer_class
 from gkd_ds.records import SequenceBatch
 from gkd_ds.runtime import ranks
 
@@ -176,8 +177,8 @@ class Student:
 
 
 def _optimizer(model: PreTrainedModel, config: GKDConfig) -> torch.optim.Optimizer:
-    """AdamW over all trainable parameters; vectors (biases, norms) are not decayed, as in
-    transformers.
+    """What `optim` names, over all trainable parameters; vectors (biases, norms) are not decayed,
+    as in transformers.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -187,21 +188,15 @@ def _optimizer(model: PreTrainedModel, config: GKDConfig) -> torch.optim.Optimiz
         },
         {"params": [p for p in trainable if len(zero.full_shape(p)) <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=config.optim == "adamw_torch_fused",
-    )
+    optimizer, settings = optimizer_class(config, model)
+    return optimizer(**{"params": [group for group in groups if group["params"]], **settings})
 
 
 def _schedule(optimizer, config: GKDConfig, total_updates: int):
-    warmup = config.warmup_steps or int(-(-total_updates * config.warmup_ratio // 1))
     return get_scheduler(
         config.lr_scheduler_type,
         optimizer,
-        warmup,
+        config.get_warmup_steps(total_updates),
         total_updates,
         scheduler_specific_kwargs=config.lr_scheduler_kwargs,
     )
