@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_ds.config.config import GKDConfig
+from gkd_ds.config.paths import ADAPTER_CONFIG
 from gkd_ds.engine import zero
 from gkd_ds.runtime.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,28 @@ def split(model: Any, peft_config: Any, role: str = "student") -> tuple[Any, Ada
         )
     _require_lora(peft_config, role)
     return model, Adapter(config=peft_config)
+
+
+def is_base(
+    config: GKDConfig,
+    student: Any,
+    student_adapter: Adapter | None,
+    teacher: Any,
+    teacher_adapter: Adapter | None,
+) -> bool:
+    """Whether the teacher is what the student's adapter is put on, loaded in the same way."""
+    alike = student is teacher or (
+        isinstance(student, str)
+        and student == teacher
+        and config.model_init_kwargs == config.teacher_model_init_kwargs
+        and config.dtype in (None, "auto")
+    )
+    return (
+        alike
+        and student_adapter is not None
+        and teacher_adapter is None
+        and config.teacher_deepspeed is None
+    )
 
 
 def _base_of(directory: str) -> str:
@@ -207,6 +228,19 @@ def without(wrapped: PeftModel) -> Iterator[None]:
     finally:
         for parameter in trainable:  # peft asks again for what it trains, in its own way
             parameter.requires_grad_(True)
+
+
+def settings(wrapped: PeftModel | None) -> dict[str, Any] | None:
+    """What must be the same for an adapter to go on from its weights, as JSON has it; None for
+    none.
+    """
+    if wrapped is None:
+        return None
+    known = wrapped.active_peft_config.to_dict()
+    # Where it came from, and how it began, is past.
+    for name in ("base_model_name_or_path", "inference_mode", "peft_version", "revision"):
+        known.pop(name, None)
+    return json.loads(json.dumps(known, default=lambda value: sorted(map(str, value))))
 
 
 # -- writing ----------------------------------------------------------------------------------

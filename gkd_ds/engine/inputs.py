@@ -93,15 +93,9 @@ class Inputs:
         """Whether the teacher is what the student's adapter was put on: then one copy serves
         both.
         """
-        config = self.config
-        same_source = self.student is self.teacher or (
-            isinstance(self.student, str)
-            and self.student == self.teacher
-            and config.model_init_kwargs == config.teacher_model_init_kwargs
-            and config.dtype in (None, "auto")
+        return adapters.is_base(
+            self.config, self.student, self.student_adapter, self.teacher, self.teacher_adapter
         )
-        alone = self.student_adapter is not None and self.teacher_adapter is None
-        return alone and same_source and config.teacher_deepspeed is None
 
     def tokenize_evaluation(self, dataset: Any) -> dict[str, Examples]:
         """Another evaluation set than the trainer's, as `evaluation` has it. Raises InputError."""

@@ -154,9 +154,10 @@ def gathered_parameters(engine, counters: Counters) -> Iterator[None]:
         with _plain_linear():
             yield
         return
-    offload = _parameter_offload(engine)
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())), _plain_linear():
+    offload, parameters = _parameter_offload(engine), list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters), _plain_linear():
         counters.student_gathers += 1
+        counters.student_bytes += sum(full_numel(p) * p.element_size() for p in parameters)
         for hook in offload.forward_hooks + offload.backward_hooks:
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []

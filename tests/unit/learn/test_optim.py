@@ -24,7 +24,12 @@ def test_the_names_are_transformers():
     [
         ("adamw_torch", None, torch.optim.AdamW, {"betas": (0.8, 0.999), "eps": 1e-8}),
         ("adamw_torch_fused", None, torch.optim.AdamW, {"fused": True}),
-        ("sgd", "momentum=0.9, nesterov=true", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        (
+            "sgd",
+            "momentum=0.9, nesterov=true",
+            torch.optim.SGD,
+            {"momentum": 0.9, "nesterov": True},
+        ),
         ("rmsprop", "alpha=0.5,centered=1", torch.optim.RMSprop, {"alpha": 0.5, "centered": True}),
         ("adagrad", "lr_decay=0.5", torch.optim.Adagrad, {"lr_decay": 0.5}),
         ("adafactor", None, Adafactor, {"scale_parameter": False}),
@@ -70,7 +75,9 @@ def test_a_package_that_is_missing_is_named(optim, package):
     assert_one_sentence(str(caught.value), f"'optim' is {optim}", package)
 
 
-@pytest.mark.parametrize("optim", [name for name in OPTIMIZERS if "lomo" in name or "layer" in name])
+@pytest.mark.parametrize(
+    "optim", [name for name in OPTIMIZERS if "lomo" in name or "layer" in name]
+)
 def test_those_that_update_during_backward_are_refused(optim):
     with pytest.raises(InputError, match="while gradients are computed"):
         GKDConfig(optim=optim)
