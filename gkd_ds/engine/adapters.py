@@ -123,12 +123,13 @@ def is_base(
     teacher_adapter: Adapter | None,
 ) -> bool:
     """Whether the teacher is what the student's adapter is put on, loaded in the same way."""
-    alike = student is teacher or (
-        isinstance(student, str)
-        and student == teacher
-        and config.model_init_kwargs == config.teacher_model_init_kwargs
-        and config.dtype in (None, "auto")
-    )
+    alike = student is teacher
+    if isinstance(student, str):
+        alike = (
+            student == teacher
+            and config.model_init_kwargs == config.teacher_model_init_kwargs
+            and config.dtype in (None, "auto")
+        )
     return (
         alike
         and student_adapter is not None
