@@ -7,8 +7,11 @@
 A row has `messages` (a list of {role, content}), or `prompt` and `completion` (both strings, or
 both lists of messages). The prompt is every message before the last assistant turn, rendered with
 the tokenizer's chat template and its generation prompt; the completion is that turn up to and
-including its end-of-turn token. Strings are not rendered: the prompt gets the special tokens the
-tokenizer puts in front of text, the completion an end-of-sequence token. Other columns are ignored.
+including its end-of-turn token (turns.py). `tools` (JSON schemas) and `chat_template_kwargs` (an
+object) are given to the template, too, as apply_chat_template's arguments. Strings are not
+rendered: the prompt gets the special tokens the tokenizer puts in front of text, the completion an
+end-of-sequence token. A warning names what has no effect: other columns, and fields of messages
+that the template does not know.
 """
 
 import hashlib
@@ -23,16 +26,17 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from gkd_ds.data.files import JSON_COLUMN, PLACE_COLUMN, decode_json
-from gkd_ds.data.rows import Row, parse_row
+from gkd_ds.data.rows import COLUMNS, Row, parse_row
+from gkd_ds.data.stops import Stops
 from gkd_ds.data.tokenizer import (
     continuation_ids,
-    end_of_turn_token,
     leading_ids,
     prepare_tokenizer,
-    render,
     token_ids,
 )
-from gkd_ds.runtime.errors import InputError, name_list, quote, type_name
+from gkd_ds.data.turns import Turns, texts_in
+from gkd_ds.data.unread import Unread, sentence
+from gkd_ds.runtime.errors import InputError, name_list, type_name
 
 logger = logging.getLogger(__name__)
 
@@ -85,66 +89,47 @@ class RowEncoder:
     sent.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    stop_ids: frozenset[int]
+    turns: Turns
+    stops: Stops
     max_length: int | None
     leading_ids: list[int]
-    end_of_turn: str
 
     @classmethod
     def build(
         cls, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int], max_length: int | None
     ):
-        leading = leading_ids(tokenizer)
-        return cls(
-            tokenizer, frozenset(stop_ids), max_length, leading, end_of_turn_token(tokenizer) or ""
-        )
+        stops = Stops.of(tokenizer, stop_ids)
+        return cls(Turns.of(tokenizer), stops, max_length, leading_ids(tokenizer))
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.turns.tokenizer
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return frozenset(self.stops.marks | self.stops.words)
 
     def encode(self, row: object) -> tuple[list[int], list[int]]:
         """Raises InputError with a clause about the row, as parse_row does."""
-        parsed = parse_row(row)
-        if isinstance(parsed.prompt, str):
-            prompt_text, completion_text = parsed.prompt, parsed.completion
+        return self._encode(parse_row(row))[:2]
+
+    def _encode(self, row: Row) -> tuple[list[int], list[int], list[str]]:
+        """The tokens of a row, and notes about what of it has no effect on them (unread.py)."""
+        notes = [Unread.COLUMN.note(name) for name in row.unread]
+        if isinstance(row.prompt, str):
+            prompt_text, completion_text = row.prompt, row.completion
             leading = self.leading_ids
-            self._check_stops(parsed.completion)
         else:
-            prompt_text, completion_text = self._render_turn(parsed)
+            prompt_text, completion_text = self.turns.texts(row)
             leading = []  # a template writes its own
-            self._check_stops(parsed.completion["content"])
+            notes += self.turns.notes(row, completion_text)
         prompt_ids = token_ids(self.tokenizer, prompt_text)
         if prompt_ids[: len(leading)] != leading:
             prompt_ids = leading + prompt_ids
         completion_ids = continuation_ids(self.tokenizer, prompt_text, completion_text)
-        return self._fit(prompt_ids, self._end(completion_ids))
-
-    def _render_turn(self, row: Row) -> tuple[str, str]:
-        prompt = render(self.tokenizer, row.prompt, generation_prompt=True)
-        whole = render(self.tokenizer, [*row.prompt, row.completion], generation_prompt=False)
-        if whole.startswith(prompt):
-            return prompt, whole[len(prompt) :]
-        # The template shows a finished turn differently from one being written: R1's opens <think>
-        # for the model and deletes the thinking afterwards. Then the turn is what the model would
-        # write: text, end of turn.
-        content = row.completion["content"]
-        if prompt.rstrip().endswith("<think>"):
-            content = content.lstrip().removeprefix("<think>").removeprefix("\n")
-        return prompt, content + self.end_of_turn
-
-    def _check_stops(self, content: str) -> None:
-        """A stop token written inside the answer would silently cut it there."""
-        known = [token_id for token_id in sorted(self.stop_ids) if token_id < len(self.tokenizer)]
-        for stop in self.tokenizer.convert_ids_to_tokens(known):
-            if stop in content.strip().removesuffix(stop):
-                raise InputError(
-                    f"the assistant's text has the stop token {quote(stop)} before its end"
-                )
-
-    def _end(self, completion_ids: list[int]) -> list[int]:
-        """Through the first stop token; what the template prints after it is never generated."""
-        for position, token in enumerate(completion_ids):
-            if token in self.stop_ids:
-                return completion_ids[: position + 1]
-        return [*completion_ids, self.tokenizer.eos_token_id]
+        inside = self.stops.inside(texts_in(row.completion)) & set(completion_ids)
+        notes += [Unread.STOP.note(self.stops.words[stop]) for stop in inside]
+        return *self._fit(prompt_ids, self.stops.cut(completion_ids, inside)), notes
 
     def _fit(self, prompt_ids: list[int], completion_ids: list[int]) -> tuple[list[int], list[int]]:
         if not prompt_ids:
@@ -162,18 +147,16 @@ class RowEncoder:
 
     def encode_batch(self, columns: dict[str, list]) -> dict[str, list]:
         """The same for `datasets.map`. `problem` has the sentence of each row that cannot be used,
-        and None for the others.
+        and None for the others; `notes` those about what has no effect.
         """
-        result: dict[str, list] = {"prompt_ids": [], "completion_ids": [], "problem": []}
+        result: dict[str, list] = {name: [] for name in ENCODED_FEATURES}
         for row in _rows(columns):
-            prompt_ids, completion_ids, problem = [], [], None
             try:
-                prompt_ids, completion_ids = self.encode(decode_json(row))
+                values = (*self._encode(parse_row(decode_json(row))), None)
             except InputError as error:
-                problem = str(error)
-            result["prompt_ids"].append(prompt_ids)
-            result["completion_ids"].append(completion_ids)
-            result["problem"].append(problem)
+                values = ([], [], [], str(error))
+            for column, value in zip(result.values(), values, strict=True):
+                column.append(value)
         return result
 
 
@@ -181,7 +164,12 @@ BATCH_ROWS = 1000
 PARALLEL_ROWS = 10_000  # below this, starting worker processes takes longer than it saves
 TOKEN_LIST = datasets.Sequence(datasets.Value("int32"))
 ENCODED_FEATURES = datasets.Features(
-    {"prompt_ids": TOKEN_LIST, "completion_ids": TOKEN_LIST, "problem": datasets.Value("string")}
+    {
+        "prompt_ids": TOKEN_LIST,
+        "completion_ids": TOKEN_LIST,
+        "notes": datasets.Sequence(datasets.Value("string")),
+        "problem": datasets.Value("string"),
+    }
 )
 
 
@@ -201,12 +189,13 @@ def tokenize(
     Raises InputError.
     """
     prepare_tokenizer(tokenizer, config)
-    dataset, places = _check_dataset(dataset, where)
+    dataset, places, notes = _check_dataset(dataset, where)
     encoder = RowEncoder.build(tokenizer, stop_ids, config.max_length)
     prompts, completions, problems = TokenLists(), TokenLists(), []
-    for index, (prompt_ids, completion_ids, problem) in enumerate(
+    for index, (prompt_ids, completion_ids, noted, problem) in enumerate(
         _encode_all(dataset, encoder, config)
     ):
+        notes.update(noted)
         if problem is None:
             prompts.append(prompt_ids)
             completions.append(completion_ids)
@@ -220,6 +209,8 @@ def tokenize(
                 "cannot be used, "
                 f"the first: {problems[0]}"
             )
+    if notes and config.process_index == 0:
+        logger.warning("%s: %s", where, sentence(notes))
     if problems:
         logger.warning(
             "%s: %d of %d rows skipped, the first: %s",
@@ -235,7 +226,8 @@ def tokenize(
 
 def _encode_all(
     dataset, encoder: RowEncoder, config: Any
-) -> Iterator[tuple[list[int], list[int], str | None]]:
+) -> Iterator[tuple[list[int], list[int], list[str], str | None]]:
+    """What `encode_batch` says of each row, in order."""
     workers = config.dataset_num_proc or 1
     if workers > 1 and isinstance(dataset, datasets.Dataset) and len(dataset) >= PARALLEL_ROWS:
         # In memory and under a name of its own: no cache file is written, none is picked up.
@@ -252,18 +244,16 @@ def _encode_all(
             desc="tokenizing",
         )
         for row in dataset:
-            yield row["prompt_ids"], row["completion_ids"], row["problem"]
+            yield tuple(row[name] for name in ENCODED_FEATURES)
         return
     for start in range(0, len(dataset), BATCH_ROWS):
         encoded = encoder.encode_batch(dataset[start : start + BATCH_ROWS])
-        yield from zip(
-            encoded["prompt_ids"], encoded["completion_ids"], encoded["problem"], strict=True
-        )
+        yield from zip(*encoded.values(), strict=True)
 
 
-def _check_dataset(dataset, where: str) -> tuple[Any, list[str] | None]:
-    """The dataset reduced to the columns we read, and a place ("line 3") per row if the reader knew
-    one.
+def _check_dataset(dataset, where: str) -> tuple[Any, list[str] | None, set[str]]:
+    """The dataset reduced to the columns we read, a place ("line 3") per row if the reader knew
+    one, and notes about the columns that are left out.
     """
     if isinstance(dataset, datasets.DatasetDict):
         raise InputError(
@@ -280,17 +270,18 @@ def _check_dataset(dataset, where: str) -> tuple[Any, list[str] | None]:
     if not len(dataset):
         raise InputError(f"{where} has no rows; give at least one")
     if not isinstance(dataset, datasets.Dataset):
-        return dataset, None
+        return dataset, None, set()
     dataset = dataset.with_format(None)
-    if JSON_COLUMN in dataset.column_names:
-        return dataset.select_columns([JSON_COLUMN]), dataset[PLACE_COLUMN][:]
-    if "messages" in dataset.column_names:
-        return dataset.select_columns(["messages"]), None
-    if "prompt" in dataset.column_names and "completion" in dataset.column_names:
-        return dataset.select_columns(["prompt", "completion"]), None
+    names = dataset.column_names
+    if JSON_COLUMN in names:
+        return dataset.select_columns([JSON_COLUMN]), dataset[PLACE_COLUMN][:], set()
+    if "messages" in names or {"prompt", "completion"} <= {*names}:
+        read = [name for name in COLUMNS if name in names]
+        left_out = {Unread.COLUMN.note(name) for name in names if name not in COLUMNS}
+        return dataset.select_columns(read), None, left_out
     raise InputError(
         f"{where} needs a column 'messages', or 'prompt' and 'completion'; "
-        f"its columns are: {name_list(dataset.column_names)}"
+        f"its columns are: {name_list(names)}"
     )
 
 

@@ -183,21 +183,25 @@ def decode_json(row: object) -> object:
 
 
 def _read_parquet(files: list[Path]) -> datasets.Dataset:
-    tables = []
+    """Our columns; of the others the names alone, since a warning will tell them."""
+    tables, others = [], {}
     for file in files:
         try:
             names = pyarrow.parquet.read_schema(file).names
             # With none of our columns, keep all: the complaint about it lists them.
-            tables.append(
-                pyarrow.parquet.read_table(file, columns=[n for n in COLUMNS if n in names] or None)
-            )
+            ours = [name for name in COLUMNS if name in names] or names
+            tables.append(pyarrow.parquet.read_table(file, columns=ours))
         except (OSError, pyarrow.ArrowException) as error:
             raise InputError(
                 f"'{file}' is not a readable Parquet file: {first_line(error)}"
             ) from error
+        others |= {name: None for name in names if name not in ours}
     try:
-        return datasets.Dataset(pyarrow.concat_tables(tables).replace_schema_metadata(None))
+        table = pyarrow.concat_tables(tables).replace_schema_metadata(None)
     except pyarrow.ArrowException as error:
         raise InputError(
             f"the Parquet files in '{files[0].parent}' differ in their columns"
         ) from error
+    for name in others:
+        table = table.append_column(name, pyarrow.nulls(len(table)))
+    return datasets.Dataset(table)

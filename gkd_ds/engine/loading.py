@@ -151,24 +151,26 @@ def load_tokenizer(model: Model, given: Any, config: GKDConfig) -> PreTrainedTok
 
 def generation_config(model: Model, init_kwargs: dict | None) -> GenerationConfig | None:
     """What the model says about its own generating: it may know more stop tokens than the
-    tokenizer.
+    tokenizer. Where it has no file about that, its configuration says it, as for transformers.
 
-    None where it says nothing. Raises InputError for a file that says nothing intelligible.
+    None where nothing says it. Raises InputError for a file that says nothing intelligible.
     """
     if isinstance(model, PreTrainedModel):
         return model.generation_config
-    try:
-        return GenerationConfig.from_pretrained(model, **_where(init_kwargs))
-    except (OSError, TypeError) as error:
-        is_damaged = isinstance(error, TypeError) or isinstance(
-            error.__context__, json.JSONDecodeError | UnicodeDecodeError
-        )
-        if not is_damaged:
-            return None
-        raise InputError(
-            f"the generation config of model {model!r} cannot be read ({_reason(error)}); get it "
-            "again, or delete it."
-        ) from error
+    # As from_pretrained does it.
+    for file in ({}, {"config_file_name": "config.json", "_from_model_config": True}):
+        try:
+            return GenerationConfig.from_pretrained(model, **file, **_where(init_kwargs))
+        except (OSError, TypeError) as error:
+            is_damaged = isinstance(error, TypeError) or isinstance(
+                error.__context__, json.JSONDecodeError | UnicodeDecodeError
+            )
+            if is_damaged:
+                raise InputError(
+                    f"the generation config of model {model!r} cannot be read ({_reason(error)}); "
+                    "get it again, or delete it."
+                ) from error
+    return None
 
 
 def shared_vocabulary(
