@@ -25,12 +25,20 @@ from gkd_ds.config.config import GKDConfig
 from gkd_ds.engine import loading
 from gkd_ds.engine.counters import Counters
 from gkd_ds.engine.inputs import Inputs
-from gkd_ds.learn.batching import length_groups
+from gkd_ds.learn.batching import length_groups, packed_groups
 from gkd_ds.learn.divergence import generalized_jsd_objective
 from gkd_ds.learn.head import LossInputs, TeacherHead
 from gkd_ds.learn.objective import Objective
 from gkd_ds.learn.student import Student
-from gkd_ds.records import Completions, Rollout, Sample, Source, TeacherTargets, sequence_batch
+from gkd_ds.records import (
+    Completions,
+    Rollout,
+    Sample,
+    Source,
+    TeacherTargets,
+    packed_batch,
+    sequence_batch,
+)
 from gkd_ds.rollout.choose import rollout_engine_class
 from gkd_ds.rollout.engine import RolloutEngine
 from gkd_ds.rollout.sampling import Sampling
@@ -214,13 +222,16 @@ class Pipeline:
             if total_tokens is None
             else config.per_device_train_batch_size
         )
-        groups = self._micro_batches([len(rollout) for rollout in rollouts], batch_size)
+        packs = config.packs(evaluating=total_tokens is None)
+        lengths = [len(rollout) for rollout in rollouts]
+        groups = self._micro_batches(lengths, batch_size, packs)
+        in_one_batch = packed_batch if packs else sequence_batch
         device, pad_id = self.student.device, self.sampling.pad_id
         sums_4R = torch.zeros(4, len(rollouts), device=device)
         padded_tokens = 0
         with self.teacher.whole_head() as head:
             for number, group in enumerate(groups):
-                batch = sequence_batch([rollouts[i] for i in group], pad_id, device)
+                batch = in_one_batch([rollouts[i] for i in group], pad_id, device)
                 padded_tokens += batch.input_ids_BT.numel()
                 inputs = self._loss_inputs(targets, group, batch.tokens_N, head)
                 loss, *per_token = self.student.loss(batch, inputs)
@@ -244,13 +255,16 @@ class Pipeline:
             chunk_bytes=self.config.loss_memory_mb * 2**20,
         )
 
-    def _micro_batches(self, lengths: list[int], batch_size: int) -> list[list[int]]:
-        """Groups of similar length, none larger than a batch of the longest.
+    def _micro_batches(self, lengths: list[int], batch_size: int, packs: bool) -> list[list[int]]:
+        """Groups of similar length, or (`packs`) of any, none larger than a batch of the longest.
 
         Every rank runs as many as the rank with the most; the extra ones are empty.
         """
         limit = self.config.learn_tokens_per_micro_batch or batch_size * max(lengths, default=1)
-        groups = length_groups(lengths, limit, MICRO_BATCH_OVERHEAD_TOKENS)
+        if packs:
+            groups = packed_groups(lengths, limit)
+        else:
+            groups = length_groups(lengths, limit, MICRO_BATCH_OVERHEAD_TOKENS)
         (count,) = ranks.all_reduce_max([max(len(groups), 1)])
         return groups + [[]] * (count - len(groups))
 

@@ -73,12 +73,14 @@ class SequenceBatch:
     `input_ids_BT` holds every token but the last of each sequence's end padding; `index_N` are the
     flat positions (b * T + t) whose hidden states predict a completion token, in rollout order;
     `tokens_N` are those tokens. A batch without rollouts has one dummy sequence, so that every rank
-    runs the same collectives.
+    runs the same collectives. `positions_BT` is given where sequences lie one behind the other in
+    one line: they start anew with each.
     """
 
     input_ids_BT: Tensor
     index_N: Tensor
     tokens_N: Tensor
+    positions_BT: Tensor | None = None
 
 
 def sequence_batch(rollouts: list[Rollout], pad_id: int, device: torch.device) -> SequenceBatch:
@@ -94,6 +96,22 @@ def sequence_batch(rollouts: list[Rollout], pad_id: int, device: torch.device) -
         tokens.extend(rollout.completion_ids)
     as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
     return SequenceBatch(as_tensor(ids or [[pad_id]]), as_tensor(places), as_tensor(tokens))
+
+
+def packed_batch(rollouts: list[Rollout], pad_id: int, device: torch.device) -> SequenceBatch:
+    """One line without padding, `[1, T]`. transformers keeps attention within each sequence, as it
+    sees from the positions where one begins.
+    """
+    ids, positions, places, tokens = [], [], [], []
+    for rollout in rollouts:
+        first = len(ids) + len(rollout.prompt_ids) - 1
+        places.extend(range(first, first + len(rollout.completion_ids)))
+        positions.extend(range(len(rollout)))
+        ids.extend(rollout.prompt_ids + rollout.completion_ids)
+        tokens.extend(rollout.completion_ids)
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
+    line_1T, positions_1T = as_tensor([ids or [pad_id]]), as_tensor([positions or [0]])
+    return SequenceBatch(line_1T, as_tensor(places), as_tensor(tokens), positions_1T)
 
 
 class TargetForm(str, Enum):

@@ -69,7 +69,6 @@ class GKDTrainer(WindowLoop):
             data_collator=data_collator,
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            formatting_func=formatting_func,
         )
         check_hostfile()
         config = args if args is not None else GKDConfig()
@@ -85,6 +84,7 @@ class GKDTrainer(WindowLoop):
             eval_dataset,
             processing_class,
             peft_config,
+            formatting_func,
         )
         refuse_impossible_evaluation(config, inputs.evaluation)
         _start(inputs)

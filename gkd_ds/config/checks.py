@@ -65,6 +65,8 @@ def check_combinations(config: Any) -> None:
     config.eval_delay = config.eval_delay or 0  # TrainingArguments.set_evaluate makes it None
     if config.include_num_input_tokens_seen is True:
         config.include_num_input_tokens_seen = "all"
+    if config.assistant_only_loss:
+        config.train_on = "every_turn"
     take_launch_settings(config)
     check_precision(config)
     check_init_dtypes(config)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from gkd_ds.records import Rollout, SequenceBatch, Source, packed_batch
 from gkd_ds.runtime.errors import InputError
 
 # (ids [B, t], mask [B, L + t] or None, positions [B, t], cache) -> logits of the last position [B,
@@ -61,6 +62,13 @@ class LogitTransform:
 def body_forward(model: PreTrainedModel, input_ids_BT: Tensor | None = None, **kwargs) -> Tensor:
     """Last hidden states `[B, T, D]` (after the final norm) of right-padded sequences."""
     return model.base_model(input_ids=input_ids_BT, use_cache=False, **kwargs).last_hidden_state
+
+
+def batch_forward(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
+    """`body_forward` of a batch, padded or packed."""
+    if batch.positions_BT is None:
+        return body_forward(model, batch.input_ids_BT)
+    return body_forward(model, batch.input_ids_BT, position_ids=batch.positions_BT)
 
 
 def decoding_forward(model: PreTrainedModel, vocabulary: int) -> Forward:
@@ -151,4 +159,26 @@ def check_head(model: PreTrainedModel, role: str, device: torch.device) -> None:
             f"the {role} ({type(model).__name__}) computes its logits in a way gkd_ds does not "
             "know, so its divergence "
             "would be wrong; use a model whose logits are its output layer, scaled or soft-capped."
+        )
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, device: torch.device) -> None:
+    """Raise InputError where a sequence behind another one, without padding, is not as if alone.
+
+    An architecture may take positions from elsewhere, or carry a state from token to token.
+    Collective as check_head.
+    """
+    tokens = [t % model.config.get_text_config().vocab_size for t in range(1, 10)]
+    rollouts = [
+        Rollout(0, Source.DATA, tokens[:3], tokens[3:5], True),
+        Rollout(1, Source.DATA, tokens[4:6], tokens[6:9], True),
+    ]
+    packed_SD = batch_forward(model, packed_batch(rollouts, 0, device))[0]
+    alone = [batch_forward(model, packed_batch([one], 0, device))[0] for one in rollouts]
+    alone_SD = torch.cat(alone)
+    if (packed_SD - alone_SD).abs().max() > 0.02 * alone_SD.abs().max().clamp(min=1.0):
+        raise InputError(
+            f"padding_free is not possible for {type(model).__name__}, whose sequences do not stay "
+            "apart in one line; set padding_free and packing to false."
         )

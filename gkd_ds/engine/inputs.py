@@ -5,6 +5,7 @@ loaded.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ class Inputs:
     vocabulary: int
     student_adapter: Adapter | None = None
     teacher_adapter: Adapter | None = None
+    formatting_func: Callable[[Any], Any] | None = None
 
     @classmethod
     def read(
@@ -47,6 +49,7 @@ class Inputs:
         eval_dataset: Any,
         processing_class: Any,
         peft_config: Any = None,
+        formatting_func: Callable[[Any], Any] | None = None,
     ) -> Inputs:
         """Tokenize the data and check what can be checked. Raises InputError."""
         student = model if model is not None else config.model_name_or_path
@@ -64,8 +67,18 @@ class Inputs:
         where = config.dataset_name or "the training data"
         train = None
         if train_dataset is not None:
-            train = tokenize(train_dataset, tokenizer, config, where, stop_ids)
-        evaluation = _tokenize_sets(eval_dataset, tokenizer, config, stop_ids)
+            per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
+            needed = config.max_steps * per_rank * config.world_size
+            train = tokenize(
+                train_dataset,
+                tokenizer,
+                config,
+                where,
+                stop_ids,
+                formatting_func,
+                stream_rows=needed if config.max_steps > 0 else None,
+            )
+        evaluation = _tokenize_sets(eval_dataset, tokenizer, config, stop_ids, formatting_func)
         vocabulary = loading.shared_vocabulary(student, teacher, tokenizer, config)
         for examples in (train, *evaluation.values()):
             loading.require_known_tokens(examples, vocabulary)
@@ -80,6 +93,7 @@ class Inputs:
             vocabulary,
             student_adapter,
             teacher_adapter,
+            formatting_func,
         )
 
     @property
@@ -99,7 +113,9 @@ class Inputs:
 
     def tokenize_evaluation(self, dataset: Any) -> dict[str, Examples]:
         """Another evaluation set than the trainer's, as `evaluation` has it. Raises InputError."""
-        return _tokenize_sets(dataset, self.tokenizer, self.config, self.stop_ids)
+        return _tokenize_sets(
+            dataset, self.tokenizer, self.config, self.stop_ids, self.formatting_func
+        )
 
     def refuse_different_ranks(self) -> None:
         """Raise InputError, on all ranks, where they were started differently. A collective."""
@@ -134,7 +150,11 @@ def _check_models(config: GKDConfig, student: Any, teacher: Any) -> None:
 
 
 def _tokenize_sets(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase, config: GKDConfig, stop_ids: list[int]
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: GKDConfig,
+    stop_ids: list[int],
+    formatting_func: Callable[[Any], Any] | None,
 ) -> dict[str, Examples]:
     """Evaluation sets by name; a single one has the empty name. Raises InputError."""
     if dataset is None:
@@ -142,6 +162,14 @@ def _tokenize_sets(
     is_named = isinstance(dataset, dict) and "messages" not in dataset
     sets = dataset if is_named else {"": dataset}
     return {
-        name: tokenize(rows, tokenizer, config, f"the evaluation data {name}".rstrip(), stop_ids)
+        name: tokenize(
+            rows,
+            tokenizer,
+            config,
+            f"the evaluation data {name}".rstrip(),
+            stop_ids,
+            formatting_func,
+            stream_rows=config.eval_max_samples,
+        )
         for name, rows in sets.items()
     }

@@ -83,6 +83,8 @@ class Student:
             self.engine.enable_backward_allreduce = False
         model.eval()
         self.run_pass(lambda: causal_lm.check_head(model, "student", self.device))
+        if config.packs(evaluating=False) or config.packs(evaluating=True):
+            self.run_pass(lambda: causal_lm.check_packing(model, self.device))
         # from_pretrained leaves a model in evaluation mode: neither dropout nor gradient
         # checkpointing would happen.
         model.train()
@@ -108,7 +110,7 @@ class Student:
         """The objective on a micro-batch: what `LossHead` returns for it. Collective."""
 
         def run():
-            hidden_BTD = causal_lm.body_forward(self.model, batch.input_ids_BT)
+            hidden_BTD = causal_lm.batch_forward(self.model, batch)
             hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.index_N)
             return self.model.get_output_embeddings()(hidden_ND, loss=inputs)
 

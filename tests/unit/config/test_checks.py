@@ -112,7 +112,7 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"watchdog_timeout": 0}, ["'watchdog_timeout'"]),
         ({"save_total_limit": 0}, ["'save_total_limit'"]),
         ({"save_safetensors": False}, ["'save_safetensors'"]),
-        ({"packing": "yes"}, ["'packing'"]),
+        ({"packing_strategy": "wrapped"}, ["'packing_strategy'", "bfd"]),
         ({"fsdp": "full_shard"}, ["'fsdp'", "DeepSpeed shards the student"]),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",
