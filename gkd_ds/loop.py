@@ -65,7 +65,7 @@ class WindowLoop(ABC):
         self.pipeline, self.interrupts = pipeline, interrupts
         self.args, self.processing_class = inputs.config, inputs.tokenizer
         self.student, self.teacher = pipeline.student, pipeline.teacher
-        self.model = self.student.model
+        self.model = self.student.adapter or self.student.model
         self.publisher = Publisher(inputs, self.student, state)
         self.session: Session | None = None  # of the last train()
         self.stop_reason: str | None = None

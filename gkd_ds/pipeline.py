@@ -27,17 +27,26 @@ from gkd_ds.data.lengths import RowLengths
 from gkd_ds.engine import builds, loading
 from gkd_ds.engine.counters import Counters
 from gkd_ds.engine.inputs import Inputs
-from gkd_ds.learn.batching import length_groups
+from gkd_ds.learn.batching import length_groups, packed_groups
 from gkd_ds.learn.divergence import generalized_jsd_objective
 from gkd_ds.learn.head import LossInputs, TeacherHead
 from gkd_ds.learn.objective import Objective
 from gkd_ds.learn.student import Student
-from gkd_ds.records import Completions, Rollout, Sample, Source, TeacherTargets, sequence_batch
+from gkd_ds.records import (
+    Completions,
+    Rollout,
+    Sample,
+    Source,
+    TeacherTargets,
+    packed_batch,
+    sequence_batch,
+)
 from gkd_ds.rollout.choose import rollout_engine_class
 from gkd_ds.rollout.engine import RolloutEngine
 from gkd_ds.rollout.sampling import Sampling
 from gkd_ds.runtime import faults, ranks
 from gkd_ds.runtime.watchdog import Watchdog
+from gkd_ds.teacher.base import BaseTeacher
 from gkd_ds.teacher.loading import load as load_teacher
 from gkd_ds.teacher.streamed import StreamedTeacher
 from gkd_ds.teacher.teacher import Teacher
@@ -89,25 +98,9 @@ class Pipeline:
     ) -> Pipeline:
         """Load both models and build their engines, the teacher first. Raises InputError."""
         config, counters = inputs.config, Counters()
-        model, ds_config = load_teacher(inputs.teacher, config)
-        teacher = StreamedTeacher(
-            model, config, ds_config, inputs.vocabulary, inputs.pad_id, counters
-        )
-        logger.info("The teacher is ready.")
-        ds_config = loading.student_ds_config(inputs.student, config)
-        model = loading.load_student(inputs.student, config, ds_config)
-        engine_class = rollout_engine_class(config, model)
-        student = Student(
-            model,
-            config,
-            ds_config,
-            inputs.vocabulary,
-            total_updates,
-            counters,
-            optimizers,
-            prepare=engine_class.prepare,
-        )
-        logger.info("The student is ready.")
+        separate = None if inputs.teacher_is_base else _streamed_teacher(inputs, counters)
+        student, rollout_engine = _student(inputs, total_updates, counters, optimizers)
+        teacher = separate or BaseTeacher(student, inputs.pad_id)
         sampling = Sampling(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
@@ -117,17 +110,16 @@ class Pipeline:
             vocabulary=inputs.vocabulary,
             max_length=config.max_length,
         )
-        engine = engine_class(student)
         # Completing nothing tries out how the models decode, so that it is known here what cannot.
         if inputs.samples_from_student:
-            with engine.window():
-                engine.generate([], sampling, lambda: None)
+            with rollout_engine.window():
+                rollout_engine.generate([], sampling, lambda: None)
         if inputs.samples_from_teacher:
             teacher.generate([], sampling, lambda: None)
         objective = generalized_jsd_objective(config.beta, config.divergence_temperature)
         pipeline = cls(
             student,
-            engine,
+            rollout_engine,
             teacher,
             objective,
             sampling,
@@ -249,13 +241,16 @@ class Pipeline:
             if total_tokens is None
             else config.per_device_train_batch_size
         )
-        groups = self._micro_batches([len(rollout) for rollout in rollouts], batch_size)
+        packs = config.packs(evaluating=total_tokens is None)
+        lengths = [len(rollout) for rollout in rollouts]
+        groups = self._micro_batches(lengths, batch_size, packs)
+        in_one_batch = packed_batch if packs else sequence_batch
         device, pad_id = self.student.device, self.sampling.pad_id
         sums_4R = torch.zeros(4, len(rollouts), device=device)
         padded_tokens = 0
         with self.teacher.whole_head() as head:
             for number, group in enumerate(groups):
-                batch = sequence_batch([rollouts[i] for i in group], pad_id, device)
+                batch = in_one_batch([rollouts[i] for i in group], pad_id, device)
                 padded_tokens += batch.input_ids_BT.numel()
                 inputs = self._loss_inputs(targets, group, batch.tokens_N, head)
                 loss, *per_token = self.student.loss(batch, inputs)
@@ -279,14 +274,17 @@ class Pipeline:
             chunk_bytes=self.config.loss_memory_mb * 2**20,
         )
 
-    def _micro_batches(self, lengths: list[int], batch_size: int) -> list[list[int]]:
-        """Groups of similar length, none larger than a batch of the longest.
+    def _micro_batches(self, lengths: list[int], batch_size: int, packs: bool) -> list[list[int]]:
+        """Groups of similar length, or (`packs`) of any, none larger than a batch of the longest.
 
         Every rank runs as many as the rank with the most; the extra ones are empty.
         """
         limit = self.config.learn_tokens_per_micro_batch or batch_size * max(lengths, default=1)
-        switch = self.student.switch
-        groups = length_groups(lengths, limit, MICRO_BATCH_OVERHEAD_TOKENS, switch)
+        if packs:
+            groups = packed_groups(lengths, limit)
+        else:
+            switch = self.student.switch
+            groups = length_groups(lengths, limit, MICRO_BATCH_OVERHEAD_TOKENS, switch)
         (count,) = ranks.all_reduce_max([max(len(groups), 1)])
         return groups + [[]] * (count - len(groups))
 
@@ -298,6 +296,44 @@ class Pipeline:
             [i for i, length in zip(group, lengths) for _ in range(length)], dtype=torch.long
         )
         sums_4R.index_add_(1, owner.to(sums_4R.device), per_token_4N)
+
+
+def _streamed_teacher(inputs: Inputs, counters: Counters) -> StreamedTeacher:
+    config = inputs.config
+    model, ds_config = load_teacher(inputs.teacher, config)
+    if inputs.teacher_adapter is not None:
+        inputs.teacher_adapter.attach(model, trainable=False)
+    teacher = StreamedTeacher(model, config, ds_config, inputs.vocabulary, inputs.pad_id, counters)
+    logger.info("The teacher is ready.")
+    return teacher
+
+
+def _student(
+    inputs: Inputs, total_updates: int, counters: Counters, optimizers: tuple
+) -> tuple[Student, RolloutEngine]:
+    config = inputs.config
+    ds_config = loading.student_ds_config(inputs.student, config)
+    model = loading.load_student(inputs.student, config, ds_config)
+    engine_class = rollout_engine_class(config, model)
+    adapter = None
+    if inputs.student_adapter is not None:
+        torch.manual_seed(
+            config.seed
+        )  # a new adapter's numbers depend on nothing that was drawn before
+        adapter = inputs.student_adapter.attach(model, trainable=True)
+    student = Student(
+        model,
+        config,
+        ds_config,
+        inputs.vocabulary,
+        total_updates,
+        counters,
+        optimizers,
+        prepare=engine_class.prepare,
+        adapter=adapter,
+    )
+    logger.info("The student is ready.")
+    return student, engine_class(student)
 
 
 def _rollouts(

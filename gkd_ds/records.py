@@ -97,6 +97,23 @@ def sequence_batch(rollouts: list[Rollout], pad_id: int, device: torch.device) -
     return SequenceBatch(as_tensor(ids or [[pad_id]]), as_tensor(places), as_tensor(tokens))
 
 
+def packed_batch(rollouts: list[Rollout], pad_id: int, device: torch.device) -> SequenceBatch:
+    """One line without padding, `[1, T]`. transformers keeps attention within each sequence, as it
+    sees from the positions where one begins.
+    """
+    ids, positions, places, tokens = [], [], [], []
+    for rollout in rollouts:
+        first = len(ids) + len(rollout.prompt_ids) - 1
+        places.extend(range(first, first + len(rollout.completion_ids)))
+        positions.extend(range(len(rollout)))
+        ids.extend(rollout.prompt_ids + rollout.completion_ids)
+        tokens.extend(rollout.completion_ids)
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
+    line_1T, positions_1T = as_tensor([ids or [pad_id]]), as_tensor([positions or [0]])
+    extra = {"position_ids": positions_1T}
+    return SequenceBatch(line_1T, as_tensor(places), as_tensor(tokens), extra)
+
+
 class TargetForm(str, Enum):
     """What a teacher's targets are. The loss asks for the form, never for the teacher's class."""
 

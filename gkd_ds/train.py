@@ -10,7 +10,6 @@ that is possible.
 """
 
 import atexit
-import dataclasses
 import os
 import shutil
 import signal
@@ -21,9 +20,10 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from gkd_ds.config.config import GKDConfig, groups
+from gkd_ds.config.config import GKDConfig
+from gkd_ds.config.fields import GROUPS, INACTIVE
+from gkd_ds.config.option import Option
 from gkd_ds.config.recipe import read_flags, read_recipe
-from gkd_ds.config.unsupported import REASONS
 from gkd_ds.runtime import faults
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.exit_codes import DIVERGED, FAILED, STOPPED, WRONG_INPUT
@@ -218,32 +218,28 @@ def print_help() -> None:
         "  --dry_run\n      Print the configuration, the batch arithmetic and the memory estimate, "
         "and stop."
     )
-    for heading, fields in groups().items():
+    for heading, options in GROUPS.items():
         print(f"\n{heading}")
-        for field in fields:
-            print_field(field, width)
-    print("\nOf TRL's, accepted with their defaults only")
+        for option in options:
+            print_option(option, width)
+    print("\nOf TRL's, on which nothing has to act (gkd_ds/FIELDS.md says why)")
     print(
         textwrap.fill(
-            ", ".join(sorted(REASONS)), width, initial_indent="  ", subsequent_indent="  "
+            ", ".join(sorted(INACTIVE)), width, initial_indent="  ", subsequent_indent="  "
         )
     )
 
 
-def print_field(field: dataclasses.Field, width: int) -> None:
-    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+def print_option(option: Option, width: int) -> None:
+    default = option.default
     shown = (
         ""
         if default is None
         else f" (default: {str(default).lower() if default in (True, False) else default})"
     )
-    print(f"  --{field.name}{shown}")
+    print(f"  --{option.name}{shown}")
     indent = " " * 6
-    print(
-        textwrap.fill(
-            field.metadata["help"], width, initial_indent=indent, subsequent_indent=indent
-        )
-    )
+    print(textwrap.fill(option.help, width, initial_indent=indent, subsequent_indent=indent))
 
 
 def leave(code: int) -> NoReturn:

@@ -25,6 +25,7 @@ from gkd_ds.data.windows import Windows
 from gkd_ds.engine import process
 from gkd_ds.engine.inputs import Inputs
 from gkd_ds.learn import trl
+from gkd_ds.learn.optim import require_optimizer
 from gkd_ds.loop import WindowLoop
 from gkd_ds.monitor.evaluation import (
     evaluate_sets,
@@ -70,16 +71,23 @@ class GKDTrainer(WindowLoop):
             data_collator=data_collator,
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            peft_config=peft_config,
-            formatting_func=formatting_func,
         )
         check_hostfile()
         config = args if args is not None else GKDConfig()
+        config.validate()  # fields may have been set since it was made
+        require_optimizer(config)
         _show_log(config)
         # The time budget includes loading, and a stop file that appears meanwhile counts.
         interrupts = Interrupts(config.stop_path, config.max_runtime)
         inputs = Inputs.read(
-            config, model, teacher_model, train_dataset, eval_dataset, processing_class
+            config,
+            model,
+            teacher_model,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config,
+            formatting_func,
         )
         refuse_impossible_evaluation(config, inputs.evaluation)
         logger.info("Models, tokenizer and data have been checked.")
@@ -198,12 +206,11 @@ def _start(inputs: Inputs) -> None:
 
 
 def _show_log(config: GKDConfig) -> None:
-    """Show the package's own log as log_level says; of the other ranks, no more than warnings."""
-    if config.log_level == "passive":
+    """Show the package's own log as log_level says; of the other ranks as log_level_replica."""
+    if (config.log_level if config.should_log else config.log_level_replica) == "passive":
         return
-    level = getattr(logging, config.log_level.replace("detail", "info").upper())
     log = logging.getLogger("gkd_ds")
-    log.setLevel(level if config.should_log else max(level, logging.WARNING))
+    log.setLevel(config.get_process_log_level())
     if not log.hasHandlers():  # a script that has configured logging gets it there
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))

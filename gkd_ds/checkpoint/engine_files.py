@@ -139,7 +139,13 @@ def save_engine(
     )  # copies scripts on rank 0 only, and could fail there only
     state = {STUDENT: _description(engine)}
     try:
-        engine.save_checkpoint(str(directory), tag=TAG, client_state=state, save_latest=False)
+        engine.save_checkpoint(
+            str(directory),
+            tag=TAG,
+            client_state=state,
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
     finally:
         engine.checkpoint_engine = usual
         del engine._copy_recovery_script
@@ -161,7 +167,8 @@ def load_engine(
     require_same_student(engine, directory)
     usual, engine.checkpoint_engine = engine.checkpoint_engine, PatientFiles(heartbeat)
     try:
-        engine.load_checkpoint(str(directory), tag=TAG, **options)
+        # Frozen parameters are not in it; that the others are, `require_same_student` has seen.
+        engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=False, **options)
     finally:
         engine.checkpoint_engine = usual
 

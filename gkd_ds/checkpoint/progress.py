@@ -128,6 +128,7 @@ STATE = {
     },
     "tracker_run_id": str | None,
     "config": dict,
+    "adapter": dict | None,
     "schedule": {
         "num_samples": int,
         "window_samples": int,

@@ -9,7 +9,7 @@ from transformers.trainer_callback import TrainerState
 
 from gkd_ds.checkpoint import export, store
 from gkd_ds.checkpoint.model_card import Card
-from gkd_ds.engine import sources, zero
+from gkd_ds.engine import adapters, sources, zero
 from gkd_ds.engine.inputs import Inputs
 from gkd_ds.learn.student import Student
 from gkd_ds.runtime import ranks
@@ -49,16 +49,23 @@ class Publisher:
 
     def write(self, directory: Path) -> None:
         """The work of `save`: every rank gathers, rank 0 writes. Raises rank 0's error there."""
-        model = self.student.model
-        state_dict = zero.full_state_dict(self.student.engine, model)
+        student, tokenizer = self.student, self.inputs.tokenizer
+        model = student.model
+        if student.adapter is not None and not self.inputs.config.merge_on_export:
+            state_dict = adapters.adapter_state_dict(student.adapter)
+            if ranks.rank() == 0:
+                export.export_adapter(
+                    student.adapter, state_dict, tokenizer, directory, self.card()
+                )
+            return
+        own_generation_config = model.generation_config
+        if student.adapter is None:
+            state_dict = zero.full_state_dict(model)
+        else:
+            state_dict, model = adapters.merged_state_dict(model), adapters.plain_model(model)
         if ranks.rank() == 0:
             export.export_model(
-                model,
-                state_dict,
-                self.inputs.tokenizer,
-                model.generation_config,
-                directory,
-                self.card(),
+                model, state_dict, tokenizer, own_generation_config, directory, self.card()
             )
 
     def card(self) -> Card:

@@ -21,6 +21,7 @@ from gkd_ds.checkpoint.progress import TRAINER_STATE, Progress, check_state, dif
 from gkd_ds.checkpoint.publish import Publisher
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.windows import Windows
+from gkd_ds.engine import adapters
 from gkd_ds.learn.student import Student
 from gkd_ds.monitor.evaluation import best_evaluation
 from gkd_ds.monitor.guards import BadUpdates
@@ -117,6 +118,19 @@ class Session:
                     "ranks)."
                 )
 
+        self._check_adapter(found)
+
+    def _check_adapter(self, found: store.Manifest) -> None:
+        ours = adapters.settings(self.student.adapter) or {}
+        theirs = found.state["adapter"] or {}
+        for name in sorted({*ours, *theirs}):
+            before, now = theirs.get(name), ours.get(name)
+            if before != now:
+                raise InputError(
+                    f"cannot resume from {found.path}: its adapter's {name} was {before} and is "
+                    f"now {now}; train the adapter that the checkpoint was made with."
+                )
+
     def _resume(self, found: store.Manifest) -> None:
         # With another layout of the same window, the draws stay those of the layout in which the
         # run began.
@@ -197,6 +211,7 @@ class Session:
             "progress": dataclasses.asdict(self.progress),
             "tracker_run_id": self.tracker.run_id,
             "config": self.settings,
+            "adapter": adapters.settings(self.student.adapter),
             "schedule": {**self.windows.schedule(), "draw_samples": scheduler.draw_samples},
         }
 

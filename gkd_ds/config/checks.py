@@ -5,46 +5,34 @@ paths name.
 `check_output_dir_is_free` call what is here.
 """
 
+import difflib
 import math
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+from gkd_ds.config.accelerate_launch import take_launch_settings
+from gkd_ds.config.fields import GROUPS
 from gkd_ds.config.paths import (
     check_dataset,
     check_model,
     check_path_or_hub_name,
     obstacle_to_writing,
 )
-from gkd_ds.config.values import is_text, wrong
+from gkd_ds.config.training_fields import OPTIMIZERS, SCHEDULES
+from gkd_ds.config.values import dtype_name, init_dtypes, is_text, wrong
 from gkd_ds.runtime.errors import InputError, show
 from gkd_ds.runtime.files import check_stop_file
 
-# The schedules, each with the names that `lr_scheduler_kwargs` may hold for it.
-SCHEDULES: dict[str, tuple[str, ...]] = {
-    "linear": (),
-    "constant": (),
-    "constant_with_warmup": (),
-    "cosine": ("num_cycles",),
-    "cosine_with_restarts": ("num_cycles",),
-    "polynomial": ("lr_end", "power"),
-    "inverse_sqrt": ("timescale",),
-    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
-    "cosine_warmup_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"),
-    "warmup_stable_decay": (
-        "num_decay_steps",
-        "num_stable_steps",
-        "warmup_type",
-        "decay_type",
-        "min_lr_ratio",
-        "num_cycles",
-    ),
-}
+# transformers' reporting integrations.
+INTEGRATIONS = """azure_ml clearml codecarbon comet_ml dagshub dvclive flyte kubeflow mlflow
+neptune swanlab tensorboard trackio wandb""".split()
 
 # Fields in which a leading ~ means the user's home.
 PATHS = (
     "output_dir",
+    "logging_dir",
     "stop_file",
     "model_name_or_path",
     "teacher_model_name_or_path",
@@ -57,20 +45,6 @@ PATHS = (
 
 
 # ---- Without files ----
-
-
-def check_bounds(name: str, value: Any, bounds: dict[str, float]) -> None:
-    """Raise InputError unless `value` is None or within `bounds` (see `option` in config.py)."""
-    if value is None:
-        return
-    inside = not bounds or (
-        bounds.get("low", -math.inf) <= value <= bounds.get("high", math.inf)
-        and bounds.get("above", -math.inf) < value < bounds.get("below", math.inf)
-    )
-    if not inside:
-        words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
-        wanted = " and ".join(f"{words[key]} {bounds[key]}" for key in words if key in bounds)
-        raise wrong(name, f"must be {wanted}, not {show(value)}")
 
 
 def check_combinations(config: Any) -> None:
@@ -88,7 +62,16 @@ def check_combinations(config: Any) -> None:
         raise wrong("output_dir", "is empty; give the run a directory")
     config.report_to = read_report_to(config.report_to)
     config.max_runtime = read_duration("max_runtime", config.max_runtime)
+    config.eval_delay = config.eval_delay or 0  # TrainingArguments.set_evaluate makes it None
+    if config.include_num_input_tokens_seen is True:
+        config.include_num_input_tokens_seen = "all"
+    if config.assistant_only_loss:
+        config.train_on = "every_turn"
+    take_launch_settings(config)
     check_precision(config)
+    check_init_dtypes(config)
+    check_adapters(config)
+    check_optimizer(config)
     check_schedule(config)
     check_intervals(config)
     check_best(config)
@@ -110,6 +93,56 @@ def check_precision(config: Any) -> None:
             f"is {config.dtype} while bf16 and fp16 are false; set the one that matches, or "
             "remove dtype",
         )
+    for name, trained in (("bf16_full_eval", config.bf16), ("fp16_full_eval", config.fp16)):
+        if getattr(config, name) and not trained:
+            short = name.removesuffix("_full_eval")
+            raise wrong(
+                name, f"needs training in the same precision; set {short}: true, or remove it"
+            )
+
+
+def check_init_dtypes(config: Any) -> None:
+    """`dtype` or `torch_dtype` in either of the init kwargs: one that exists, given once."""
+    for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+        given = {dtype_name(name, value) for value in init_dtypes(getattr(config, name))}
+        if name == "model_init_kwargs" and config.dtype is not None:
+            given.add(config.dtype)
+        if len(given) > 1:
+            raise wrong(name, f"asks for the dtypes {' and '.join(sorted(given))}; give one")
+
+
+def check_adapters(config: Any) -> None:
+    """Settings of adapters go with `use_peft`."""
+    for option in GROUPS["Adapters"]:
+        if not config.use_peft and getattr(config, option.name) != option.default:
+            raise wrong(option.name, "is set, but use_peft is false; set it to true, or remove it")
+
+
+def check_optimizer(config: Any) -> None:
+    if config.optim not in OPTIMIZERS:
+        near = difflib.get_close_matches(config.optim, OPTIMIZERS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(OPTIMIZERS)}."
+        raise InputError(f"GKDConfig field 'optim' is {show(config.optim)}; {hint}")
+    if config.optim.endswith(("lomo", "_layerwise")):
+        raise wrong(
+            "optim",
+            f"is {config.optim}, which updates weights while gradients are computed, before the "
+            "window's are complete; choose another, such as adafactor or adamw_8bit",
+        )
+    if config.optim.startswith("schedule_free"):
+        raise wrong(
+            "optim",
+            f"is {config.optim}, which evaluates with other weights than it trains, and a rollout "
+            "needs both; choose another, and a schedule by lr_scheduler_type",
+        )
+    if config.optim_target_modules and not config.optim.startswith(("galore", "apollo")):
+        raise wrong("optim_target_modules", "is for galore_* and apollo_*; remove it, or set optim")
+    for setting in filter(None, (config.optim_args or "").split(",")):
+        if not re.fullmatch(r"\s*\w+\s*=[^=]+", setting):
+            raise wrong(
+                "optim_args",
+                f"must be written name=value,name=value, not {show(config.optim_args)}",
+            )
 
 
 def check_schedule(config: Any) -> None:
@@ -118,6 +151,8 @@ def check_schedule(config: Any) -> None:
             "max_steps",
             "must be a positive number of updates, or -1 to let num_train_epochs decide, not 0",
         )
+    if config.warmup_steps >= 1:
+        config.warmup_steps = whole_steps("warmup_steps", config.warmup_steps)
     if config.lr_scheduler_type not in SCHEDULES:
         raise wrong(
             "lr_scheduler_type",
@@ -148,9 +183,13 @@ def check_intervals(config: Any) -> None:
                 "it off",
             )
         if steps is not None and steps >= 1:
-            if steps != int(steps):
-                raise wrong(name, f"must be a whole number, or a share below 1, not {show(steps)}")
-            setattr(config, name, int(steps))
+            setattr(config, name, whole_steps(name, steps))
+
+
+def whole_steps(name: str, steps: float) -> int:
+    if steps != int(steps):
+        raise wrong(name, f"must be a whole number, or a share below 1, not {show(steps)}")
+    return int(steps)
 
 
 def check_best(config: Any) -> None:
@@ -206,16 +245,18 @@ def check_hub(config: Any) -> None:
 
 
 def read_report_to(value: list | str | None) -> list[str]:
-    """The trackers besides metrics.jsonl: [] or ["wandb"]."""
+    """The trackers besides metrics.jsonl: transformers' names, or "all" alone."""
     names = value.split(",") if is_text(value) else value or []
-    names = [name.strip() if is_text(name) else name for name in names]
+    names = [name.strip() for name in names]
     for name in names:
-        if name not in ("wandb", "all", "none"):
+        if name not in (*INTEGRATIONS, "all", "none"):
             raise wrong(
                 "report_to",
-                f"must be wandb, all or none, not {show(name)}; metrics.jsonl is always written",
+                f"must be {', '.join(INTEGRATIONS)}, all or none, not {show(name)}; metrics.jsonl "
+                "is always written",
             )
-    return ["wandb"] if "wandb" in names or "all" in names else []
+    names = [name for name in dict.fromkeys(names) if name != "none"]
+    return ["all"] if "all" in names else names
 
 
 def read_duration(name: str, value: float | str | None) -> float | None:

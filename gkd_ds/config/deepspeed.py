@@ -13,6 +13,7 @@ import json
 import math
 from typing import Any, Literal
 
+from gkd_ds.config.training_fields import NEED_WHOLE_PARAMETERS
 from gkd_ds.runtime.errors import InputError
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -112,6 +113,7 @@ def resolve_student(
     `hidden_size` is the width of the student's model, `precision` what it is trained in.
     """
     resolved = copy.deepcopy(read_deepspeed("deepspeed", config.deepspeed) or BUILT_IN_STUDENT)
+    refuse_flat_parameters(config, resolved, precision)
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     resolved |= {
         "train_micro_batch_size_per_gpu": micro,
@@ -143,6 +145,19 @@ def resolve_teacher(config: Any, *, hidden_size: int, precision: Precision) -> d
     # too.
     resolved["zero_optimization"]["memory_efficient_linear"] = False
     return resolve_auto(_with_ours(resolved, precision), hidden_size)
+
+
+def refuse_flat_parameters(config: Any, file: dict[str, Any], precision: Precision) -> None:
+    """Raise InputError where `config.optim` needs parameters as they are, and DeepSpeed would give
+    it flat pieces of them, or flat fp32 copies.
+    """
+    stage = file["zero_optimization"].get("stage", 0)
+    if config.optim in NEED_WHOLE_PARAMETERS and (stage > 0 or precision != "float32"):
+        raise InputError(
+            f"GKDConfig field 'optim' is {config.optim}, which needs whole parameters, but ZeRO "
+            f"stage {stage} in {precision} gives it flat parts of them; choose an optimizer that "
+            "treats every weight alone, such as adamw_torch, or ZeRO stage 0 and float32."
+        )
 
 
 def resolve_auto(file: dict[str, Any], hidden_size: int) -> dict[str, Any]:

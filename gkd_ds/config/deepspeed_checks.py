@@ -7,7 +7,14 @@ import math
 import os
 from typing import Any
 
-from gkd_ds.config.deepspeed import block_of, conflict, is_number, read_deepspeed
+from gkd_ds.config.deepspeed import (
+    BUILT_IN_STUDENT,
+    block_of,
+    conflict,
+    is_number,
+    read_deepspeed,
+    refuse_flat_parameters,
+)
 from gkd_ds.config.paths import obstacle_to_writing
 
 # What would divide a model or a sequence over ranks that gkd_ds takes to hold samples of their own.
@@ -33,6 +40,8 @@ def read_student_file(config: Any) -> dict | None:
     file = read_deepspeed("deepspeed", config.deepspeed)
     if file is not None:
         check_student_file(file, config)
+    precision = "float16" if config.fp16 else "bfloat16" if config.bf16 else "float32"
+    refuse_flat_parameters(config, file or BUILT_IN_STUDENT, precision)
     return file
 
 
@@ -191,6 +200,10 @@ def check_optimizer(name: str, file: dict, config: Any) -> None:
         return
     optimizer = block_of(name, file, "optimizer")
     kind = optimizer.get("type")
+    if not config.optim.startswith("adamw_torch") or config.optim_args:
+        raise conflict(
+            name, "has an optimizer block, and GKDConfig sets optim or optim_args; remove one"
+        )
     if kind not in ("Adam", "AdamW"):
         raise conflict(
             name,

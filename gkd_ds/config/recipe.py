@@ -5,21 +5,29 @@ Values stay text, as they were written, except for the lists and mappings of a r
 means by "no" or "2e-5" is the field's business, the same for both.
 """
 
-import dataclasses
 import difflib
 import fnmatch
 import types
-from typing import Any, get_args
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 
-from gkd_ds.config.config import GKDConfig
-from gkd_ds.config.unsupported import ELSEWHERE
+from gkd_ds.config.fields import OPTIONS
 from gkd_ds.config.values import convert
 from gkd_ds.runtime.errors import InputError, show
 
-KINDS = {field.name: field.type for field in dataclasses.fields(GKDConfig)}
+KINDS = {name: option.kind for name, option in OPTIONS.items()}
+# argparse makes flags like these of TRL's configuration, for what is on by default.
+NEGATIONS = {f"no_{name}": name for name, option in OPTIONS.items() if option.default is True}
 COMMANDS = ("config", "dry_run", "help")  # flags that are no fields
+# Names that are no fields, as patterns, with what to do: nobody is sent to the field that happens
+# to be spelt most alike.
+ELSEWHERE = {
+    "gradient_checkpointing_use_*": "write use_reentrant into gradient_checkpointing_kwargs",
+    "evaluation_strategy": "use eval_strategy",
+    "max_seq_length": "use max_length",
+    "tokenizer": "the student's is used; pass another one to GKDTrainer as processing_class",
+}
 
 
 def read_recipe(path: str) -> dict[str, Any]:
@@ -98,8 +106,9 @@ def first_problem(error: yaml.YAMLError) -> str:
 
 
 def read_flags(arguments: list[str]) -> dict[str, Any]:
-    """The fields and commands that a command line sets: `--name value`, `--name=value`, or `--name`
-    for true.
+    """The fields and commands that a command line sets: `--name value`, `--name=value`, `--name`
+    for true, or `--no_name` for false where true is the default; `--name value value` where it
+    takes a list.
 
     Dashes inside a name count as underscores; of a repeated flag the last one counts; `null` takes
     back what a recipe sets.
@@ -121,29 +130,50 @@ def read_flags(arguments: list[str]) -> dict[str, Any]:
             )
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
-        if name not in KINDS and name not in COMMANDS:
+        if name not in {*KINDS, *COMMANDS, *NEGATIONS}:
             raise unknown(name, "the command line", [*KINDS, *COMMANDS], prefix="--")
         alone = not equals and (not rest or rest[0].startswith("--"))
-        if name == "help" or (alone and (name == "dry_run" or is_switch(name))):
+        if name in NEGATIONS:
+            if not alone:
+                raise InputError(f"The flag --{name} takes no value; write --{NEGATIONS[name]}.")
+            given[NEGATIONS[name]] = False
+        elif name == "help" or (alone and (name == "dry_run" or is_switch(name))):
             given[name] = True
         elif alone:
             raise InputError(f"The flag --{name} needs a value, as in --{name} VALUE.")
         else:
-            given[name] = read_flag_value(name, value if equals else rest.pop(0))
+            values = [value if equals else rest.pop(0)]
+            while takes_list(name) and rest and not rest[0].startswith("--"):
+                values.append(rest.pop(0))
+            given[name] = read_flag_values(name, values)
     return given
 
 
-def read_flag_value(name: str, value: str) -> Any:
+def read_flag_values(name: str, values: list[str]) -> Any:
     if name == "dry_run":
-        return convert(name, bool, value)
-    if value == "null" and name in KINDS and types.NoneType in get_args(KINDS[name]):
+        return convert(name, bool, values[0])
+    if values == ["null"] and types.NoneType in kinds_of(name):
         return None
-    return value
+    is_json = values[0].lstrip().startswith("[")
+    if len(values) == 1 and (is_json or not takes_list(name) or str in kinds_of(name)):
+        return values[0]
+    return values
+
+
+def kinds_of(name: str) -> tuple:
+    """The types that a flag's values may have."""
+    kind = KINDS.get(name)
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def is_switch(name: str) -> bool:
     """Whether the flag may stand without a value."""
-    return KINDS.get(name) is bool or bool in get_args(KINDS.get(name))
+    return bool in kinds_of(name)
+
+
+def takes_list(name: str) -> bool:
+    """Whether several values may follow the flag."""
+    return any(get_origin(kind) is list for kind in kinds_of(name))
 
 
 def unknown(name: str, where: str, known: list[str], prefix: str = "") -> InputError:

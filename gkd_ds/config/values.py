@@ -12,10 +12,11 @@ import re
 import types
 from enum import Enum
 from numbers import Integral, Real
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from gkd_ds.runtime.errors import InputError, show
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRUE_WORDS = {"true", "yes", "on", "1"}
 FALSE_WORDS = {"false", "no", "off", "0"}
 MEANINGS = {
@@ -48,11 +49,7 @@ def convert(name: str, kind: Any, value: Any) -> Any:
     Raises:
         InputError: it cannot be read as that type.
     """
-    kinds = (
-        get_args(kind)
-        if isinstance(kind, types.UnionType) or get_origin(kind) not in (None, Literal)
-        else (kind,)
-    )
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     optional = types.NoneType in kinds
     if optional and (
         value is None
@@ -76,6 +73,8 @@ def read_as(kind: Any, value: Any) -> Any:
         value = value.value
     if get_origin(kind) is Literal:
         return choose(get_args(kind), value)
+    if get_origin(kind) is list:
+        return read_names(value)
     if issubclass(kind, Enum):
         return kind(choose([member.value for member in kind], value))
     return {
@@ -161,11 +160,32 @@ def read_list(value: Any) -> list:
     return list(value)
 
 
+def read_names(value: Any) -> list[str]:
+    names = read_list(value)
+    if not all(is_text(name) for name in names):
+        raise ValueError
+    return names
+
+
 def read_json(text: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError from None
+
+
+def init_dtypes(init_kwargs: dict | None) -> list[Any]:
+    """What the keyword arguments of a from_pretrained say about its dtype, under either name."""
+    names = ("dtype", "torch_dtype")
+    return [value for name in names if (value := (init_kwargs or {}).get(name)) is not None]
+
+
+def dtype_name(name: str, value: Any) -> str:
+    """A dtype of torch, or its name, as one of DTYPES; InputError in the field `name` otherwise."""
+    text = str(value).removeprefix("torch.")
+    if text not in DTYPES:
+        raise wrong(name, f"asks for the dtype {show(value)}; it must be {', '.join(DTYPES)}")
+    return text
 
 
 def is_text(value: Any) -> bool:
@@ -175,6 +195,8 @@ def is_text(value: Any) -> bool:
 def describe(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) is list:
+        return "a list of names"
     if issubclass(kind, Enum):
         return "one of " + ", ".join(member.value for member in kind)
     return MEANINGS[kind]

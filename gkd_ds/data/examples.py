@@ -17,7 +17,7 @@ that the template does not know.
 import hashlib
 import logging
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from gkd_ds.data.files import JSON_COLUMN, PLACE_COLUMN, decode_json
-from gkd_ds.data.rows import COLUMNS, Row, parse_row
+from gkd_ds.data.rows import COLUMNS, Row, parse_turns
 from gkd_ds.data.stops import Stops
 from gkd_ds.data.tokenizer import (
     continuation_ids,
@@ -83,23 +83,41 @@ class Examples:
         return len(self.prompt_ids)
 
 
+Sample = tuple[list[int], list[int]]  # tokens of a prompt and of its completion
+
+
 @dataclass(frozen=True)
 class RowEncoder:
-    """Turns one row into (prompt_ids, completion_ids); holds only what worker processes can be
-    sent.
+    """Turns one row into samples; holds only what worker processes can be sent.
+
+    `format` is the caller's formatting_func: from a row as it was given to one that can be read.
     """
 
     turns: Turns
     stops: Stops
-    max_length: int | None
     leading_ids: list[int]
+    max_length: int | None = None
+    keep_end: bool = False
+    every_turn: bool = False
+    format: Callable[[Any], Any] | None = None
 
     @classmethod
     def build(
-        cls, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int], max_length: int | None
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Iterable[int],
+        config: Any,
+        format: Callable[[Any], Any] | None = None,
     ):
-        stops = Stops.of(tokenizer, stop_ids)
-        return cls(Turns.of(tokenizer), stops, max_length, leading_ids(tokenizer))
+        return cls(
+            Turns.of(tokenizer),
+            Stops.of(tokenizer, stop_ids),
+            leading_ids(tokenizer),
+            config.max_length,
+            config.truncation_mode == "keep_end",
+            config.train_on == "every_turn",
+            format,
+        )
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -109,12 +127,28 @@ class RowEncoder:
     def stop_ids(self) -> frozenset[int]:
         return frozenset(self.stops.marks | self.stops.words)
 
-    def encode(self, row: object) -> tuple[list[int], list[int]]:
-        """Raises InputError with a clause about the row, as parse_row does."""
-        return self._encode(parse_row(row))[:2]
+    def encode(self, row: object) -> Sample:
+        """A row's last sample. Raises InputError with a clause about the row, as parse_row does."""
+        return self._encode_row(row)[0][-1]
+
+    def _encode_row(self, row: object) -> tuple[list[Sample], list[str]]:
+        """The samples of a row, and notes about what of it has no effect on them (unread.py)."""
+        if self.format is not None:
+            row = self.format(row)
+            if not isinstance(row, Mapping):
+                raise InputError(
+                    f"formatting_func returned {type_name(row)}; it must return a row with "
+                    "'messages', or with 'prompt' and 'completion', since text alone does not say "
+                    "what is to be distilled"
+                )
+        samples, notes = [], []
+        for turn in parse_turns(row, self.every_turn):
+            *sample, noted = self._encode(turn)
+            samples.append(tuple(sample))
+            notes += noted
+        return samples, notes
 
     def _encode(self, row: Row) -> tuple[list[int], list[int], list[str]]:
-        """The tokens of a row, and notes about what of it has no effect on them (unread.py)."""
         notes = [Unread.COLUMN.note(name) for name in row.unread]
         if isinstance(row.prompt, str):
             prompt_text, completion_text = row.prompt, row.completion
@@ -131,17 +165,25 @@ class RowEncoder:
         notes += [Unread.STOP.note(self.stops.words[stop]) for stop in inside]
         return *self._fit(prompt_ids, self.stops.cut(completion_ids, inside)), notes
 
-    def _fit(self, prompt_ids: list[int], completion_ids: list[int]) -> tuple[list[int], list[int]]:
+    def _fit(self, prompt_ids: list[int], completion_ids: list[int]) -> Sample:
+        """Both within `max_length`: the completion's end is cut, or the prompt's start
+        (`keep_end`), which leaves a token of it at least.
+        """
         if not prompt_ids:
             raise InputError("the prompt has no tokens")
         if self.max_length is None:
             return prompt_ids, completion_ids
+        if self.keep_end:
+            excess = max(0, len(prompt_ids) + len(completion_ids) - self.max_length)
+            from_prompt = min(excess, len(prompt_ids) - 1)
+            return prompt_ids[from_prompt:], completion_ids[excess - from_prompt :]
         room = self.max_length - len(prompt_ids)
         if room <= 0:
             raise InputError(
                 f"the prompt has {len(prompt_ids)} tokens, which leaves no room for a completion "
-                "within "
-                f"max_length={self.max_length}; raise max_length or remove the row"
+                f"within max_length={self.max_length}; raise max_length, set truncation_mode: "
+                "keep_end (it cuts the prompt's start), or leave such rows out with row_errors: "
+                "skip"
             )
         return prompt_ids, completion_ids[:room]
 
@@ -152,7 +194,8 @@ class RowEncoder:
         result: dict[str, list] = {name: [] for name in ENCODED_FEATURES}
         for row in _rows(columns):
             try:
-                values = (*self._encode(parse_row(decode_json(row))), None)
+                samples, notes = self._encode_row(decode_json(row))
+                values = [ids for ids, _ in samples], [ids for _, ids in samples], notes, None
             except InputError as error:
                 values = ([], [], [], str(error))
             for column, value in zip(result.values(), values, strict=True):
@@ -162,11 +205,11 @@ class RowEncoder:
 
 BATCH_ROWS = 1000
 PARALLEL_ROWS = 10_000  # below this, starting worker processes takes longer than it saves
-TOKEN_LIST = datasets.Sequence(datasets.Value("int32"))
-ENCODED_FEATURES = datasets.Features(
+TOKEN_LISTS = datasets.Sequence(datasets.Sequence(datasets.Value("int32")))
+ENCODED_FEATURES = datasets.Features(  # a row has as many samples as it has turns to train on
     {
-        "prompt_ids": TOKEN_LIST,
-        "completion_ids": TOKEN_LIST,
+        "prompts": TOKEN_LISTS,
+        "completions": TOKEN_LISTS,
         "notes": datasets.Sequence(datasets.Value("string")),
         "problem": datasets.Value("string"),
     }
@@ -179,26 +222,34 @@ def tokenize(
     config: Any,
     where: str,
     stop_ids: Iterable[int],
+    formatting_func: Callable[[Any], Any] | None = None,
+    stream_rows: int | None = None,
 ) -> Examples:
     """Tokenise a whole dataset. `where` names it in error messages; `stop_ids` as stop_token_ids()
-    gives them.
+    gives them; `formatting_func` makes of each row one that can be read; of a stream the first
+    `stream_rows` are taken.
 
     A row that cannot be used ends the run (config.row_errors="strict") or is left out and counted
     ("skip", up to config.max_skipped_rows). The tokenizer is prepared in place (prepare_tokenizer).
-    Uses config.max_length and config.dataset_num_proc; the result does not depend on the latter.
+    Uses config.max_length, truncation_mode, train_on, and dataset_num_proc, on which the result
+    does not depend.
     Raises InputError.
     """
     prepare_tokenizer(tokenizer, config)
-    dataset, places, notes = _check_dataset(dataset, where)
-    encoder = RowEncoder.build(tokenizer, stop_ids, config.max_length)
+    dataset = _without_stream(dataset, where, stream_rows)
+    dataset, places, notes = _check_dataset(
+        dataset, where, every_column=formatting_func is not None
+    )
+    encoder = RowEncoder.build(tokenizer, stop_ids, config, formatting_func)
     prompts, completions, problems = TokenLists(), TokenLists(), []
     for index, (prompt_ids, completion_ids, noted, problem) in enumerate(
         _encode_all(dataset, encoder, config)
     ):
         notes.update(noted)
         if problem is None:
-            prompts.append(prompt_ids)
-            completions.append(completion_ids)
+            for ids, answer_ids in zip(prompt_ids, completion_ids, strict=True):
+                prompts.append(ids)
+                completions.append(answer_ids)
             continue
         problems.append(f"{where}, {places[index] if places else f'row index {index}'}: {problem}")
         if config.row_errors == "strict":
@@ -226,7 +277,7 @@ def tokenize(
 
 def _encode_all(
     dataset, encoder: RowEncoder, config: Any
-) -> Iterator[tuple[list[int], list[int], list[str], str | None]]:
+) -> Iterator[tuple[list[list[int]], list[list[int]], list[str], str | None]]:
     """What `encode_batch` says of each row, in order."""
     workers = config.dataset_num_proc or 1
     if workers > 1 and isinstance(dataset, datasets.Dataset) and len(dataset) >= PARALLEL_ROWS:
@@ -251,17 +302,30 @@ def _encode_all(
         yield from zip(*encoded.values(), strict=True)
 
 
-def _check_dataset(dataset, where: str) -> tuple[Any, list[str] | None, set[str]]:
-    """The dataset reduced to the columns we read, a place ("line 3") per row if the reader knew
-    one, and notes about the columns that are left out.
+def _without_stream(dataset: Any, where: str, rows: int | None) -> Any:
+    """A stream's first rows in memory. What a step trains on depends on the step alone, also after
+    a resume; a stream that came in another order then has another fingerprint, and is refused.
+    """
+    if not isinstance(dataset, datasets.IterableDataset):
+        return dataset
+    if rows is None:
+        raise InputError(
+            f"{where} is a streaming dataset, which has no length; set max_steps (eval_max_samples "
+            "for an evaluation set), so that as many rows are read as that takes, or make a copy "
+            "with datasets.Dataset.from_list(list(stream.take(n)))"
+        )
+    return list(dataset.take(rows))
+
+
+def _check_dataset(
+    dataset, where: str, every_column: bool = False
+) -> tuple[Any, list[str] | None, set[str]]:
+    """The dataset reduced to the columns we read (`every_column` keeps all of them), a place
+    ("line 3") per row if the reader knew one, and notes about the columns that are left out.
     """
     if isinstance(dataset, datasets.DatasetDict):
         raise InputError(
             f"{where} is a set of splits; pass one of them: {name_list(list(dataset))}"
-        )
-    if isinstance(dataset, datasets.IterableDataset):
-        raise InputError(
-            f"{where} is a streaming dataset, which has no length; load it without streaming"
         )
     if not isinstance(dataset, (datasets.Dataset, list, tuple)):
         raise InputError(
@@ -275,6 +339,8 @@ def _check_dataset(dataset, where: str) -> tuple[Any, list[str] | None, set[str]
     names = dataset.column_names
     if JSON_COLUMN in names:
         return dataset.select_columns([JSON_COLUMN]), dataset[PLACE_COLUMN][:], set()
+    if every_column:
+        return dataset, None, set()
     if "messages" in names or {"prompt", "completion"} <= {*names}:
         read = [name for name in COLUMNS if name in names]
         left_out = {Unread.COLUMN.note(name) for name in names if name not in COLUMNS}

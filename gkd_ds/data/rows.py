@@ -39,16 +39,23 @@ class Row:
 
 
 def parse_row(row: object) -> Row:
-    """Check one row and split it into prompt and completion.
+    """Check one row and split it into prompt and completion: its last turn.
 
     Raises InputError with a clause about the row ("messages[1] has ..."); the caller puts file and
     row in front.
+    """
+    return parse_turns(row, every_turn=False)[0]
+
+
+def parse_turns(row: object, every_turn: bool) -> list[Row]:
+    """Check one row and split it into prompts and completions: its last turn, or each that an
+    assistant has, with all that comes before it as its prompt. Raises as parse_row does.
     """
     if not isinstance(row, Mapping):
         raise InputError(f"the row must be an object with fields, not {type_name(row)}")
     if row.get("messages") is not None:
         messages = _parse_messages(row["messages"], "messages")
-        return _conversation(row, messages, {"messages"})
+        return _turns(row, messages, {"messages"}, 0 if every_turn else None)
     prompt, completion = row.get("prompt"), row.get("completion")
     if prompt is None or completion is None:
         filled = [name for name, value in row.items() if value is not None]
@@ -61,36 +68,42 @@ def parse_row(row: object) -> Row:
             if not text:
                 raise InputError(f"'{name}' is empty")
             _check_text(text, f"'{name}'")
-        return Row(prompt, completion, unread=_unread(row, {"prompt", "completion"}))
+        return [Row(prompt, completion, unread=_unread(row, {"prompt", "completion"}))]
     if isinstance(prompt, list) and isinstance(completion, list):
         answer = _parse_messages(completion, "completion")
         if all(message["role"] != "assistant" for message in answer):
             raise InputError("'completion' has no message with the role 'assistant'")
-        return _conversation(
-            row, _parse_messages(prompt, "prompt") + answer, {"prompt", "completion"}
-        )
+        shown = _parse_messages(prompt, "prompt")
+        first = len(shown) if every_turn else None
+        return _turns(row, shown + answer, {"prompt", "completion"}, first)
     raise InputError(
         "'prompt' and 'completion' must be two strings or two lists of messages, "
         f"not {type_name(prompt)} and {type_name(completion)}"
     )
 
 
-def _conversation(row: Mapping, messages: list[Message], read: set[str]) -> Row:
-    """Cut a conversation at its last assistant turn; what follows it has no answer and is
-    dropped.
+def _turns(row: Mapping, messages: list[Message], read: set[str], first: int | None) -> list[Row]:
+    """Cut a conversation at its last assistant turn, or at each from message `first` on; what
+    follows the last one has no answer and is dropped.
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise InputError("no message has the role 'assistant'")
-    last = turns[-1]
-    if last == 0:
+    if turns[-1] == 0:
         raise InputError("the assistant's turn has no message before it")
-    answer = messages[last]
-    if not answer.get("content", "").strip() and not answer.get("tool_calls"):
-        raise InputError("the last assistant message is empty")
+    # A greeting that opens the conversation answers nothing.
+    wanted = turns[-1:] if first is None else [turn for turn in turns if turn >= max(first, 1)]
+    for turn in wanted:
+        answer, which = messages[turn], "last " if turn == turns[-1] else ""
+        if not answer.get("content", "").strip() and not answer.get("tool_calls"):
+            raise InputError(f"the {which}assistant message is empty" + _place(turn, turns))
     tools, template_kwargs = _parse_tools(row.get("tools")), _parse_kwargs(row)
     unread = _unread(row, read | {"tools", "chat_template_kwargs"})
-    return Row(messages[:last], answer, tools, template_kwargs, unread)
+    return [Row(messages[:turn], messages[turn], tools, template_kwargs, unread) for turn in wanted]
+
+
+def _place(turn: int, turns: list[int]) -> str:
+    return "" if turn == turns[-1] else f" (messages[{turn}])"
 
 
 def _unread(row: Mapping, read: set[str]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.utils import ALL_CACHE_NAMES
 
+from gkd_ds.records import Rollout, SequenceBatch, Source, packed_batch
 from gkd_ds.runtime.errors import InputError, first_line
 
 # (ids [B, t], mask [B, L] or None, positions [B, t], cache) -> logits [B, V]
@@ -119,6 +120,11 @@ def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
 
 
 # -- decoding --------------------------------------------------------------------------------------
+
+
+def batch_forward(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
+    """`body_forward` of a batch, padded or packed."""
+    return body_forward(model, batch.input_ids_BT, **batch.extra)
 
 
 def decoding_forward(model: PreTrainedModel, vocabulary: int) -> Forward:
@@ -287,3 +293,25 @@ def check_head(model: PreTrainedModel, role: str, device: torch.device) -> None:
         scale = theirs.abs().max().clamp(min=1.0)
         if theirs.shape != ours.shape or (theirs - ours).abs().max() > 0.02 * scale:
             raise InputError(f"{problem}; {remedy}.")
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, device: torch.device) -> None:
+    """Raise InputError where a sequence behind another one, without padding, is not as if alone.
+
+    An architecture may take positions from elsewhere, or carry a state from token to token.
+    Collective as check_head.
+    """
+    tokens = [t % model.config.get_text_config().vocab_size for t in range(1, 10)]
+    rollouts = [
+        Rollout(0, Source.DATA, tokens[:3], tokens[3:5], True),
+        Rollout(1, Source.DATA, tokens[4:6], tokens[6:9], True),
+    ]
+    packed_SD = batch_forward(model, packed_batch(rollouts, 0, device))[0]
+    alone = [batch_forward(model, packed_batch([one], 0, device))[0] for one in rollouts]
+    alone_SD = torch.cat(alone)
+    if (packed_SD - alone_SD).abs().max() > 0.02 * alone_SD.abs().max().clamp(min=1.0):
+        raise InputError(
+            f"padding_free is not possible for {type(model).__name__}, whose sequences do not stay "
+            "apart in one line; set padding_free and packing to false."
+        )

@@ -5,6 +5,7 @@ loaded.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.examples import Examples, tokenize
 from gkd_ds.data.lengths import RowLengths
 from gkd_ds.data.tokenizer import stop_token_ids
-from gkd_ds.engine import loading, sources
+from gkd_ds.engine import adapters, loading, sources
+from gkd_ds.engine.adapters import Adapter
 from gkd_ds.engine.positions import check_positions
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.provenance import library_versions
@@ -22,8 +24,9 @@ from gkd_ds.runtime.provenance import library_versions
 
 @dataclass(frozen=True)
 class Inputs:
-    """`student` and `teacher` are names or models. `evaluation` holds the evaluation sets by name;
-    a single one has the empty name. `vocabulary` is the number of token ids that both models score.
+    """`student` and `teacher` are names or models; of one with an adapter, its base. `evaluation`
+    holds the evaluation sets by name; a single one has the empty name. `vocabulary` is the number
+    of token ids that both models score.
     """
 
     config: GKDConfig
@@ -34,6 +37,9 @@ class Inputs:
     train: Examples | None
     evaluation: dict[str, Examples]
     vocabulary: int
+    student_adapter: Adapter | None = None
+    teacher_adapter: Adapter | None = None
+    formatting_func: Callable[[Any], Any] | None = None
 
     @classmethod
     def read(
@@ -44,11 +50,21 @@ class Inputs:
         train_dataset: Any,
         eval_dataset: Any,
         processing_class: Any,
+        peft_config: Any = None,
+        formatting_func: Callable[[Any], Any] | None = None,
     ) -> Inputs:
         """Tokenize the data and check what can be checked. Raises InputError."""
         student = model if model is not None else config.model_name_or_path
         teacher = teacher_model if teacher_model is not None else config.teacher_model_name_or_path
-        _check_models(config, student, teacher)
+        if peft_config is None:
+            peft_config = adapters.of_fields(config)
+        student, student_adapter = adapters.split(
+            student, peft_config, "student", config.model_init_kwargs
+        )
+        teacher, teacher_adapter = adapters.split(
+            teacher, None, "teacher", config.teacher_model_init_kwargs
+        )
+        _check_models(config, student, teacher, may_share=student_adapter is not None)
         tokenizer = loading.load_tokenizer(student, processing_class, config)
         # Only whether it can be read.
         loading.generation_config(teacher, config.teacher_model_init_kwargs)
@@ -57,8 +73,18 @@ class Inputs:
         where = config.dataset_name or "the training data"
         train = None
         if train_dataset is not None:
-            train = tokenize(train_dataset, tokenizer, config, where, stop_ids)
-        evaluation = _tokenize_sets(eval_dataset, tokenizer, config, stop_ids)
+            per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
+            needed = config.max_steps * per_rank * config.world_size
+            train = tokenize(
+                train_dataset,
+                tokenizer,
+                config,
+                where,
+                stop_ids,
+                formatting_func,
+                stream_rows=needed if config.max_steps > 0 else None,
+            )
+        evaluation = _tokenize_sets(eval_dataset, tokenizer, config, stop_ids, formatting_func)
         vocabulary = loading.shared_vocabulary(student, teacher, tokenizer, config)
         inputs = cls(config, student, teacher, tokenizer, stop_ids, train, evaluation, vocabulary)
         inputs._check_rows(train, evaluation)
@@ -97,9 +123,20 @@ class Inputs:
         """The same for the teacher."""
         return self.train is not None and self.config.seq_kd and self.config.lmbda < 1
 
+    @property
+    def teacher_is_base(self) -> bool:
+        """Whether the teacher is what the student's adapter was put on: then one copy serves
+        both.
+        """
+        return adapters.is_base(
+            self.config, self.student, self.student_adapter, self.teacher, self.teacher_adapter
+        )
+
     def tokenize_evaluation(self, dataset: Any) -> dict[str, Examples]:
         """Another evaluation set than the trainer's, as `evaluation` has it. Raises InputError."""
-        sets = _tokenize_sets(dataset, self.tokenizer, self.config, self.stop_ids)
+        sets = _tokenize_sets(
+            dataset, self.tokenizer, self.config, self.stop_ids, self.formatting_func
+        )
         self._check_rows(None, sets)
         return sets
 
@@ -121,10 +158,12 @@ class Inputs:
         )
 
 
-def _check_models(config: GKDConfig, student: Any, teacher: Any) -> None:
+def _check_models(config: GKDConfig, student: Any, teacher: Any, may_share: bool) -> None:
+    """`may_share`: the student's base does not change, so it may be the teacher, too."""
     sources.require_causal_lm(student, "student")
     sources.require_causal_lm(teacher, "teacher")
-    sources.refuse_shared_weights(student, teacher)
+    if not (may_share and student is teacher):
+        sources.refuse_shared_weights(student, teacher)
     sources.refuse_ignored(
         student, "student", model_init_kwargs=config.model_init_kwargs, dtype=config.dtype
     )
@@ -141,7 +180,11 @@ def _check_models(config: GKDConfig, student: Any, teacher: Any) -> None:
 
 
 def _tokenize_sets(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase, config: GKDConfig, stop_ids: list[int]
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: GKDConfig,
+    stop_ids: list[int],
+    formatting_func: Callable[[Any], Any] | None,
 ) -> dict[str, Examples]:
     """Evaluation sets by name; a single one has the empty name. Raises InputError."""
     if dataset is None:
@@ -149,6 +192,14 @@ def _tokenize_sets(
     is_named = isinstance(dataset, dict) and "messages" not in dataset
     sets = dataset if is_named else {"": dataset}
     return {
-        name: tokenize(rows, tokenizer, config, f"the evaluation data {name}".rstrip(), stop_ids)
+        name: tokenize(
+            rows,
+            tokenizer,
+            config,
+            f"the evaluation data {name}".rstrip(),
+            stop_ids,
+            formatting_func,
+            stream_rows=config.eval_max_samples,
+        )
         for name, rows in sets.items()
     }

@@ -162,7 +162,6 @@ def require_whole(model: Model, role: str, config: GKDConfig, given: dict | None
     if isinstance(model, PreTrainedModel):
         return
     _check_dtype(role, config, given)
-    refuse_adapter(model, role, given)
     _refuse_encoder(model_config(model, config, given), f"the {role} {model!r}")
     try:
         checkpoint = Checkpoint(model, accelerator.precision(config), init_kwargs(config, given))
@@ -191,19 +190,21 @@ def refuse_incomplete(
         )
 
 
-def refuse_adapter(model: str, role: str, given: dict | None) -> None:
-    """Raise InputError for a directory or repository with an adapter in it, alone or beside whole
-    weights: transformers would load both where peft is installed, and ignore it elsewhere.
+def adapter_config(model: str, role: str, given: dict | None) -> str | None:
+    """The configuration file of the adapter that a directory or repository holds; None where there
+    is none. Raises InputError for one beside whole weights: transformers would load both where peft
+    is installed, and ignore the adapter elsewhere.
     """
     try:
         found = find_adapter_config_file(model, **where(given))
     except OSError:
-        return  # nothing there can be read, which is said more clearly elsewhere
-    if found:
+        return None  # nothing there can be read, which is said more clearly elsewhere
+    if found and os.path.isfile(os.path.join(os.path.dirname(found), "config.json")):
         raise InputError(
-            f"the {role} {model!r} holds an adapter (adapter_config.json); merge it into its base "
-            "model (peft's merge_and_unload) and save that, or remove it."
+            f"the {role} {model!r} holds an adapter (adapter_config.json) beside whole weights; "
+            "merge it into them (peft's merge_and_unload) and save that, or remove it."
         )
+    return found
 
 
 def _refuse_encoder(config: PretrainedConfig, what: str) -> None:

@@ -80,6 +80,28 @@ def load(
         gc.collect()
 
 
+@contextmanager
+def partitioning_known(model: nn.Module) -> Iterator[None]:
+    """While open, libraries that ask transformers hear that parameters are partitioned, if those of
+    `model` are: peft then gathers what it reads. Not for loading models.
+    """
+    if not any(is_partitioned(p) for p in model.parameters()):
+        yield
+        return
+    loading = _Zero3Loading({"zero_optimization": {"stage": 3}})
+    set_hf_deepspeed_config(loading)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+
+
+def keep_together(model: nn.Module, kinds: set[type[nn.Module]]) -> None:
+    """Let ZeRO-3 fetch and release modules of these kinds as one. Before the engine is built."""
+    if kinds:
+        deepspeed.utils.set_z3_leaf_modules(model, list(kinds))
+
+
 class EngineRoot(nn.Module):
     """The module that DeepSpeed wraps. Its forward runs whatever it is given, inside ZeRO-3's
     hooks.
@@ -96,6 +118,17 @@ class EngineRoot(nn.Module):
 
     def forward(self, *, run: Callable[[], Any]) -> Any:
         return run()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What DeepSpeed saves: all but frozen parameters, under whichever of their names. They are
+        where they were loaded from. (DeepSpeed's `exclude_frozen_parameters` keeps one that is
+        tied, by its second name.)
+        """
+        state = super().state_dict(*args, **kwargs)
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad:
+                state.pop(name, None)
+        return state
 
 
 def initialize(model: nn.Module, ds_config: dict[str, Any], **kwargs: Any):
@@ -123,9 +156,10 @@ def gathered_parameters(engine, counters: Counters) -> Iterator[None]:
         with _plain_linear():
             yield
         return
-    offload = _parameter_offload(engine)
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())), _plain_linear():
+    offload, parameters = _parameter_offload(engine), list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters), _plain_linear():
         counters.student_gathers += 1
+        counters.student_bytes += sum(full_numel(p) * p.element_size() for p in parameters)
         for hook in offload.forward_hooks + offload.backward_hooks:
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
@@ -301,9 +335,11 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(parameter.ds_shape) if "ds_shape" in parameter.__dict__ else parameter.shape
 
 
-def full_state_dict(engine, model: PreTrainedModel) -> dict[str, Tensor] | None:
-    """The student's whole weights on the CPU of rank 0 (None on the others), under the names
-    `model` gives them.
+def full_state_dict(
+    model: nn.Module, wanted: Callable[[nn.Parameter], bool] = lambda parameter: True
+) -> dict[str, Tensor] | None:
+    """The whole weights that are `wanted` on the CPU of rank 0 (None on the others), under the
+    names `model` gives them.
 
     Collective, one parameter at a time, so that no device holds more than one whole parameter
     beyond its shard.
@@ -311,6 +347,8 @@ def full_state_dict(engine, model: PreTrainedModel) -> dict[str, Tensor] | None:
     keep = deepspeed.comm.get_rank() == 0
     state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not wanted(parameter):
+            continue
         with gathered([parameter]):
             if keep:
                 state[name] = parameter.detach().to("cpu", copy=True)

@@ -35,3 +35,23 @@ def length_groups(
         groups.append(order[first:end])
         end = first
     return groups[::-1]
+
+
+def packed_groups(lengths: list[int], token_limit: int) -> list[list[int]]:
+    """Partition sequences into lines of at most `token_limit` tokens, unless it is a single
+    sequence: longest first, each into the fullest line that has room (best-fit decreasing). Empty
+    input gives no line.
+    """
+    lines: list[list[int]] = []
+    tokens: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        room = [line for line in range(len(lines)) if tokens[line] + lengths[index] <= token_limit]
+        if room:
+            line = max(room, key=lambda line: tokens[line])
+        else:
+            line = len(lines)
+            lines.append([])
+            tokens.append(0)
+        lines[line].append(index)
+        tokens[line] += lengths[index]
+    return lines

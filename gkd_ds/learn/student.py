@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,12 @@ from gkd_ds.engine.causal_lm import LogitTransform
 from gkd_ds.engine.counters import Counters
 from gkd_ds.engine.startup_checks import refuse_both_sides, try_rows
 from gkd_ds.learn.head import LossHead, LossInputs
+from gkd_ds.learn.optim import optimizer_class
 from gkd_ds.records import SequenceBatch, Source
 from gkd_ds.runtime import ranks
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class Student:
@@ -32,7 +36,8 @@ class Student:
     Args: `total_updates` is the length of the learning-rate schedule; `vocabulary` the number V of
     token ids that the student and the teacher share; `optimizers` an optional (torch optimizer,
     scheduler) pair of the caller; `prepare` changes what the engine is made of, before it exists
-    (RolloutEngine.prepare). Raises InputError when the architecture's logits cannot be reproduced.
+    (RolloutEngine.prepare); `adapter` is what peft has put into `model`, of which only that is
+    trained. Raises InputError when the architecture's logits cannot be reproduced.
     """
 
     def __init__(
@@ -45,7 +50,9 @@ class Student:
         counters: Counters,
         optimizers: tuple = (None, None),
         prepare: Callable[[dict[str, Any], zero.EngineRoot, PreTrainedModel], None] | None = None,
+        adapter: PeftModel | None = None,
     ):
+        self.adapter = adapter
         self.model, self.config, self.vocabulary, self.counters = (
             model,
             config,
@@ -85,6 +92,8 @@ class Student:
             self.engine.enable_backward_allreduce = False
         model.eval()
         self.run_pass(lambda: causal_lm.check_head(model, "student", self.device))
+        if config.packs(evaluating=False) or config.packs(evaluating=True):
+            self.run_pass(lambda: causal_lm.check_packing(model, self.device))
         # Rows up to this length and longer ones must not share a batch; None: all of them may.
         self.switch: int | None = None
         self.to_learn()
@@ -212,8 +221,8 @@ class Student:
 
 
 def _optimizer(model: PreTrainedModel, config: GKDConfig) -> torch.optim.Optimizer:
-    """AdamW over all trainable parameters; vectors (biases, norms) are not decayed, as in
-    transformers.
+    """What `optim` names, over all trainable parameters; vectors (biases, norms) are not decayed,
+    as in transformers.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -223,21 +232,15 @@ def _optimizer(model: PreTrainedModel, config: GKDConfig) -> torch.optim.Optimiz
         },
         {"params": [p for p in trainable if len(zero.full_shape(p)) <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=config.optim == "adamw_torch_fused",
-    )
+    optimizer, settings = optimizer_class(config, model)
+    return optimizer(**{"params": [group for group in groups if group["params"]], **settings})
 
 
 def _schedule(optimizer, config: GKDConfig, total_updates: int):
-    warmup = config.warmup_steps or int(-(-total_updates * config.warmup_ratio // 1))
     return get_scheduler(
         config.lr_scheduler_type,
         optimizer,
-        warmup,
+        config.get_warmup_steps(total_updates),
         total_updates,
         scheduler_specific_kwargs=config.lr_scheduler_kwargs,
     )

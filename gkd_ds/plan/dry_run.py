@@ -6,7 +6,7 @@ import torch
 import yaml
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.config.unsupported import REASONS
+from gkd_ds.config.fields import INACTIVE
 from gkd_ds.engine import accelerator
 from gkd_ds.plan.memory import Memory, count_memory, peak
 from gkd_ds.plan.run import MIB, PHASES, Batches, ModelCounts, count_batches, make_plan
@@ -23,7 +23,7 @@ def dry_run_report(config: GKDConfig, num_samples: int) -> str:
     half = accelerator.precision(config) != torch.float32
     batches = count_batches(config, num_samples, config.world_size)
     plan = make_plan(config, config.world_size, weight_bytes=2 if half else 4, on_cpu=on_cpu)
-    settings = {name: value for name, value in config.to_dict().items() if name not in REASONS}
+    settings = {name: value for name, value in config.to_dict().items() if name not in INACTIVE}
     return "\n".join(
         [
             "# Resolved configuration",

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from torch import nn
 
-from gkd_ds.engine import accelerator, zero
+from gkd_ds.engine import accelerator, adapters, zero
 from gkd_ds.learn.head import LossHead
 from gkd_ds.records import Completions, Sample
 from gkd_ds.rollout.decoder import Decoder, of_student
@@ -25,11 +25,14 @@ class Gathered(RolloutEngine):
 
     @contextmanager
     def window(self) -> Iterator[None]:
-        """The whole student on every rank, laid out for products of few rows."""
+        """The whole student on every rank, its adapter merged, laid out for products of few
+        rows.
+        """
         student = self.student
         with (
             student.sampling(),
             zero.gathered_parameters(student.engine, student.counters),
+            adapters.merged(student.model),
             accelerator.fast_decoding(student.model, linear=(nn.Linear, LossHead)),
         ):
             yield

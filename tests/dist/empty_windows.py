@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     prompt = [5, 6, 7]
     nothing = [Rollout(row, Source.STUDENT, prompt, [], stopped=False) for row in range(2)]
     something = [Rollout(2, Source.STUDENT, prompt, [8, 9], stopped=True)]
-    before = zero.full_state_dict(student.engine, student.model)
+    before = zero.full_state_dict(student.model)
     windows = {
         "nobody has tokens": nothing,
         "nobody has rollouts": [],
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     for name, rollouts in windows.items():
         learned = pipeline.learn(rollouts, pipeline.score(rollouts), count_tokens(rollouts))
         applied = student.update()
-        weights = zero.full_state_dict(student.engine, student.model)
+        weights = zero.full_state_dict(student.model)
         if ranks.rank() == 0:
             shown = {
                 "window": name,

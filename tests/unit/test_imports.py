@@ -39,6 +39,7 @@ MOST_LINES = 400
 INTERNALS = ("deepspeed.runtime", "deepspeed.module_inject", "deepspeed.ops")
 READERS_OF_INTERNALS = (
     "gkd_ds.engine.",
+    "gkd_ds.runtime.process_group",
     "gkd_ds.rollout.hybrid",
     "gkd_ds.teacher.nvme",
     "gkd_ds.checkpoint.engine_files",

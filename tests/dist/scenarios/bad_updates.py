@@ -23,7 +23,7 @@ class WeightsAfterEachUpdate(TrainerCallback):
         self.trainer: GKDTrainer | None = None
 
     def on_step_end(self, args, state, control, **kwargs):
-        weights = zero.full_state_dict(self.trainer.student.engine, self.trainer.model)
+        weights = zero.full_state_dict(self.trainer.model)
         digest = hashlib.sha256()
         for name, tensor in sorted((weights or {}).items()):
             digest.update(name.encode() + tensor.numpy().tobytes())

@@ -353,7 +353,7 @@ def test_a_word_that_is_a_stop_token_does_not_cut_an_answer(tmp_path, caplog):
     assert "answers go on behind stop tokens that are words" in said(caplog)[0]
     template = QWEN2.replace("'<|im_end|>'", "' fox<|im_end|>'")  # it ends the turn, too
     tokenizer.chat_template = template
-    encoder = RowEncoder.build(tokenizer, stops, None)
+    encoder = RowEncoder.build(tokenizer, stops, GKDConfig(max_length=None))
     assert tokenizer.decode(encoder.encode({"messages": CHAT[:2]})[1]).endswith("today? fox")
 
 

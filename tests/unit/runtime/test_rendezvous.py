@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
-from gkd_ds.engine import rendezvous
+from gkd_ds.runtime import rendezvous
 from gkd_ds.runtime.errors import InputError
 from tests.refusals import assert_one_sentence
 from tests.taken_port import HTTP, taken_port
