@@ -40,7 +40,8 @@ TABLE = {
         report_to run_name project logging_strategy logging_steps logging_first_step
         logging_nan_inf_filter log_rollouts log_level disable_tqdm prediction_loss_only
         save_strategy save_steps save_total_limit save_only_model resume_from_checkpoint
-        merge_on_export push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_revision""",
+        merge_on_export
+        push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_revision""",
     Change.LOADS: "model_name_or_path model_init_kwargs dtype",
     Change.ACTS: """
         trust_remote_code attn_implementation disable_dropout dataset_num_proc max_skipped_rows

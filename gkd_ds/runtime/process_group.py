@@ -18,7 +18,9 @@ def join(backend: str | None, timeout: int) -> None:
     launcher. Does nothing the second time.
 
     `backend` is torch.distributed's (None: the accelerator's), `timeout` that of a collective, in
-    seconds. Raises InputError where the ranks cannot meet. A CPU run must not spend three minutes building DeepSpeed's shared-memory communication
+    seconds. Raises InputError where the ranks cannot meet.
+
+    A CPU run must not spend three minutes building DeepSpeed's shared-memory communication
     op; gloo does without.
     """
     if torch.distributed.is_initialized() and deepspeed.comm.is_initialized():
