@@ -39,22 +39,25 @@ class Checkpoint:
     """
 
     def __init__(self, source: str, dtype: torch.dtype, init_kwargs: dict[str, Any]):
-        self.source, self.init_kwargs = source, dict(init_kwargs)
-        quantization = self.init_kwargs.pop("quantization_config", None)  # no change of the file's
-        config, self.init_kwargs = AutoConfig.from_pretrained(
-            source, return_unused_kwargs=True, **self.init_kwargs
-        )
+        given = dict(init_kwargs)
+        # AutoModelForCausalLM keeps it from its configuration, too: the file's own wins.
+        quantization = given.pop("quantization_config", None)
+        config, rest = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **given)
+        is_gguf = rest.pop("gguf_file", None) is not None
         if quantization:
-            self.init_kwargs["quantization_config"] = quantization
-        trust = init_kwargs.get("trust_remote_code")
+            rest["quantization_config"] = quantization
         with torch.device("meta"):
-            shapes = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-        self.model_class, self.config, self.dtype = type(shapes), shapes.config, dtype
+            shapes = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=given.get("trust_remote_code")
+            )
+        self.source, self.dtype, self.init_kwargs = source, dtype, rest
+        self.model_class, self.config = type(shapes), shapes.config
         self.tied: dict[str, str] = dict(shapes.all_tied_weights_keys)
-        self.is_changed = not config.to_dict().keys().isdisjoint(init_kwargs)
-        self.files = [] if "gguf_file" in init_kwargs else _files(source, init_kwargs)
-        quantization = quantization or config.to_dict().get("quantization_config")
-        self.is_comparable = bool(self.files) and not _is_quantized(quantization)
+        self.is_changed = not config.to_dict().keys().isdisjoint(given)
+        self.files = [] if is_gguf else _files(source, given)
+        self.is_comparable = bool(self.files) and not _is_quantized(
+            quantization or config.to_dict().get("quantization_config")
+        )
 
     def look(self) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The model without weights, and transformers' report of how the files fit it; in its
