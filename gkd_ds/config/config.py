@@ -98,7 +98,9 @@ class GKDConfig(ReadAsTrainingArguments, UnsupportedFields):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = option(
         None, "Type of the student's weights (default: float32 unless bf16 or fp16)."
     )
-    disable_dropout: bool = option(True, "Switch dropout off in the student.")
+    disable_dropout: bool = option(
+        True, "Switch off dropout, and whatever else only training mode has, in the student."
+    )
 
     dataset_name: str | None = option(
         None, "A hub name, a JSON, JSONL or Parquet file, or a directory of them.", heading="Data"
