@@ -78,7 +78,9 @@ class Models:
     torch_dtype: InitVar[Literal["auto", "float32", "bfloat16", "float16"] | None] = option(
         None, "An older name of dtype."
     )
-    disable_dropout: bool = option(True, "Switch dropout off in the student.")
+    disable_dropout: bool = option(
+        True, "Switch off dropout, and whatever else only training mode has, in the student."
+    )
     merge_on_export: bool = option(
         False, "Write a student with an adapter as one plain model, not as an adapter."
     )

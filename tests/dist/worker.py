@@ -26,7 +26,7 @@ from gkd_ds import GKDConfig
 from gkd_ds.engine import process
 from gkd_ds.runtime import ranks
 from gkd_ds.train import leave
-from tests.dist.scenarios import bad_updates, engines, nvme, parity, windows
+from tests.dist.scenarios import bad_updates, engines, neighbours, nvme, parity, windows
 from tests.dist.scenarios.common import ARGUMENTS, FIELDS, RESULTS
 
 
@@ -55,6 +55,7 @@ SCENARIOS = [
     windows.resume,
     windows.generation_that_raises,
     engines.precision,
+    neighbours.neighbours,
     windows.callbacks,
     bad_updates.faults,
     blocked_imports,
