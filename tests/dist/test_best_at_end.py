@@ -92,7 +92,7 @@ def test_a_best_evaluation_without_a_checkpoint(server: Server, settings, tmp_pa
 
 
 def test_no_evaluation_at_all(server: Server, settings, tmp_path: Path) -> None:
-    mine = {**settings, "eval_steps": 10, "save_steps": 10, "output_dir": str(tmp_path / "run")}
+    mine = {**settings, "eval_delay": 10, "output_dir": str(tmp_path / "run")}
     said = server.run(1, mine).said()
     assert "no evaluation has a checkpoint" in said and (tmp_path / "run" / "FINISHED").exists()
 
