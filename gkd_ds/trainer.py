@@ -27,6 +27,7 @@ from gkd_ds.engine.inputs import Inputs
 from gkd_ds.learn import trl
 from gkd_ds.learn.optim import require_optimizer
 from gkd_ds.loop import WindowLoop
+from gkd_ds.monitor.callbacks import callbacks_of
 from gkd_ds.monitor.evaluation import (
     evaluate_sets,
     refuse_impossible_evaluation,
@@ -77,6 +78,7 @@ class GKDTrainer(WindowLoop):
         config.validate()  # fields may have been set since it was made
         require_optimizer(config)
         _show_log(config)
+        callbacks = [*callbacks_of(config), *(callbacks or [])]
         # The time budget includes loading, and a stop file that appears meanwhile counts.
         interrupts = Interrupts(config.stop_path, config.max_runtime)
         inputs = Inputs.read(
@@ -95,7 +97,7 @@ class GKDTrainer(WindowLoop):
         windows = Windows.of(config, inputs.train, ranks.world_size())
         state = initial_state(config, windows.scheduler.windows_per_epoch)
         pipeline = Pipeline.build(inputs, state.max_steps, optimizers)
-        super().__init__(inputs, windows, state, pipeline, interrupts, callbacks or [])
+        super().__init__(inputs, windows, state, pipeline, interrupts, callbacks)
 
     def train(
         self,

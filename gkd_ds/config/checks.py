@@ -68,8 +68,9 @@ def check_combinations(config: Any) -> None:
     if config.assistant_only_loss:
         config.train_on = "every_turn"
     take_launch_settings(config)
-    check_precision(config)
+    take_revision(config)
     check_init_dtypes(config)
+    check_precision(config)
     check_adapters(config)
     check_optimizer(config)
     check_schedule(config)
@@ -78,7 +79,31 @@ def check_combinations(config: Any) -> None:
     check_hub(config)
 
 
+def take_revision(config: Any) -> None:
+    """`model_revision` is the `revision` of the student's init kwargs (the hub's default: main)."""
+    revision = config.model_revision
+    given = config.model_init_kwargs or {}
+    if revision not in (None, "main", given.get("revision")):
+        if "revision" in given:
+            raise wrong(
+                "model_revision",
+                f"is {show(revision)}, but model_init_kwargs has the revision "
+                f"{show(given['revision'])}; give one",
+            )
+        config.model_init_kwargs = {**given, "revision": revision}
+
+
 def check_precision(config: Any) -> None:
+    """bf16 or fp16, or neither. Where both are left open, a student that is to be loaded or
+    evaluated in 16 bits is trained in them.
+    """
+    asked = {
+        config.dtype,
+        *(dtype_name("", given) for given in init_dtypes(config.model_init_kwargs)),
+    }
+    if config.bf16 is None and not config.fp16:
+        config.fp16 = "float16" in asked
+        config.bf16 = True if "bfloat16" in asked or config.bf16_full_eval else None
     if config.bf16 and config.fp16:
         raise InputError(
             "GKDConfig fields 'bf16' and 'fp16' are both true; switch one of them off."
@@ -87,11 +112,10 @@ def check_precision(config: Any) -> None:
         raise InputError(
             "GKDConfig field 'fp16' does not work with 'use_cpu'; use bf16 or neither."
         )
-    if config.dtype in ("bfloat16", "float16") and (config.bf16 is False and config.fp16 is False):
-        raise wrong(
-            "dtype",
-            f"is {config.dtype} while bf16 and fp16 are false; set the one that matches, or "
-            "remove dtype",
+    if asked & {"bfloat16", "float16"} and not config.bf16 and not config.fp16:
+        raise InputError(
+            "The student's dtype has 16 bits while GKDConfig fields 'bf16' and 'fp16' are false; "
+            "set the one that matches, or remove dtype."
         )
     for name, trained in (("bf16_full_eval", config.bf16), ("fp16_full_eval", config.fp16)):
         if getattr(config, name) and not trained:

@@ -44,9 +44,10 @@ paged_ademamix_8bit paged_lion_32bit paged_lion_8bit rmsprop rmsprop_bnb rmsprop
 rmsprop_bnb_32bit galore_adamw galore_adamw_8bit galore_adafactor galore_adamw_layerwise
 galore_adamw_8bit_layerwise galore_adafactor_layerwise lomo adalomo grokadamw schedule_free_radam
 schedule_free_adamw schedule_free_sgd apollo_adamw apollo_adamw_layerwise stable_adamw""".split()
-# Of these, the ones whose step for one weight depends on the others of its matrix or layer.
-NEED_WHOLE_PARAMETERS = """adafactor galore_adamw galore_adamw_8bit galore_adafactor grokadamw
-apollo_adamw stable_adamw""".split()
+# Of these, the ones whose step for one weight depends on the others of its matrix or layer; and
+# Adagrad, which has states from the start: DeepSpeed makes it anew, with one group of parameters.
+NEED_WHOLE_PARAMETERS = """adafactor adagrad galore_adamw galore_adamw_8bit galore_adafactor
+grokadamw apollo_adamw stable_adamw""".split()
 
 
 @dataclass(kw_only=True)

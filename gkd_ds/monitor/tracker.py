@@ -1,4 +1,5 @@
-"""One stream of records: an update or an evaluation goes to metrics.jsonl, to the console, to W&B.
+"""One stream of records: an update or an evaluation goes to metrics.jsonl, to the console, to W&B
+and TensorBoard.
 
     tracker = Tracker(config, rank, run_dir, total_steps=100)
     tracker.log_update({"step": 1, "loss": 0.5, ...})
@@ -18,15 +19,28 @@ from typing import Any
 from gkd_ds.monitor.console import Console
 from gkd_ds.monitor.jsonl import JsonlSink
 from gkd_ds.monitor.sinks import Record, Sink
+from gkd_ds.monitor.tensorboard_sink import TensorBoardSink
 from gkd_ds.monitor.wandb_sink import WandbSink
 from gkd_ds.runtime.redaction import redact
+
+SINKS = ("wandb", "tensorboard")  # of report_to; callbacks.py has the others
+
+
+def reported_to(config: Any) -> list[str]:
+    """Where a run reports to besides metrics.jsonl; of `all`, what is installed."""
+    if config.report_to != ["all"]:
+        return config.report_to
+    from transformers.integrations import get_available_reporting_integrations  # costs seconds
+
+    return get_available_reporting_integrations()
 
 
 class Tracker:
     """What rank 0 tells the world about a run; on every other rank all methods do nothing.
 
     Args:
-        config: GKDConfig; read are report_to, logging_*, disable_tqdm and what WandbSink reads.
+        config: GKDConfig; read are report_to, logging_*, disable_tqdm and what its sinks
+            read.
         rank: global rank of this process.
         run_dir: directory of the run; gets the files of the sinks.
         total_steps: number of updates of the whole run.
@@ -62,7 +76,10 @@ class Tracker:
         self._console = Console(total_steps, config.disable_tqdm)
         self._sinks = [self._files, self._console]
         self.run_id = resume_run_id or os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
-        if "wandb" in config.report_to:
+        names = reported_to(config)
+        if "tensorboard" in names:
+            self._sinks.append(TensorBoardSink(config, run_dir, self._console.say))
+        if "wandb" in names:
             wandb_sink = WandbSink(config, run_dir, self.run_id, self._console.say)
             self._sinks.append(wandb_sink)
             self.where = wandb_sink.where

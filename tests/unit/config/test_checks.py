@@ -103,7 +103,7 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"report_to": "tensorbord"}, ["'report_to'", "'tensorbord'", "tensorboard"]),
         ({"report_to": ["wandb", "sacred"]}, ["'report_to'", "'sacred'"]),
         ({"warmup_steps": 2.5}, ["'warmup_steps'", "whole number"]),
-        ({"bf16_full_eval": True}, ["'bf16_full_eval'", "set bf16: true"]),
+        ({"bf16_full_eval": True, "bf16": False}, ["'bf16_full_eval'", "set bf16: true"]),
         ({"fp16_full_eval": True, "bf16": True}, ["'fp16_full_eval'", "set fp16: true"]),
         ({"lora_r": 4}, ["'lora_r'", "use_peft"]),
         ({"use_dora": True}, ["'use_dora'", "use_peft"]),
@@ -112,6 +112,15 @@ NAN, INFINITY = float("nan"), float("inf")
         (
             {"teacher_model_init_kwargs": {"torch_dtype": "float16", "dtype": "float32"}},
             ["'teacher_model_init_kwargs'", "float16 and float32"],
+        ),
+        ({"bf16": False, "dtype": "bfloat16"}, ["16 bits", "'bf16'", "remove dtype"]),
+        (
+            {"bf16": False, "model_init_kwargs": {"torch_dtype": "float16"}},
+            ["16 bits", "'fp16'"],
+        ),
+        (
+            {"model_revision": "v1", "model_init_kwargs": {"revision": "v2"}},
+            ["'model_revision'", "'v1'", "'v2'"],
         ),
         (
             {"dtype": "float32", "model_init_kwargs": {"torch_dtype": "auto"}},

@@ -124,6 +124,41 @@ def test_transformers_enums_and_callbacks_understand_it():
     )
 
 
+@pytest.mark.parametrize(
+    ("settings", "bf16", "fp16"),
+    [
+        ({"dtype": "bfloat16"}, True, False),
+        ({"torch_dtype": "float16"}, None, True),
+        ({"model_init_kwargs": {"torch_dtype": "bfloat16"}}, True, False),
+        ({"model_init_kwargs": {"dtype": "torch.float16"}}, None, True),
+        ({"model_init_kwargs": {"dtype": "auto"}}, None, False),
+        ({"dtype": "float32"}, None, False),
+        ({"dtype": "float32", "bf16": True}, True, False),
+        ({"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, None, False),
+        ({"bf16_full_eval": True}, True, False),
+        ({}, None, False),
+    ],
+)
+def test_a_student_of_16_bits_is_trained_in_them(settings, bf16, fp16):
+    config = GKDConfig(**settings)
+    assert (config.bf16, config.fp16) == (bf16, fp16)
+    config.validate()
+    assert (config.bf16, config.fp16) == (bf16, fp16)
+
+
+def test_torch_s_own_dtypes_are_dtypes():
+    import torch
+
+    config = GKDConfig(model_init_kwargs={"torch_dtype": torch.bfloat16})
+    assert config.bf16 and json.dumps(config.to_dict())
+
+
+@pytest.mark.parametrize("revision", ["main", None, "v2"])
+def test_a_revision_is_that_of_the_student_s_files(revision):
+    expected = {"revision": "v2"} if revision == "v2" else None
+    assert GKDConfig(model_revision=revision).model_init_kwargs == expected
+
+
 def test_validate_may_be_called_again():
     config = GKDConfig(
         max_runtime="1h",
