@@ -8,9 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,15 +18,14 @@ from transformers.trainer_callback import (
     CallbackHandler,
     DefaultFlowCallback,
     TrainerControl,
-    TrainerState,
 )
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from gkd_ds.checkpoint import store
-from gkd_ds.checkpoint.progress import Progress
+from gkd_ds.checkpoint.progress import Progress, initial_state
 from gkd_ds.checkpoint.publish import Publisher
 from gkd_ds.checkpoint.run_lock import only_run
 from gkd_ds.checkpoint.session import Session, refuse_occupied
+from gkd_ds.config.changes import Fields
 from gkd_ds.data.windows import Windows
 from gkd_ds.engine import process
 from gkd_ds.engine.inputs import Inputs
@@ -40,59 +38,80 @@ from gkd_ds.monitor.metrics import (
     what_was_bad,
     window_stats,
 )
-from gkd_ds.monitor.tracker import Tracker
 from gkd_ds.pipeline import Learned, Pipeline, count_tokens
 from gkd_ds.records import Rollout
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.exit_codes import FAILED, FINISHED, NOT_SAVED, STOPPED
 from gkd_ds.runtime.interrupts import Interrupts, StopAgreed
 from gkd_ds.runtime.watchdog import Watchdog
+from gkd_ds.saving import Saving
 
 
-class WindowLoop(ABC):
-    """Runs the windows of `inputs` through `pipeline`, tells `callbacks`, evaluates and saves."""
+class WindowLoop(Saving):
+    """Runs the windows of `inputs` through the engines, tells `callbacks`, evaluates and saves."""
 
     def __init__(
         self,
         inputs: Inputs,
-        windows: Windows,
-        state: TrainerState,
-        pipeline: Pipeline,
         interrupts: Interrupts,
         callbacks: list[TrainerCallback],
+        optimizers: tuple = (None, None),
     ):
-        self.inputs, self.windows, self.state = inputs, windows, state
-        self.pipeline, self.interrupts = pipeline, interrupts
-        self.args, self.processing_class = inputs.config, inputs.tokenizer
-        self.student, self.teacher = pipeline.student, pipeline.teacher
-        self.model = self.student.adapter or self.student.model
-        self.publisher = Publisher(inputs, self.student, state)
+        super().__init__(inputs, optimizers)
+        self.interrupts, self.fields = interrupts, Fields(inputs.config)
+        self._restart()
         self.session: Session | None = None  # of the last train()
         self.stop_reason: str | None = None
         self.exit_code = FINISHED  # of the last train()
+        self.is_in_train = False
+        self._ignore_keys_for_eval: list[str] | None = None
         self._rollouts: list[Rollout] = []  # of the last window
         self._learned: Learned | None = None
+        self._recorded: set[str] = set()  # what the trackers know already of what is being logged
         self.control = TrainerControl()
-        engine = self.student.engine
         self.callback_handler = CallbackHandler(
             [DefaultFlowCallback(), *callbacks],
             self.model,
             self.processing_class,
-            engine.optimizer,
-            engine.lr_scheduler,
+            self.optimizer,
+            self.lr_scheduler,
         )
         self._event("on_init_end")
 
-    def run(self, resume: bool | str | None) -> TrainOutput:
-        """What `train` does; `resume` replaces the field `resume_from_checkpoint`."""
-        config = self.args
-        refuse_occupied(config, resume)
-        self.publisher.refuse_unwritable()
-        watchdog = self.pipeline.watchdog = Watchdog(config.watchdog_timeout, config.output_dir)
-        self.session = Session(
-            config, self.student, self.state, self.windows, self.publisher, watchdog
+    def _restart(self) -> None:
+        """Begin at the first window of what the configuration asks for now."""
+        self.windows = Windows.of(self.args, self.inputs.train, ranks.world_size())
+        self.state = initial_state(self.args, self.windows.scheduler.windows_per_epoch)
+        self.publisher = Publisher(
+            self.inputs, self.models.student, self.state, self.models.adapter
         )
+
+    def run(self, resume: bool | str | None) -> TrainOutput:
+        """What `train` does; `resume` replaces the field `resume_from_checkpoint`.
+
+        Called again, it begins at the first window once more, with the weights as they are now.
+        """
+        changed = self._read_fields()
+        refuse_occupied(self.args, resume)
+        self.publisher.refuse_unwritable()
+        if self.session is not None or changed:
+            self._restart()
         self._rollouts, self._learned = [], None
+        self.is_in_train = True
+        try:
+            with self.engines() as pipeline:
+                return self._run(pipeline, resume)
+        finally:
+            self.is_in_train = False
+
+    def _run(self, pipeline: Pipeline, resume: bool | str | None) -> TrainOutput:
+        config = self.args
+        watchdog = pipeline.watchdog = Watchdog(config.watchdog_timeout, config.output_dir)
+        self.session = Session(
+            config, pipeline.student, self.state, self.windows, self.publisher, watchdog
+        )
+        handler = self.callback_handler
+        handler.optimizer, handler.lr_scheduler = self.optimizer, self.lr_scheduler
         with self.interrupts, only_run(config.output_dir), watchdog:
             exit_code, self.stop_reason = FAILED, None
             try:
@@ -103,8 +122,10 @@ class WindowLoop(ABC):
                 except StopAgreed as stop:
                     self.stop_reason = str(stop)
                 metrics = self._log_summary()
+                saved = self._finish()
                 self._event("on_train_end")
-                saved = self._end()
+                if saved:
+                    self._push_finished()
                 reached = STOPPED if self.stop_reason else FINISHED
                 exit_code = self.exit_code = reached if saved else NOT_SAVED
             finally:
@@ -116,17 +137,12 @@ class WindowLoop(ABC):
         return TrainOutput(self.state.global_step, self.progress.train_loss.value, metrics)
 
     @abstractmethod
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, ignore_keys: list[str] | None = None) -> dict[str, float]:
         """Evaluate on the trainer's sets, tell the callbacks, return the metrics. A collective."""
 
     @abstractmethod
-    def save_model(self) -> None:
-        """Write the student to output_dir. A collective; raises CheckpointError on all ranks."""
-
-    @property
-    def tracker(self) -> Tracker | None:
-        """What tells the world about the run; None before the first `train()`."""
-        return self.session.tracker if self.session is not None else None
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of one forward and backward of `inputs`."""
 
     @property
     def progress(self) -> Progress:
@@ -151,6 +167,7 @@ class WindowLoop(ABC):
         self._event("on_epoch_begin")
         while state.global_step < end and self._goes_on():
             self._event("on_step_begin")
+            self._read_fields()
             self._window(state.global_step)
             state.global_step += 1
             state.epoch = state.global_step / windows
@@ -168,6 +185,20 @@ class WindowLoop(ABC):
         self._act()
         self.interrupts.raise_if_stop_requested()
 
+    def _read_fields(self) -> dict[str, Any]:
+        """Let act what was assigned to fields since this was done last, or refuse it; what changed.
+        Collective while training.
+        """
+        changed = self.fields.changed(self.is_in_train)
+        if self.is_in_train and ranks.any_rank(bool(changed)):
+            ranks.refuse_differences(
+                {name: repr(value) for name, value in changed.items()}, "fields"
+            )
+            self.state.compute_steps(self.args, self.state.max_steps)
+            self.windows.read_fields(self.args)
+            self.pipeline.read_fields()
+        return changed
+
     def _window(self, step: int) -> None:
         """rollout -> score -> learn -> update, and one record of metrics.
 
@@ -183,13 +214,19 @@ class WindowLoop(ABC):
             # Dropout, where it is on, does not depend on what ran before.
             torch.manual_seed(self.args.seed + step)
             learned = self.pipeline.learn(rollouts, targets, total_tokens)
+        for _ in range(self.windows.scheduler.filled_micro_batches(step) - 1):
+            self._event("on_substep_end")  # they were learned together
         rate = self.student.learning_rate
         self._event("on_pre_optimizer_step")
         with self.pipeline.phase("update"):
             applied = self.student.update()
         self._event("on_optimizer_step")
 
-        record = update_record(rollouts, learned, self.pipeline, counted)
+        seen = torch.empty(learned.padded_tokens, dtype=torch.long, device="meta")
+        flops = self.floating_point_ops({"input_ids": seen})
+        record, sums = update_record(rollouts, learned, self.pipeline, counted, flops=flops)
+        self.state.total_flos += sums["flops"]
+        self.state.num_input_tokens_seen += int(sums["input_tokens"])
         bad = None if applied else what_was_bad(record)
         epoch = (step + 1) / self.windows.scheduler.windows_per_epoch
         record |= {"step": step + 1, "epoch": epoch, "lr": rate}
@@ -217,6 +254,8 @@ class WindowLoop(ABC):
 
     def _event(self, name: str, *args: Any) -> None:
         """Tell the callbacks of one of transformers' events, and hear what they want."""
+        if self._pipeline is not None and ranks.world_size() == 1:
+            self.student.show()
         tell = getattr(self.callback_handler, name)
         self.control = tell(self.args, self.state, self.control, *args)
 
@@ -248,7 +287,7 @@ class WindowLoop(ABC):
         if self.progress.evaluation_due:
             self._evaluate_and_log()
         if ranks.any_rank(self.control.should_save):
-            self._save_checkpoint(self.args.save_only_model)
+            self._save_checkpoint(self.model, None)
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
 
     def _log(self) -> None:
@@ -256,28 +295,56 @@ class WindowLoop(ABC):
         logs, step = self.progress.take_unlogged(), self.state.global_step
         if logs is None:
             return
-        self.state.log_history.append({**logs, "step": step})
         rollouts = rollout_records(
             self._rollouts, self._learned, self.processing_class, self.args.log_rollouts
         )
         self.tracker.log_rollouts(step, rollouts)
+        self._tell(logs, self.session.started)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Tell the history, the callbacks and, of what they do not know yet, the trackers."""
+        step = self.state.global_step
+        if self.state.epoch is not None:
+            logs["epoch"] = self.state.epoch
+        more = {name: logs[name] for name in logs if name not in {"epoch", *self._recorded}}
+        if more and self.tracker is not None:
+            self.tracker.log_eval({"step": step, **_as_integrations_write(more)})
+            self.progress.evaluations += 1
+        self.state.log_history.append({**logs, "step": step})
         self._event("on_log", logs)
+
+    def _tell(self, logs: dict[str, float], *start_time: float) -> None:
+        """`log` what the trackers have been told in their own way."""
+        self._recorded = set(logs)
+        try:
+            self.log(logs, *start_time)
+        finally:
+            self._recorded = set()
 
     def _log_summary(self) -> dict[str, float]:
         """What transformers tells callbacks about a run when it ends."""
-        metrics = {
-            "train_runtime": time.monotonic() - self.session.started,
+        steps = self.state.global_step - self.session.first_step
+        samples = steps * self.windows.scheduler.window_samples
+        metrics = speed_metrics("train", self.session.started, samples, steps)
+        metrics |= {
+            "total_flos": self.state.total_flos,
             "train_loss": self.progress.train_loss.value,
             "epoch": self.state.epoch or 0.0,
         }
-        if not self.stop_reason:  # the history goes on after the checkpoint that is saved next
-            self.state.log_history.append({**metrics, "step": self.state.global_step})
-        self._event("on_log", metrics)
+        entries = len(self.state.log_history)
+        self._tell(metrics)
+        if self.stop_reason:  # the history goes on after the checkpoint that is saved next
+            del self.state.log_history[entries:]
         return metrics
 
     def _evaluate_and_log(self) -> None:
-        with self._interruptible():
-            metrics = self.evaluate()
+        entries = len(self.state.log_history)
+        try:
+            with self._interruptible():
+                metrics = self.evaluate(ignore_keys=self._ignore_keys_for_eval)
+        except StopAgreed:  # it is made again, all of it
+            del self.state.log_history[entries:]
+            raise
         self.progress.evaluation_due = False
         if self.args.metric_for_best_model is None:
             return
@@ -288,60 +355,12 @@ class WindowLoop(ABC):
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
             self.control.should_save |= self.args.save_strategy == "best"
 
-    # -- saving -----------------------------------------------------------------------------------
 
-    def _save_checkpoint(self, only_model: bool) -> Path | None:
-        """A checkpoint of this step; None (and a sentence) when it could not be written. Training
-        goes on then.
-        """
-        path = self.session.save(only_model)
-        if path is None:
-            return None
-        if self.args.push_to_hub and self.args.hub_strategy != "end":
-            self._push_checkpoint(path)
-        self._event("on_save")
-        return path
-
-    def _push_checkpoint(self, path: Path) -> None:
-        """Push the student as it is now; a sentence, and training goes on, when that fails."""
-        try:
-            self.save_model()
-        except store.CheckpointError as error:
-            self.tracker.say(str(error))
-            return
-        message = f"Training in progress, step {self.state.global_step}"
-        self._push(message, blocking=False, checkpoint=path.name)
-
-    def _end(self) -> bool:
-        """After the last window: a checkpoint if the run was stopped early, the finished student
-        otherwise, and then the best one in its place. False if that could not be done.
-        """
-        if self.stop_reason:
-            # save_only_model does not count: the run is to go on from here.
-            step = self.state.global_step
-            path = Path(self.args.output_dir, f"checkpoint-{step}")
-            if step != self.session.saved_step:
-                path = self._save_checkpoint(only_model=False)
-            self.session.say_stopped(self.stop_reason, path)
-            return path is not None
-        try:
-            self.save_model()  # before anything else can go wrong
-            if self.session.load_best():
-                self.save_model()
-            self.session.mark_finished()
-        except store.CheckpointError as error:
-            self.tracker.say(str(error))
-            return False
-        if self.args.push_to_hub:
-            self._push("End of training")
-        return True
-
-    def _push(self, message: str, **options: Any) -> None:
-        """A push that fails loses nothing: the model is in output_dir, and rank 0 says what went
-        wrong.
-        """
-        self._event("on_push_begin")
-        try:
-            self.publisher.push(message, **options)
-        except RuntimeError as error:
-            self.tracker.say(str(error))
+def _as_integrations_write(logs: dict[str, Any]) -> dict[str, Any]:
+    """The names that transformers' integrations make of those in a log."""
+    known = [(f"{mode}_", f"{mode}/") for mode in ("eval", "test", "train")]
+    renamed = {}
+    for name, value in logs.items():
+        before, after = next((pair for pair in known if name.startswith(pair[0])), ("", "train/"))
+        renamed[after + name.removeprefix(before)] = value
+    return renamed

@@ -12,6 +12,7 @@ number of micro-batches.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -21,17 +22,20 @@ from dataclasses import dataclass
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.lengths import RowLengths
-from gkd_ds.engine import builds, loading
+from gkd_ds.engine import builds
 from gkd_ds.engine.counters import Counters
 from gkd_ds.engine.inputs import Inputs
+from gkd_ds.engine.lending import is_lendable
 from gkd_ds.learn.batching import length_groups, packed_groups
 from gkd_ds.learn.divergence import generalized_jsd_objective
 from gkd_ds.learn.head import LossInputs, TeacherHead
-from gkd_ds.learn.objective import Objective
+from gkd_ds.learn.objective import Objective, by_autograd
 from gkd_ds.learn.student import Student
+from gkd_ds.models import Models
 from gkd_ds.records import (
     Completions,
     Rollout,
@@ -47,7 +51,6 @@ from gkd_ds.rollout.sampling import Sampling
 from gkd_ds.runtime import faults, ranks
 from gkd_ds.runtime.watchdog import Watchdog
 from gkd_ds.teacher.base import BaseTeacher
-from gkd_ds.teacher.loading import load as load_teacher
 from gkd_ds.teacher.streamed import StreamedTeacher
 from gkd_ds.teacher.teacher import Teacher
 
@@ -56,6 +59,9 @@ logger = logging.getLogger(__name__)
 # One more micro-batch costs about as much as this many padded tokens: ZeRO-3 gathers every layer
 # once more.
 MICRO_BATCH_OVERHEAD_TOKENS = 256
+
+# (beta, temperature, student logits [n, V], teacher logits [n, V], tokens [n]) -> loss [n]
+Formula = Callable[[float, float, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,33 +81,70 @@ class Pipeline:
 
     def __init__(
         self,
+        inputs: Inputs,
         student: Student,
         rollout_engine: RolloutEngine,
         teacher: Teacher,
-        objective: Objective,
-        sampling: Sampling,
-        config: GKDConfig,
         counters: Counters,
-        watchdog: Watchdog,
+        formula: Formula | None = None,
     ):
+        self.inputs, self.config, self._formula = inputs, inputs.config, formula
         self.student, self.rollout_engine, self.teacher = student, rollout_engine, teacher
-        self.objective, self.sampling, self.config = objective, sampling, config
-        self.counters, self.watchdog = counters, watchdog
+        self.counters = counters
+        self.watchdog = Watchdog(self.config.watchdog_timeout, self.config.output_dir)
         self.safe_point: Callable[[], None] = lambda: None
         self.seconds: dict[str, float] = {}
         self.decoded_sequences = 0
+        self.read_fields()
 
     @classmethod
     @builds.taking_turns()
     def build(
-        cls, inputs: Inputs, total_updates: int, optimizers: tuple = (None, None)
+        cls,
+        inputs: Inputs,
+        models: Models,
+        optimizer: Optimizer | None,
+        scheduler: LRScheduler | Callable[[Optimizer], LRScheduler],
+        passed: tuple[str, ...] = (),
+        formula: Formula | None = None,
     ) -> Pipeline:
-        """Load both models and build their engines, the teacher first. Raises InputError."""
-        config, counters = inputs.config, Counters()
-        separate = None if inputs.teacher_is_base else _streamed_teacher(inputs, counters)
-        student, rollout_engine = _student(inputs, total_updates, counters, optimizers)
+        """Build the engines of both models, the teacher's first. For `optimizer`, `scheduler` and
+        `passed` see Student; `formula` is another loss than the generalized JSD. Raises InputError.
+        """
+        counters = Counters()
+        separate = None if models.teacher is None else _streamed_teacher(inputs, models, counters)
+        engine_class = rollout_engine_class(inputs.config, models.student)
+        student = Student(
+            models.student,
+            inputs.config,
+            models.student_ds_config(),
+            inputs.vocabulary,
+            counters,
+            optimizer,
+            scheduler,
+            passed=passed,
+            prepare=engine_class.prepare,
+            adapter=models.adapter,
+        )
+        logger.info("The student is ready.")
         teacher = separate or BaseTeacher(student, inputs.pad_id)
-        sampling = Sampling(
+        pipeline = cls(inputs, student, engine_class(student), teacher, counters, formula)
+        pipeline._try_out()
+        return pipeline
+
+    def _try_out(self) -> None:
+        """Raise InputError for what the models cannot do, before training finds out."""
+        # Completing nothing tries out how they decode.
+        if self.inputs.samples_from_student:
+            self._complete_by_student([], lambda: None)
+        if self.inputs.samples_from_teacher:
+            self._complete_by_teacher([], lambda: None)
+        self.try_rows(self.inputs.lengths)
+
+    def read_fields(self) -> None:
+        """What the configuration says about sampling and about the loss counts from now on."""
+        config, inputs = self.config, self.inputs
+        self.sampling = Sampling(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             seed=config.seed,
@@ -110,22 +153,11 @@ class Pipeline:
             vocabulary=inputs.vocabulary,
             max_length=config.max_length,
         )
-        # Completing nothing tries out how the models decode, so that it is known here what cannot.
-        if inputs.samples_from_student:
-            with rollout_engine.window():
-                rollout_engine.generate([], sampling, lambda: None)
-        if inputs.samples_from_teacher:
-            teacher.generate([], sampling, lambda: None)
-        objective = generalized_jsd_objective(config.beta, config.divergence_temperature)
-        pipeline = cls(
-            student,
-            rollout_engine,
-            teacher,
-            objective,
-            sampling,
-            config,
-            counters,
-            Watchdog(config.watchdog_timeout, config.output_dir),
+        beta, temperature = config.beta, config.divergence_temperature
+        self.objective: Objective = (
+            generalized_jsd_objective(beta, temperature)
+            if self._formula is None
+            else by_autograd(functools.partial(self._formula, beta, temperature))
         )
         pipeline.try_rows(inputs.lengths)
         return pipeline
@@ -134,6 +166,14 @@ class Pipeline:
         """Raise InputError where rows of these lengths would not come out as if each were alone."""
         self.teacher.try_rows(lengths)
         self.student.try_rows(lengths)
+
+    def release(self) -> None:
+        """Take the engines down: both models are models again. One process only; a model on NVMe
+        stays where it is.
+        """
+        for engine in (self.teacher, self.student):
+            if is_lendable(engine.model):
+                engine.release()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[], None]]:
@@ -298,42 +338,17 @@ class Pipeline:
         sums_4R.index_add_(1, owner.to(sums_4R.device), per_token_4N)
 
 
-def _streamed_teacher(inputs: Inputs, counters: Counters) -> StreamedTeacher:
-    config = inputs.config
-    model, ds_config = load_teacher(inputs.teacher, config)
-    if inputs.teacher_adapter is not None:
-        inputs.teacher_adapter.attach(model, trainable=False)
-    teacher = StreamedTeacher(model, config, ds_config, inputs.vocabulary, inputs.pad_id, counters)
+def _streamed_teacher(inputs: Inputs, models: Models, counters: Counters) -> StreamedTeacher:
+    teacher = StreamedTeacher(
+        models.teacher,
+        inputs.config,
+        models.teacher_ds_config(),
+        inputs.vocabulary,
+        inputs.pad_id,
+        counters,
+    )
     logger.info("The teacher is ready.")
     return teacher
-
-
-def _student(
-    inputs: Inputs, total_updates: int, counters: Counters, optimizers: tuple
-) -> tuple[Student, RolloutEngine]:
-    config = inputs.config
-    ds_config = loading.student_ds_config(inputs.student, config)
-    model = loading.load_student(inputs.student, config, ds_config)
-    engine_class = rollout_engine_class(config, model)
-    adapter = None
-    if inputs.student_adapter is not None:
-        torch.manual_seed(
-            config.seed
-        )  # a new adapter's numbers depend on nothing that was drawn before
-        adapter = inputs.student_adapter.attach(model, trainable=True)
-    student = Student(
-        model,
-        config,
-        ds_config,
-        inputs.vocabulary,
-        total_updates,
-        counters,
-        optimizers,
-        prepare=engine_class.prepare,
-        adapter=adapter,
-    )
-    logger.info("The student is ready.")
-    return student, engine_class(student)
 
 
 def _rollouts(

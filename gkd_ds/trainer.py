@@ -4,8 +4,9 @@
                          train_dataset=dataset)
     trainer.train()
 
-The constructor checks what it was given (engine/inputs.py), joins the other ranks, and builds the
-engines (pipeline.py). loop.py runs the windows; checkpoint/session.py keeps the run's directory.
+The constructor checks what it was given (engine/inputs.py), joins the other ranks, and loads the
+models (models.py). engines.py builds the engines when they are needed, loop.py runs the windows,
+saving.py keeps what they have learned, surface.py has the small things that scripts ask for.
 """
 
 from __future__ import annotations
@@ -16,40 +17,39 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
-from gkd_ds.checkpoint import export
-from gkd_ds.checkpoint.progress import initial_state
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.data.windows import Windows
+from gkd_ds.data.examples import Examples
 from gkd_ds.engine import process
 from gkd_ds.engine.inputs import Inputs
 from gkd_ds.learn import trl
 from gkd_ds.learn.optim import require_optimizer
-from gkd_ds.loop import WindowLoop
+from gkd_ds.monitor import evaluation
 from gkd_ds.monitor.callbacks import callbacks_of
-from gkd_ds.monitor.evaluation import (
-    evaluate_sets,
-    refuse_impossible_evaluation,
-)
-from gkd_ds.pipeline import Pipeline
+from gkd_ds.monitor.predictions import Wanted
+from gkd_ds.overrides import refuse_overrides
+from gkd_ds.pipeline import Formula
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.interrupts import Interrupts
 from gkd_ds.runtime.launcher import LauncherGone, check_hostfile, is_gone
+from gkd_ds.surface import Surface
 
 logger = logging.getLogger(__name__)
 
 
-class GKDTrainer(WindowLoop):
+class GKDTrainer(Surface):
     """Distils `teacher_model` into `model` by generalized knowledge distillation, with DeepSpeed
     engines for both.
 
     Args (TRL's): `model`, `teacher_model` (names or transformers models), `args` (GKDConfig),
-    `train_dataset`, `eval_dataset` (one, or a dict of them), `processing_class` (the tokenizer;
-    default the student's), `callbacks` (transformers' TrainerCallback), `optimizers` (torch
-    optimizer, scheduler). Every rank builds it alike; without a launcher it is the only rank.
-    Raises InputError for wrong input, before any weights are loaded.
+    `data_collator` (makes TRL's batches of rows), `train_dataset`, `eval_dataset` (one, or a dict
+    of them), `processing_class` (the tokenizer; default the student's), `compute_metrics` and
+    `preprocess_logits_for_metrics` (monitor/predictions.py), `callbacks` (transformers'
+    TrainerCallback), `optimizers` (torch optimizer, scheduler). Every rank builds it alike; without
+    a launcher it is the only rank. Raises InputError for wrong input, before any weights are
+    loaded.
     """
 
     def __init__(
@@ -68,11 +68,7 @@ class GKDTrainer(WindowLoop):
         peft_config: Any = None,
         formatting_func: Callable | None = None,
     ):
-        _refuse_unsupported(
-            data_collator=data_collator,
-            compute_metrics=compute_metrics,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
+        refuse_overrides(type(self), GKDTrainer)
         check_hostfile()
         config = args if args is not None else GKDConfig()
         config.validate()  # fields may have been set since it was made
@@ -90,14 +86,16 @@ class GKDTrainer(WindowLoop):
             processing_class,
             peft_config,
             formatting_func,
+            data_collator,
         )
-        refuse_impossible_evaluation(config, inputs.evaluation)
+        self.compute_metrics = compute_metrics
+        self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
+        self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
+        has_own = compute_metrics is not None or type(self).evaluate is not GKDTrainer.evaluate
+        evaluation.refuse_impossible_evaluation(config, inputs.evaluation, has_own)
         logger.info("Models, tokenizer and data have been checked.")
         _start(inputs)
-        windows = Windows.of(config, inputs.train, ranks.world_size())
-        state = initial_state(config, windows.scheduler.windows_per_epoch)
-        pipeline = Pipeline.build(inputs, state.max_steps, optimizers)
-        super().__init__(inputs, windows, state, pipeline, interrupts, callbacks)
+        super().__init__(inputs, interrupts, callbacks, optimizers)
 
     def train(
         self,
@@ -111,15 +109,18 @@ class GKDTrainer(WindowLoop):
 
         `resume_from_checkpoint`: True (newest valid one in output_dir), "auto" (the same, or start)
         or a directory. The finished student is left in output_dir. After an early stop
-        `stop_reason` says why. Raises InputError when there is nothing to resume from, or a run in
-        output_dir that is neither resumed nor overwritten; TrainingStopped when too many updates in
-        a row were not finite.
+        `stop_reason` says why. Called again, it begins anew with the weights as they are now.
+        Raises InputError when there is nothing to resume from, or a run in output_dir that is
+        neither resumed nor overwritten; TrainingStopped when too many updates in a row were not
+        finite.
         """
         _refuse_unsupported(trial=trial, **kwargs)
         if self.inputs.train is None:
             raise InputError("no train_dataset is given; pass one to GKDTrainer.")
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
+        self._ignore_keys_for_eval = ignore_keys_for_eval
+        self.callback_handler.train_dataloader = self.get_train_dataloader()
         return self.run(resume_from_checkpoint)
 
     def evaluate(
@@ -128,70 +129,73 @@ class GKDTrainer(WindowLoop):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Held-out divergence (monitor/evaluation.py) of `eval_dataset`, by default the one given
-        to the trainer. Collective.
+        """Held-out divergence (monitor/evaluation.py) and the caller's metrics, of `eval_dataset`
+        (rows, several by name, or the name of one of the trainer's), by default of the trainer's.
+        Collective.
 
         Returns `<prefix>_loss`, `<prefix>_on_policy_loss`, ...; with several sets
         `<prefix>_<name>_loss`.
         """
         sets = self.inputs.evaluation
-        if eval_dataset is not None:
+        if isinstance(eval_dataset, str):
+            sets = {"": sets[eval_dataset]}
+        elif eval_dataset is not None:
             sets = self.inputs.tokenize_evaluation(eval_dataset)
-            self.pipeline.try_rows(self.inputs.lengths.with_sets(self.args, sets))
         if not sets:
             raise InputError("no eval_dataset is given; pass one to GKDTrainer or to evaluate().")
-        metrics = evaluate_sets(self.pipeline, sets, self.args, metric_key_prefix)
-        step = self.state.global_step
+        metrics: dict[str, float] = {}
+        record: dict[str, Any] = {"step": self.state.global_step}
+        before, after = f"{metric_key_prefix}_", f"{metric_key_prefix}/"
+        with self.engines() as pipeline:
+            if sets is not self.inputs.evaluation:
+                pipeline.try_rows(self.inputs.lengths.with_sets(self.args, sets))
+            for name, examples in sets.items():
+                of_set = self._evaluate_set(
+                    examples, f"{before}{name}" if name else metric_key_prefix
+                )
+                record |= {k.replace(before, after, 1): v for k, v in of_set.metrics.items()}
+                self._tell(of_set.metrics)
+                self._event("on_evaluate", of_set.metrics)
+                metrics |= of_set.metrics
         if self.tracker is not None:
-            before, after = f"{metric_key_prefix}_", f"{metric_key_prefix}/"
-            record = {key.replace(before, after, 1): value for key, value in metrics.items()}
-            self.tracker.log_eval({"step": step, **record})
+            self.tracker.log_eval(record)
             self.progress.evaluations += 1
-        self.state.log_history.append({**metrics, "step": step, "epoch": self.state.epoch})
-        self._event("on_log", metrics)
-        self._event("on_evaluate", metrics)
         return metrics
 
-    def save_model(self, output_dir: str | None = None) -> None:
-        """Write the student as a Hugging Face directory (default: output_dir). Collective.
-
-        Raises CheckpointError, on all ranks, when it could not be written.
-        """
-        self.publisher.save(output_dir or self.args.output_dir)
-
-    def push_to_hub(
+    def predict(
         self,
-        commit_message: str = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Upload output_dir (without checkpoints) to the hub; rank 0 does it, the others return
-        None.
-
-        kwargs go to the model card, as in TRL: model_name, dataset_name (or dataset),
-        finetuned_from, language, license, tags. Raises InputError for others.
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """`evaluate` one set, and return the predictions, too: the student's logits on the
+        references (what `preprocess_logits_for_metrics` makes of them) or, with
+        `predict_with_generate`, what it writes. Collective.
         """
-        card = export.card_of_arguments(kwargs)
-        return self.publisher.push(commit_message, blocking, token, revision, card=card)
+        examples = self.inputs.tokenize_evaluation({"": test_dataset})[""]
+        with self.engines() as pipeline:
+            pipeline.try_rows(self.inputs.lengths.with_sets(self.args, {"": examples}))
+            output = self._evaluate_set(examples, metric_key_prefix, returned=True)
+        self._event("on_predict", output.metrics)
+        return PredictionOutput(output.predictions, output.label_ids, output.metrics)
 
-    # -- small things of transformers' Trainer ----------------------------------------------------
+    def _evaluate_set(
+        self, examples: Examples, prefix: str, returned: bool = False
+    ) -> EvalLoopOutput:
+        wanted = Wanted(
+            self.compute_metrics,
+            self.preprocess_logits_for_metrics,
+            on_step=lambda: self._event("on_prediction_step"),
+            returned=returned,
+        )
+        self.callback_handler.eval_dataloader = self._eval_loader(examples)
+        return evaluation.evaluate(self.pipeline, examples, self.args, prefix, wanted)
 
-    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
-        """Add a transformers TrainerCallback."""
-        self.callback_handler.add_callback(callback)
-
-    def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
-        """Remove a callback, by instance or class."""
-        self.callback_handler.remove_callback(callback)
-
-    def is_world_process_zero(self) -> bool:
-        """Whether this is rank 0."""
-        return ranks.rank() == 0
-
-    generalized_jsd_loss = staticmethod(trl.generalized_jsd_loss)
-    generate_on_policy_outputs = staticmethod(trl.generate_on_policy_outputs)
+    def formula(self) -> Formula | None:
+        """What a subclass has put in the place of generalized_jsd_loss."""
+        if self.generalized_jsd_loss is trl.generalized_jsd_loss:
+            return None
+        return trl.formula_of(self.generalized_jsd_loss, self.inputs.vocabulary)
 
 
 def _start(inputs: Inputs) -> None:

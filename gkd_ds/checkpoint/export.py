@@ -25,6 +25,7 @@ from huggingface_hub import HfApi
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gkd_ds.checkpoint.model_card import Card, model_card
+from gkd_ds.engine import zero
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.files import flush
 from gkd_ds.runtime.redaction import HIDDEN, redact
@@ -51,6 +52,7 @@ NOT_FOR_THE_HUB = [
     ".lock",
 ]
 CHECKPOINTS = "checkpoint-*/*"
+CARD_FILE = "README.md"
 CARD_ARGUMENTS = {  # of push_to_hub, in TRL and transformers -> of Card
     "model_name": "name",
     "dataset_name": "dataset",
@@ -144,7 +146,7 @@ def _export(
 
 def write_card(directory: str | os.PathLike, card: Card) -> None:
     """Write the model card of a directory, or replace it."""
-    Path(directory, "README.md").write_text(model_card(card), encoding="utf-8")
+    Path(directory, CARD_FILE).write_text(model_card(card), encoding="utf-8")
 
 
 def card_of_arguments(arguments: dict[str, Any]) -> Card:
@@ -214,6 +216,11 @@ def push_to_hub(
     return f"{api.endpoint}/{repository['repo_id']}"
 
 
+def repository_name(config, directory: str | os.PathLike) -> str:
+    """What an upload of `directory` is called on the hub."""
+    return config.hub_model_id or Path(directory).resolve().name
+
+
 def hub_uploads(
     directory: str | os.PathLike, config, commit_message: str, checkpoint: str | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -234,7 +241,7 @@ def hub_uploads(
                 **common,
             }
         )
-    name = config.hub_model_id or directory.resolve().name
+    name = repository_name(config, directory)
     return {"repo_id": name, "private": config.hub_private_repo, "exist_ok": True}, uploads
 
 
@@ -253,7 +260,7 @@ def _untied(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict
             f"{copy} differs from {original}"
         )
         weights.setdefault(original, tensor)
-    expected = set(model.state_dict()) - set(model.all_tied_weights_keys)
+    expected = zero.state_names(model) - set(model.all_tied_weights_keys)
     assert set(weights) == expected, (
         f"not the model's parameters: {sorted(set(weights) ^ expected)[:5]}"
     )

@@ -142,6 +142,8 @@ STATE = {
 TRAINER_STATE = {  # those of transformers' fields that a run goes on with
     "global_step": int,
     "epoch": NUMBER | None,
+    "num_input_tokens_seen": int,
+    "total_flos": NUMBER,
     "log_history": [dict],
     "best_metric": NUMBER | None,
     "best_global_step": int | None,

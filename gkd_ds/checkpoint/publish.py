@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 
 from gkd_ds.checkpoint import export, store
 from gkd_ds.checkpoint.model_card import Card
 from gkd_ds.engine import adapters, sources, zero
 from gkd_ds.engine.inputs import Inputs
-from gkd_ds.learn.student import Student
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class Publisher:
     """Writes and uploads the student, with a card that tells how it was made."""
 
-    def __init__(self, inputs: Inputs, student: Student, state: TrainerState):
-        self.inputs, self.student, self.state = inputs, student, state
+    def __init__(
+        self,
+        inputs: Inputs,
+        model: PreTrainedModel,
+        state: TrainerState,
+        adapter: PeftModel | None = None,
+    ):
+        self.inputs, self.model, self.state, self.adapter = inputs, model, state, adapter
         # The update whose weights the student has, where it is not that of the run.
         self.best_step: int | None = None
         self.names = (sources.name_of(inputs.student), sources.name_of(inputs.teacher))
@@ -29,7 +39,7 @@ class Publisher:
         """Raise InputError for a student that transformers reads but does not write: one that was
         loaded from a GGUF file, or in some quantized form.
         """
-        quantizer = vars(self.student.model).get("hf_quantizer")
+        quantizer = vars(self.model).get("hf_quantizer")
         if quantizer is not None and not quantizer.is_serializable():
             raise InputError(
                 f"the student {self.names[0]!r} is in a form that transformers reads and does not "
@@ -49,17 +59,14 @@ class Publisher:
 
     def write(self, directory: Path) -> None:
         """The work of `save`: every rank gathers, rank 0 writes. Raises rank 0's error there."""
-        student, tokenizer = self.student, self.inputs.tokenizer
-        model = student.model
-        if student.adapter is not None and not self.inputs.config.merge_on_export:
-            state_dict = adapters.adapter_state_dict(student.adapter)
+        model, tokenizer = self.model, self.inputs.tokenizer
+        if self.adapter is not None and not self.inputs.config.merge_on_export:
+            state_dict = adapters.adapter_state_dict(self.adapter)
             if ranks.rank() == 0:
-                export.export_adapter(
-                    student.adapter, state_dict, tokenizer, directory, self.card()
-                )
+                export.export_adapter(self.adapter, state_dict, tokenizer, directory, self.card())
             return
         own_generation_config = model.generation_config
-        if student.adapter is None:
+        if self.adapter is None:
             state_dict = zero.full_state_dict(model)
         else:
             state_dict, model = adapters.merged_state_dict(model), adapters.plain_model(model)
@@ -82,6 +89,15 @@ class Publisher:
             "metrics": next((entry for entry in reversed(history) if "eval_loss" in entry), None),
         }
 
+    def write_card(self, card: Card) -> None:
+        """Write output_dir's model card, with `card` in place of what the run knows; if that is
+        empty, only where there is none yet. Rank 0 does it.
+        """
+        directory = Path(self.inputs.config.output_dir)
+        if ranks.rank() == 0 and (card or not (directory / export.CARD_FILE).exists()):
+            directory.mkdir(parents=True, exist_ok=True)
+            export.write_card(directory, {**self.card(), **card})
+
     def push(
         self,
         message: str,
@@ -89,11 +105,9 @@ class Publisher:
         token: str | None = None,
         revision: str | None = None,
         checkpoint: str | None = None,
-        card: Card | None = None,
     ) -> str | None:
-        """Upload output_dir; its address. Rank 0 does it, the others return None.
-
-        `card` replaces parts of the model card first. Raises RuntimeError when the hub refuses.
+        """Upload output_dir; its address. Rank 0 does it, the others return None. Raises
+        RuntimeError when the hub refuses.
         """
         if ranks.rank() != 0:
             return None
@@ -104,6 +118,4 @@ class Publisher:
                 hub_token=token or config.hub_token,
                 hub_revision=revision or config.hub_revision,
             )
-        if card:
-            export.write_card(config.output_dir, {**self.card(), **card})
         return export.push_to_hub(config.output_dir, config, message, blocking, checkpoint)

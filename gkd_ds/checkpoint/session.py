@@ -21,7 +21,7 @@ from gkd_ds.checkpoint.progress import TRAINER_STATE, Progress, check_state, dif
 from gkd_ds.checkpoint.publish import Publisher
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.windows import Windows
-from gkd_ds.engine import adapters
+from gkd_ds.engine import adapters, zero
 from gkd_ds.learn.student import Student
 from gkd_ds.monitor.evaluation import best_evaluation
 from gkd_ds.monitor.guards import BadUpdates
@@ -32,6 +32,10 @@ from gkd_ds.runtime.files import open_anew
 from gkd_ds.runtime.watchdog import Watchdog
 
 FINISHED_FILE = "FINISHED"
+TRAINER_STATE_NAME = "trainer_state.json"  # transformers' name
+SMALL_STUDENT = 2 * 10**9  # bytes of weights that a checkpoint may hold twice
+
+_own_directories: set[Path] = set()  # in which this process has trained
 
 
 class Session:
@@ -55,7 +59,8 @@ class Session:
         self.run_dir, self.settings = Path(config.output_dir), settings(config)
         self.tracker: Tracker | None = None
         self.progress: Progress | None = None
-        self.started = 0.0  # seconds, of time.monotonic: what the run does itself begins here
+        self.started = 0.0  # seconds, of time.time: what the run does itself begins here
+        self.first_step = 0  # how many updates had been made when it did
         self.saved_step: int | None = None  # of the last checkpoint from which a run can go on
 
     # -- beginning --------------------------------------------------------------------------------
@@ -71,7 +76,7 @@ class Session:
             _write_or_refuse(lambda: _clear(run_dir))
         if found is not None:
             self._check(found)
-        self.started = time.monotonic()
+        self.started = time.time()
         self.progress = Progress(
             BadUpdates(config.max_bad_updates), evaluation_due=config.eval_on_start
         )
@@ -81,6 +86,7 @@ class Session:
             self.tracker.say(f"resume: passed over {reason}")
         if found is not None:
             self._resume(found)
+        self.first_step = self.state.global_step
         _write_or_refuse(lambda: self._prepare_run_dir(is_new=found is None))
 
     def _open_tracker(self, run_id: str | None) -> None:
@@ -176,8 +182,12 @@ class Session:
 
     # -- saving -----------------------------------------------------------------------------------
 
-    def save(self, only_model: bool) -> Path | None:
-        """A checkpoint of this step; None (and a sentence) when it could not be written."""
+    def save(self, only_model: bool, write_model: Callable[[Path], None]) -> Path | None:
+        """A checkpoint of this step; None (and a sentence) when it could not be written.
+
+        It holds what a person looks for there (trainer_state.json, the tokenizer, the model where
+        `save_weights_in_checkpoints` says so) and, unless `only_model`, what a resume needs.
+        """
         step = self.state.global_step
 
         def heartbeat() -> None:
@@ -186,12 +196,18 @@ class Session:
         def write_engine(directory: Path) -> None:
             engine_files.save_engine(self.student.engine, directory, heartbeat=heartbeat)
 
+        parts = [] if only_model else [write_engine]
+        parts += [write_model] if only_model or self._has_weights() else []
+        if self.state.best_global_step == step:
+            self.state.best_model_checkpoint = str(self.run_dir / f"checkpoint-{step}")
         heartbeat()
         self.tracker.sync()
-        write = self.publisher.write if only_model else write_engine
         try:
-            path = store.save(self.run_dir, step, write, self._state(), heartbeat)
+            path = store.save(
+                self.run_dir, step, self._write_for_people, self._state(), heartbeat, more=parts
+            )
         except store.CheckpointError as error:
+            self._note_best_checkpoint()
             self.tracker.say(str(error))
             return None
         store.prune(self.run_dir, self.config.save_total_limit, protect=self._best_saved())
@@ -199,6 +215,18 @@ class Session:
         self._note_best_checkpoint()
         self.saved_step = None if only_model else step
         return path
+
+    def _write_for_people(self, directory: Path) -> None:
+        if ranks.rank() == 0:
+            self.state.save_to_json(directory / TRAINER_STATE_NAME)
+            self.publisher.inputs.tokenizer.save_pretrained(directory)
+
+    def _has_weights(self) -> bool:
+        wanted = self.config.save_weights_in_checkpoints
+        if wanted is not None:
+            return wanted
+        parameters = self.student.model.parameters()
+        return sum(zero.full_numel(p) * p.element_size() for p in parameters) < SMALL_STUDENT
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the engine."""
@@ -281,16 +309,19 @@ class Session:
 
 
 def refuse_occupied(config: GKDConfig, resume: bool | str | None) -> None:
-    """Refuse an output_dir that training would write over. A collective.
+    """Refuse an output_dir that training would write over, unless it was this process that trained
+    there before: a notebook's cell that is run again, train() called twice. A collective.
 
     Rank 0 looks, before it writes anything.
     """
+    directory = Path(config.output_dir).resolve()
 
     def look() -> None:
-        if ranks.rank() == 0:
+        if ranks.rank() == 0 and directory not in _own_directories:
             config.check_output_dir_is_free(resume)
 
     ranks.run_on_all_ranks(look, catch=InputError)
+    _own_directories.add(directory)
 
 
 def _clear(run_dir: Path) -> None:

@@ -23,7 +23,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,14 @@ def save(
     write: Callable[[Path], None],
     state: dict[str, Any],
     heartbeat: Callable[[], None] = lambda: None,
+    more: Sequence[Callable[[Path], None]] = (),
 ) -> Path:
     """Write `checkpoint-<step>` and return its path. A collective.
 
     `write(directory)` runs on every rank and puts that rank's files there; an error in it must not
     keep this rank from collectives that others wait in (engine_files.py does that for DeepSpeed's
-    engine). `state` is what JSON can hold; rank 0's is kept, with secrets hidden, and comes back as
+    engine). So do those in `more`, each after all ranks have succeeded with the one before.
+    `state` is what JSON can hold; rank 0's is kept, with secrets hidden, and comes back as
     `Manifest.state`. `heartbeat` is called at every stage and while files are hashed.
 
     Raises CheckpointError, on all ranks, when any rank failed; the temporary directory is gone by
@@ -79,7 +81,8 @@ def save(
     directory = stage(lambda: _begin(run_dir, step) if rank == 0 else None)[0]
     try:
         stage(lambda: _check_visible(directory))
-        stage(lambda: write(directory))
+        for part in (write, *more):
+            stage(lambda part=part: part(directory))
         # On a shared file system one host may not see yet what another has written: all of them are
         # asked.
         names = sorted(set().union(*stage(lambda: set(manifest.list_files(directory)))))

@@ -77,6 +77,7 @@ def check_combinations(config: Any) -> None:
     check_intervals(config)
     check_best(config)
     check_hub(config)
+    check_metrics(config)
 
 
 def take_revision(config: Any) -> None:
@@ -91,6 +92,13 @@ def take_revision(config: Any) -> None:
                 f"{show(given['revision'])}; give one",
             )
         config.model_init_kwargs = {**given, "revision": revision}
+
+
+def check_metrics(config: Any) -> None:
+    """What compute_metrics gets."""
+    for name in config.include_for_metrics:
+        if name not in ("inputs", "loss"):
+            raise wrong("include_for_metrics", f"may hold inputs and loss, not {show(name)}")
 
 
 def check_precision(config: Any) -> None:

@@ -297,6 +297,14 @@ TABLE = [
         ANY,
     ),
     Inactive(
+        "eval_accumulation_steps",
+        int | None,
+        None,
+        ALREADY,
+        "predictions go to the host after every batch",
+        ANY,
+    ),
+    Inactive(
         "include_inputs_for_metrics", bool, False, RETIRED, "use include_for_metrics: [inputs]"
     ),
     Inactive(

@@ -86,9 +86,6 @@ class Evaluation:
     prediction_loss_only: bool = option(
         False, "Evaluations return losses alone, even where compute_metrics is given."
     )
-    eval_accumulation_steps: AtLeastOne = option(
-        None, "Batches whose predictions stay on the device before they go to the host."
-    )
     eval_do_concat_batches: bool = option(
         True, "Give compute_metrics one array over all batches; false: a list of the batches'."
     )
@@ -96,7 +93,12 @@ class Evaluation:
         False, "Call compute_metrics after each batch, with compute_result at the last."
     )
     include_for_metrics: list[str] = option(
-        list, "What compute_metrics gets beside predictions and labels: inputs, loss."
+        list, "What compute_metrics gets beside predictions and labels: inputs, loss (per row)."
+    )
+    predict_with_generate: bool = option(
+        False,
+        "compute_metrics gets what the student writes and the references, as token ids, and not "
+        "the student's logits on the references.",
     )
     load_best_model_at_end: bool = option(
         False, "End with the best checkpoint instead of the last."
@@ -131,6 +133,11 @@ class Checkpoints:
         None,
         "A checkpoint's directory; true: the newest valid one in output_dir; auto: the same, or "
         "start if there is none.",
+    )
+    save_weights_in_checkpoints: bool | None = option(
+        None,
+        "Checkpoints also hold the model, so that from_pretrained reads them; null: for students "
+        "of less than 2 GB.",
     )
     restore_callback_states_from_checkpoint: bool = option(
         False, "On resume, callbacks that can be exported get the state that they had."

@@ -272,7 +272,7 @@ def tokenize(
         )
     if not len(prompts):
         raise InputError(f"{where} has no row that can be used, the first: {problems[0]}")
-    return Examples(prompts, completions, _fingerprint(prompts, completions), skipped=len(problems))
+    return Examples(prompts, completions, fingerprint(prompts, completions), skipped=len(problems))
 
 
 def _encode_all(
@@ -360,7 +360,7 @@ def _rows(batch: dict[str, list] | Sequence[object]) -> Iterator[object]:
         yield dict(zip(batch, values, strict=True))
 
 
-def _fingerprint(*token_lists: TokenLists) -> str:
+def fingerprint(*token_lists: TokenLists) -> str:
     digest = hashlib.sha256()
     for lists in token_lists:
         for values, dtype in ((lists.ends, "<i8"), (lists.tokens, "<i4")):

@@ -95,6 +95,11 @@ class StepScheduler:
         last = min(first + self.window_samples, self.num_samples)
         return {self.source_at(step, place) for place in range(first, last, self.draw_samples)}
 
+    def filled_micro_batches(self, step: int) -> int:
+        """Micro-batches of this window in which any rank has a sample."""
+        left = min(self.window_samples, self.num_samples - self._first_of_window(step))
+        return -(-left // (self.micro_batch_size * self.world_size))
+
     def places(self, step: int, micro_batch: int, rank: int) -> range:
         """Places in the epoch's order that this rank completes in this micro-batch; may be empty at
         an epoch's end.

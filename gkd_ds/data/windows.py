@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,12 @@ class Windows:
         seed = config.seed if config.data_seed is None else config.data_seed
         return cls(examples, scheduler, SampleOrder(num_samples, seed))
 
+    def read_fields(self, config: GKDConfig) -> None:
+        """Who completes the samples of later windows is what the configuration says now."""
+        self.scheduler = dataclasses.replace(
+            self.scheduler, lmbda=config.lmbda, seq_kd=config.seq_kd
+        )
+
     def samples(self, step: int, rank: int) -> tuple[list[Sample], set[Source]]:
         """The samples of one rank in the window of `step`, and the sources of the whole window."""
         scheduler, epoch = self.scheduler, self.scheduler.epoch_of(step)
@@ -40,6 +47,16 @@ class Windows:
             for place in scheduler.places(step, micro_batch, rank)
         ]
         return samples, scheduler.sources(step)
+
+    def micro_batches(self, rank: int) -> list[list[int]]:
+        """The rows of one rank's micro-batches in the first epoch, in their order."""
+        scheduler, rows = self.scheduler, _permutation(self.order, 0)
+        places = (
+            scheduler.places(step, micro_batch, rank)
+            for step in range(scheduler.windows_per_epoch)
+            for micro_batch in range(scheduler.micro_batches)
+        )
+        return [rows[some.start : some.stop].tolist() for some in places if some]
 
     def _sample(self, epoch: int, row: int, source: Source) -> Sample:
         examples = self.examples

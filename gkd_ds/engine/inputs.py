@@ -4,6 +4,7 @@ loaded.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gkd_ds.config.config import GKDConfig
+from gkd_ds.data.batches import Collator, collated
 from gkd_ds.data.examples import Examples, tokenize
 from gkd_ds.data.lengths import RowLengths
 from gkd_ds.data.tokenizer import stop_token_ids
@@ -40,6 +42,7 @@ class Inputs:
     student_adapter: Adapter | None = None
     teacher_adapter: Adapter | None = None
     formatting_func: Callable[[Any], Any] | None = None
+    data_collator: Collator | None = None
 
     @classmethod
     def read(
@@ -52,8 +55,11 @@ class Inputs:
         processing_class: Any,
         peft_config: Any = None,
         formatting_func: Callable[[Any], Any] | None = None,
+        data_collator: Collator | None = None,
     ) -> Inputs:
-        """Tokenize the data and check what can be checked. Raises InputError."""
+        """Tokenize the data (where there is a `data_collator`, through it) and check what can be
+        checked. Raises InputError.
+        """
         student = model if model is not None else config.model_name_or_path
         teacher = teacher_model if teacher_model is not None else config.teacher_model_name_or_path
         if peft_config is None:
@@ -70,25 +76,63 @@ class Inputs:
         loading.generation_config(teacher, config.teacher_model_init_kwargs)
         own = loading.generation_config(student, config.model_init_kwargs)
         stop_ids = stop_token_ids(tokenizer, own)
-        where = config.dataset_name or "the training data"
-        train = None
-        if train_dataset is not None:
-            per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
-            needed = config.max_steps * per_rank * config.world_size
-            train = tokenize(
-                train_dataset,
-                tokenizer,
-                config,
-                where,
-                stop_ids,
-                formatting_func,
-                stream_rows=needed if config.max_steps > 0 else None,
-            )
-        evaluation = _tokenize_sets(eval_dataset, tokenizer, config, stop_ids, formatting_func)
         vocabulary = loading.shared_vocabulary(student, teacher, tokenizer, config)
-        inputs = cls(config, student, teacher, tokenizer, stop_ids, train, evaluation, vocabulary)
-        inputs._check_rows(train, evaluation)
-        return inputs
+        without_data = cls(
+            config=config,
+            student=student,
+            teacher=teacher,
+            tokenizer=tokenizer,
+            stop_ids=stop_ids,
+            train=None,
+            evaluation={},
+            vocabulary=vocabulary,
+            student_adapter=student_adapter,
+            teacher_adapter=teacher_adapter,
+            formatting_func=formatting_func,
+            data_collator=data_collator,
+        )
+        return without_data.with_train(train_dataset).with_evaluation(eval_dataset)
+
+    def with_train(self, dataset: Any) -> Inputs:
+        """The same with another training set, or none. Raises InputError."""
+        config = self.config
+        where = config.dataset_name or "the training data"
+        per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        rows = config.max_steps * per_rank * config.world_size if config.max_steps > 0 else None
+        train = None if dataset is None else self._tokens(dataset, where, rows)
+        self._check_rows(train, {})
+        return dataclasses.replace(self, train=train)
+
+    def with_evaluation(self, dataset: Any) -> Inputs:
+        """The same with another evaluation set, several by name, or none. Raises InputError."""
+        return dataclasses.replace(self, evaluation=self.tokenize_evaluation(dataset))
+
+    def tokenize_evaluation(self, dataset: Any) -> dict[str, Examples]:
+        """Evaluation sets by name; a single one has the empty name. Raises InputError."""
+        if dataset is None:
+            return {}
+        is_named = isinstance(dataset, dict) and "messages" not in dataset
+        rows = self.config.eval_max_samples
+        sets = {
+            name: self._tokens(of_name, f"the evaluation data {name}".rstrip(), rows)
+            for name, of_name in (dataset if is_named else {"": dataset}).items()
+        }
+        self._check_rows(None, sets)
+        return sets
+
+    def _tokens(self, dataset: Any, where: str, stream_rows: int | None) -> Examples:
+        config = self.config
+        if self.data_collator is not None:
+            return collated(dataset, self.data_collator, where, config.max_length)
+        return tokenize(
+            dataset,
+            self.tokenizer,
+            config,
+            where,
+            self.stop_ids,
+            self.formatting_func,
+            stream_rows,
+        )
 
     def _check_rows(self, train: Examples | None, evaluation: dict[str, Examples]) -> None:
         """Raise InputError for rows with unknown tokens, or longer than a model can be given."""
@@ -132,14 +176,6 @@ class Inputs:
             self.config, self.student, self.student_adapter, self.teacher, self.teacher_adapter
         )
 
-    def tokenize_evaluation(self, dataset: Any) -> dict[str, Examples]:
-        """Another evaluation set than the trainer's, as `evaluation` has it. Raises InputError."""
-        sets = _tokenize_sets(
-            dataset, self.tokenizer, self.config, self.stop_ids, self.formatting_func
-        )
-        self._check_rows(None, sets)
-        return sets
-
     def refuse_different_ranks(self) -> None:
         """Raise InputError, on all ranks, where they were started differently. A collective."""
         config = self.config
@@ -177,29 +213,3 @@ def _check_models(config: GKDConfig, student: Any, teacher: Any, may_share: bool
     sources.require_safetensors(teacher, config.teacher_model_init_kwargs)
     sources.require_whole(student, "student", config, config.model_init_kwargs)
     sources.require_whole(teacher, "teacher", config, config.teacher_model_init_kwargs)
-
-
-def _tokenize_sets(
-    dataset: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    config: GKDConfig,
-    stop_ids: list[int],
-    formatting_func: Callable[[Any], Any] | None,
-) -> dict[str, Examples]:
-    """Evaluation sets by name; a single one has the empty name. Raises InputError."""
-    if dataset is None:
-        return {}
-    is_named = isinstance(dataset, dict) and "messages" not in dataset
-    sets = dataset if is_named else {"": dataset}
-    return {
-        name: tokenize(
-            rows,
-            tokenizer,
-            config,
-            f"the evaluation data {name}".rstrip(),
-            stop_ids,
-            formatting_func,
-            stream_rows=config.eval_max_samples,
-        )
-        for name, rows in sets.items()
-    }

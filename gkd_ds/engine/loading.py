@@ -135,18 +135,23 @@ def require_known_tokens(examples: Examples | None, vocabulary: int) -> None:
 
 
 def student_ds_config(model: Model, config: GKDConfig) -> dict[str, Any]:
-    """What the student's engine is started with: its DeepSpeed file, resolved for this model and
-    the ranks there are, with swap folders that are ours. Once per run.
+    """What the student is loaded for: its DeepSpeed file, resolved for this model and the ranks
+    there are, with swap folders that are ours. Once per run.
     """
-    ds_config = resolve_student(
+    ds_config = resolved_student(model, config)
+    accelerator.refuse_missing_kernels(ds_config)
+    zero.claim_swap_folders(ds_config)
+    return ds_config
+
+
+def resolved_student(model: Model, config: GKDConfig) -> dict[str, Any]:
+    """The student's DeepSpeed file, resolved."""
+    return resolve_student(
         config,
         world_size=ranks.world_size(),
         hidden_size=_hidden_size(model, config, config.model_init_kwargs),
         precision=accelerator.precision_name(config),
     )
-    accelerator.refuse_missing_kernels(ds_config)
-    zero.claim_swap_folders(ds_config)
-    return ds_config
 
 
 def teacher_ds_config(model: Model, config: GKDConfig) -> dict[str, Any]:

@@ -331,8 +331,29 @@ def full_numel(parameter: nn.Parameter) -> int:
     return parameter.ds_numel if "ds_numel" in parameter.__dict__ else parameter.numel()
 
 
+def numel_beside_embeddings(model: nn.Module) -> int:
+    """Elements of all parameters but those of embeddings."""
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    return sum(full_numel(p) for p in model.parameters() if id(p) not in embeddings)
+
+
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(parameter.ds_shape) if "ds_shape" in parameter.__dict__ else parameter.shape
+
+
+def state_names(model: PreTrainedModel) -> set[str]:
+    """The names in the model's state_dict, also while its parameters are partitioned."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        persistent = module._buffers.keys() - module._non_persistent_buffers_set
+        names |= {
+            f"{prefix}.{name}".lstrip(".")
+            for name in persistent
+            if module._buffers[name] is not None
+        }
+    return names
 
 
 def full_state_dict(
@@ -352,7 +373,7 @@ def full_state_dict(
         with gathered([parameter]):
             if keep:
                 state[name] = parameter.detach().to("cpu", copy=True)
-    persistent = set(model.state_dict())
+    persistent = state_names(model)
     for name, buffer in model.named_buffers():
         if keep and name in persistent:
             state[name] = buffer.detach().to("cpu", copy=True)

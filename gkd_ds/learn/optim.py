@@ -1,18 +1,60 @@
-"""The optimizer that `optim` names, as transformers makes it."""
+"""The optimizer that `optim` names, as transformers makes it, and the schedule of its learning
+rate.
+"""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-from transformers import PreTrainedModel, Trainer
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.training_args import OptimizerNames
 
 from gkd_ds.config.config import GKDConfig
+from gkd_ds.engine import zero
 from gkd_ds.runtime.errors import InputError, first_line
 
 # Values of optim_args are numbers, names or switches.
 _PROBES = ("0.5", "1", "true")
+
+
+def decayed_parameters(model: PreTrainedModel) -> list[str]:
+    """The names of the parameters that `weight_decay` shrinks: vectors (biases, norms) are left
+    out, as in transformers.
+    """
+    return [name for name, p in model.named_parameters() if len(zero.full_shape(p)) > 1]
+
+
+def make_optimizer(model: PreTrainedModel, config: GKDConfig, decayed: list[str]) -> Optimizer:
+    """What `optim` names, over all trainable parameters of `model`; those named in `decayed` are
+    decayed.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    names = set(decayed)
+    groups = [
+        {
+            "params": [p for name, p in trainable if name in names],
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [p for name, p in trainable if name not in names], "weight_decay": 0.0},
+    ]
+    optimizer, settings = optimizer_class(config, model)
+    return optimizer(**{"params": [group for group in groups if group["params"]], **settings})
+
+
+def make_scheduler(optimizer: Optimizer, config: GKDConfig, total_updates: int) -> LRScheduler:
+    """The learning rate over `total_updates` updates, by the fields `lr_scheduler_*` and
+    `warmup_*`.
+    """
+    return get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        config.get_warmup_steps(total_updates),
+        total_updates,
+        scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+    )
 
 
 def optimizer_class(

@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, get_scheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel
 
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.lengths import RowLengths
 from gkd_ds.engine import accelerator, causal_lm, zero
 from gkd_ds.engine.causal_lm import LogitTransform
 from gkd_ds.engine.counters import Counters
+from gkd_ds.engine.lending import Loan, guard
 from gkd_ds.engine.startup_checks import refuse_both_sides, try_rows
 from gkd_ds.learn.head import LossHead, LossInputs
-from gkd_ds.learn.optim import optimizer_class
 from gkd_ds.records import SequenceBatch, Source
 from gkd_ds.runtime import ranks
 
@@ -33,11 +35,13 @@ if TYPE_CHECKING:
 class Student:
     """Wraps `model` (whole, or partitioned by `zero.load`) in a DeepSpeed engine.
 
-    Args: `total_updates` is the length of the learning-rate schedule; `vocabulary` the number V of
-    token ids that the student and the teacher share; `optimizers` an optional (torch optimizer,
-    scheduler) pair of the caller; `prepare` changes what the engine is made of, before it exists
-    (RolloutEngine.prepare); `adapter` is what peft has put into `model`, of which only that is
-    trained. Raises InputError when the architecture's logits cannot be reproduced.
+    Args: `vocabulary` is the number V of token ids that the student and the teacher share;
+    `optimizer` a torch optimizer, or None where the DeepSpeed file has one; `scheduler` a
+    learning-rate scheduler, or a function that makes one for the engine's torch optimizer; `passed`
+    says which of "optimizer" and "schedule" are the caller's, and not the configuration's;
+    `prepare` changes what the engine is made of, before it exists (RolloutEngine.prepare);
+    `adapter` is what peft has put into `model`, of which only that is trained. Raises InputError
+    when the architecture's logits cannot be reproduced.
     """
 
     def __init__(
@@ -46,13 +50,14 @@ class Student:
         config: GKDConfig,
         ds_config: dict[str, Any],
         vocabulary: int,
-        total_updates: int,
         counters: Counters,
-        optimizers: tuple = (None, None),
+        optimizer: Optimizer | None,
+        scheduler: LRScheduler | Callable[[Optimizer], LRScheduler],
+        passed: tuple[str, ...] = (),
         prepare: Callable[[dict[str, Any], zero.EngineRoot, PreTrainedModel], None] | None = None,
         adapter: PeftModel | None = None,
     ):
-        self.adapter = adapter
+        self.adapter, self.passed = adapter, passed
         self.model, self.config, self.vocabulary, self.counters = (
             model,
             config,
@@ -60,6 +65,8 @@ class Student:
             counters,
         )
         self.device = accelerator.device()
+        self._loan = Loan(model)
+        guard(model)
         self._whole_norm = 0.0
         transform = LogitTransform.of(model.config)
         model.set_output_embeddings(LossHead(model.get_output_embeddings(), transform))
@@ -67,25 +74,12 @@ class Student:
             causal_lm.disable_dropout(model)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
-        optimizer, scheduler = optimizers
-        # What of "optimizer" and "schedule" is the caller's, and not the configuration's.
-        self.passed = tuple(
-            what
-            for what, given in zip(("optimizer", "schedule"), optimizers, strict=True)
-            if given is not None
-        )
-        if optimizer is None and "optimizer" not in ds_config:
-            optimizer = _optimizer(model, config)
         root = zero.EngineRoot(model=model)
         if prepare is not None:
             prepare(ds_config, root, model)
-        self.engine = zero.initialize(
-            root,
-            ds_config,
-            optimizer=optimizer,
-            lr_scheduler=scheduler
-            or (lambda optimizer: _schedule(optimizer, config, total_updates)),
-        )
+        groups = optimizer.param_groups if optimizer is not None else []
+        self._trained = [list(group["params"]) for group in groups if group["params"]]
+        self.engine = zero.initialize(root, ds_config, optimizer=optimizer, lr_scheduler=scheduler)
         if ranks.world_size() == 1 and isinstance(self.engine.optimizer, torch.optim.Optimizer):
             # DeepSpeed would copy all gradients into one buffer and back, to average them over this
             # rank alone.
@@ -158,6 +152,10 @@ class Student:
         hidden_BTD = causal_lm.body_forward(self.model, batch.input_ids_BT, **batch.extra)
         return hidden_BTD.flatten(0, 1).index_select(0, batch.index_N)
 
+    def logits(self, input_ids_BT: Tensor) -> Tensor:
+        """The model's own logits `[B, T, W]` of right-padded sequences. Collective."""
+        return self.engine(run=lambda: self.model(input_ids=input_ids_BT, use_cache=False).logits)
+
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradient of `loss`; on the window's last micro-batch, make it ready for
         `update`.
@@ -219,28 +217,22 @@ class Student:
         with torch.no_grad():
             return zero.run_pass(self.engine, run)
 
+    def show(self) -> None:
+        """Let others look at `model`, in one process: its parameters are whole, as views of their
+        partitions, until the next pass. Those that are not on the device stay away.
+        """
+        parameters = [p for p in self.model.parameters() if zero.is_partitioned(p)]
+        zero.keep_whole([p for p in parameters if p.ds_tensor.device == self.device])
 
-def _optimizer(model: PreTrainedModel, config: GKDConfig) -> torch.optim.Optimizer:
-    """What `optim` names, over all trainable parameters; vectors (biases, norms) are not decayed,
-    as in transformers.
-    """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for p in trainable if len(zero.full_shape(p)) > 1],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for p in trainable if len(zero.full_shape(p)) <= 1], "weight_decay": 0.0},
-    ]
-    optimizer, settings = optimizer_class(config, model)
-    return optimizer(**{"params": [group for group in groups if group["params"]], **settings})
+    def release(self) -> None:
+        """Take the engine down: `model` is a model again, with its weights. One process only.
 
-
-def _schedule(optimizer, config: GKDConfig, total_updates: int):
-    return get_scheduler(
-        config.lr_scheduler_type,
-        optimizer,
-        config.get_warmup_steps(total_updates),
-        total_updates,
-        scheduler_specific_kwargs=config.lr_scheduler_kwargs,
-    )
+        A torch optimizer of the caller's gets its parameters back, without what it has gathered
+        about them.
+        """
+        optimizer = self.engine.basic_optimizer
+        self._loan.end(self.engine)
+        del self.engine
+        for group, parameters in zip(optimizer.param_groups, self._trained):
+            group["params"] = parameters
+        optimizer.state.clear()

@@ -1,13 +1,16 @@
-"""The two static methods of TRL's GKDTrainer, for code written against it. gkd_ds itself uses
-neither.
+"""The two static methods of TRL's GKDTrainer, for code written against it; gkd_ds itself uses
+neither. A loss that a subclass puts in the place of the first becomes a formula of ours.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from gkd_ds.learn.divergence import generalized_jsd
+from gkd_ds.runtime.errors import InputError
 
 
 def generalized_jsd_loss(
@@ -72,3 +75,48 @@ def generate_on_policy_outputs(
     labels = generated.masked_fill(mask == 0, -100)
     labels[:, : prompts.shape[1]] = -100
     return generated, mask, labels
+
+
+def formula_of(loss: Callable[..., Tensor], vocabulary: int) -> Callable[..., Tensor]:
+    """`loss`, which has the arguments of `generalized_jsd_loss`, as a formula per token
+    (`pipeline.Formula`).
+
+    TRL calls it for a batch and divides by the number of its tokens. Here it is called for one
+    token at a time, whatever its habits of reducing. Raises InputError where that is not the same:
+    where a token's loss depends on others, or on where it stands.
+    """
+
+    def of(student_NV: Tensor, teacher_NV: Tensor, tokens_N: Tensor, beta: float, **more) -> Tensor:
+        value = loss(
+            student_logits=student_NV[None],
+            teacher_logits=teacher_NV[None],
+            labels=tokens_N[None],
+            beta=beta,
+            num_items_in_batch=1,
+            **more,
+        )
+        return value.sum()
+
+    def formula(
+        beta: float, temperature: float, student_nV: Tensor, teacher_nV: Tensor, tokens_n: Tensor
+    ) -> Tensor:
+        more = (
+            {} if temperature == 1 else {"temperature": temperature}
+        )  # as TRL, which leaves it out
+        values = [
+            of(student_nV[i : i + 1], teacher_nV[i : i + 1], tokens_n[i : i + 1], beta, **more)
+            for i in range(len(tokens_n))
+        ]
+        return torch.stack(values) if values else student_nV.sum(-1)
+
+    draw = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 3, vocabulary, generator=draw)
+    tokens = torch.arange(3) % vocabulary
+    alone, together = formula(0.5, 1.0, student, teacher, tokens), of(student, teacher, tokens, 0.5)
+    if not any(torch.isclose(together, whole, rtol=1e-3) for whole in (alone.sum(), alone.mean())):
+        raise InputError(
+            "the generalized_jsd_loss that was put in the place of ours is neither sum nor mean of "
+            "the losses of single tokens, which are all that is known here; write an Objective "
+            "(gkd_ds/learn/objective.py)."
+        )
+    return formula

@@ -19,15 +19,16 @@ def update_record(
     learned: Learned,
     pipeline: Pipeline,
     before: Counters,
-) -> Record:
-    """Everything about one window but its step, epoch, learning rate, gradient norm and total time.
-    Collective.
+    **more: float,
+) -> tuple[Record, dict[str, float]]:
+    """Everything about one window but its step, epoch, learning rate, gradient norm and total time;
+    and the sums over all ranks that it is made of, also those of `more`. Collective.
 
     Divergences, log-probabilities and entropies are means per completion token in nats; lengths are
     in tokens. Times are this rank's seconds, counts this rank's; all else is over all ranks.
     """
     counters = pipeline.counters
-    local = _local_sums(rollouts, learned)
+    local = _local_sums(rollouts, learned) | more
     local["decoded_rows"] = pipeline.decoded_sequences
     sums = dict(zip(local, ranks.all_reduce_sum(list(local.values()))))
     tokens = max(sums["tokens"], 1)
@@ -71,11 +72,12 @@ def update_record(
         "perf/teacher_decode_passes": counters.teacher_decode_passes - before.teacher_decode_passes,
         "perf/teacher_bytes": counters.teacher_bytes - before.teacher_bytes,
     }
-    return record
+    return record, sums
 
 
 def _local_sums(rollouts: list[Rollout], learned: Learned) -> dict[str, float]:
     sums = dict.fromkeys(("tokens", "completions", "stopped"), 0.0)
+    sums["input_tokens"] = sum(len(rollout) for rollout in rollouts)
     for name in ("divergence", "student_logprob", "teacher_logprob", "entropy"):
         sums[name] = sum(getattr(learned, name))
     for source in Source:

@@ -33,6 +33,7 @@ def join(backend: str | None, timeout: int) -> None:
             "RANK": 0,
             "LOCAL_RANK": 0,
             "WORLD_SIZE": 1,
+            "LOCAL_SIZE": 1,  # on a CPU DeepSpeed would count its nodes again and again
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }

@@ -2,6 +2,7 @@
 it.
 """
 
+import functools
 import subprocess
 import sys
 from importlib import metadata
@@ -29,9 +30,10 @@ def provenance() -> dict[str, Any]:
     return {"git_commit": git_commit(), "versions": versions}
 
 
+@functools.cache
 def git_commit() -> str | None:
     """Commit of the repository this file is tracked in, with "-dirty" when tracked files differ
-    from it.
+    from it. It is that of the code that runs, so it is asked for once.
     """
     here = Path(__file__).resolve()
 

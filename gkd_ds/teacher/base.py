@@ -33,6 +33,7 @@ class BaseTeacher:
 
     def __init__(self, student: Student, pad_id: int):
         self.student, self.pad_id = student, pad_id
+        self.model = student.model
 
     @torch.no_grad()
     def score(
@@ -91,6 +92,9 @@ class BaseTeacher:
     @cached_property
     def _decoder(self) -> Decoder:
         return of_student(self.student)
+
+    def release(self) -> None:
+        """Nothing: the engine is the student's."""
 
     def try_rows(self, lengths: RowLengths) -> None:
         """Nothing: the student, whose engine this is, tries them."""

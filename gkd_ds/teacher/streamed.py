@@ -30,6 +30,7 @@ from gkd_ds.engine import accelerator, causal_lm, zero
 from gkd_ds.engine.cache_size import largest
 from gkd_ds.engine.causal_lm import LogitTransform
 from gkd_ds.engine.counters import Counters
+from gkd_ds.engine.lending import Loan, guard
 from gkd_ds.engine.startup_checks import refuse_both_sides, try_rows
 from gkd_ds.learn.batching import length_groups
 from gkd_ds.learn.head import TeacherHead
@@ -75,6 +76,8 @@ class StreamedTeacher:
             counters,
         )
         self.pad_id, self.device = pad_id, accelerator.device()
+        self._loan = Loan(model)
+        guard(model)
         model.eval().requires_grad_(False)
         self.head = model.get_output_embeddings()
         embedding, layers = model.get_input_embeddings(), causal_lm.decoder_layers(model)
@@ -110,6 +113,11 @@ class StreamedTeacher:
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
+
+    def release(self) -> None:
+        """Take the engine down: `model` is a model again. One process only."""
+        self._loan.end(self.engine)
+        del self.engine
 
     # -- score -------------------------------------------------------------------------------------
 

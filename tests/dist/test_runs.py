@@ -238,10 +238,12 @@ def test_a_resumed_run_remembers_what_the_uninterrupted_run_remembers(two_ranks:
     compare with.
     """
     result = two_ranks["resume"][0]
+    speed = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
     whole, half = (
-        [{**entry, "train_runtime": 0} for entry in history] for history in result["histories"]
+        [{name: entry[name] for name in entry if name not in speed} for entry in history]
+        for history in result["histories"]
     )
-    assert half == whole
+    assert half == whole and whole[-1]["total_flos"] > 0
     assert [entry["step"] for entry in half] == [3, 4], "the run's summary comes last"
     assert half[0]["loss"] == pytest.approx(sum(row["loss"] for row in result["whole"][:3]) / 3)
     whole, half = result["progress"]
@@ -346,10 +348,7 @@ def test_events_come_in_transformers_order(
         student, arguments, train_dataset=data, eval_dataset=data[:2], callbacks=[events]
     ).train()
     ours = two_ranks["callbacks"][0]["events"][run]
-    # A window is one step whatever its micro-batches; predictions are not made batch by batch.
-    theirs = [
-        event for event in events.seen if event not in ("on_prediction_step", "on_substep_end")
-    ]
+    theirs = events.seen
     assert (
         theirs.count("on_step_end") == steps
         and theirs.count("on_evaluate") == evaluations

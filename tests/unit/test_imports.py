@@ -19,10 +19,14 @@ LAYERS = [
     ["gkd_ds"],  # the public API, `__init__.py`
     ["train", "evaluate"],
     ["trainer"],
+    ["surface"],
     ["loop"],
+    ["saving"],
     ["checkpoint"],
     ["monitor"],
+    ["engines"],
     ["pipeline"],
+    ["models"],
     ["plan"],
     ["teacher"],
     ["rollout"],
@@ -30,6 +34,7 @@ LAYERS = [
     ["engine"],
     ["config", "data"],
     ["records"],
+    ["overrides"],
     ["runtime"],
 ]
 HEIGHT = {name: -line for line, names in enumerate(LAYERS) for name in names}
