@@ -159,8 +159,6 @@ class Pipeline:
             if self._formula is None
             else by_autograd(functools.partial(self._formula, beta, temperature))
         )
-        pipeline.try_rows(inputs.lengths)
-        return pipeline
 
     def try_rows(self, lengths: RowLengths) -> None:
         """Raise InputError where rows of these lengths would not come out as if each were alone."""

@@ -272,5 +272,6 @@ def test_log_level_shows_the_steps_of_the_start(build, monkeypatch, capsys, rank
         log, "hasHandlers", lambda: bool(log.handlers)
     )  # pytest has some at the root
     monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))  # the first of each node logs
     assert build(log_level=level) == "all input was accepted"
     assert ("data have been checked" in capsys.readouterr().err) == shown
