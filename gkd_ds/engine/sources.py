@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import find_adapter_config_file
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.config.paths import HUB_NAME
+from gkd_ds.config.paths import ADAPTER_REMEDY, HUB_NAME
 from gkd_ds.engine import accelerator
 from gkd_ds.engine.loading_report import problem
 from gkd_ds.engine.weights import Checkpoint
@@ -99,6 +99,22 @@ def set_attention(model: Model, role: str, config: GKDConfig) -> None:
         ) from error
 
 
+def refuse_adapter(model: Model, role: str, given: dict | None) -> None:
+    """Raise InputError for a directory or repository with an adapter in it, alone or beside whole
+    weights: transformers would load both where peft is installed, and ignore it elsewhere.
+    """
+    if isinstance(model, PreTrainedModel):
+        return
+    try:
+        found = find_adapter_config_file(model, **where(given))
+    except OSError:
+        return  # of what cannot be read, others say more
+    if found:
+        raise InputError(
+            f"the {role} {model!r} holds an adapter (adapter_config.json); {ADAPTER_REMEDY}."
+        )
+
+
 def require_safetensors(model: Model, init_kwargs: dict | None) -> None:
     """Raise InputError for a directory whose weights are pickles only (loading a pickle may run
     code) or damaged.
@@ -162,7 +178,6 @@ def require_whole(model: Model, role: str, config: GKDConfig, given: dict | None
     if isinstance(model, PreTrainedModel):
         return
     _check_dtype(role, config, given)
-    refuse_adapter(model, role, given)
     _refuse_encoder(model_config(model, config, given), f"the {role} {model!r}")
     try:
         checkpoint = Checkpoint(model, accelerator.precision(config), init_kwargs(config, given))
@@ -188,21 +203,6 @@ def refuse_incomplete(
             f"the weights of the {role} {name!r} are not those of the {type(model).__name__} that "
             f"its configuration describes: {fault}; mend the one or the other, and save what is "
             "meant with save_pretrained."
-        )
-
-
-def refuse_adapter(model: str, role: str, given: dict | None) -> None:
-    """Raise InputError for a directory or repository with an adapter in it, alone or beside whole
-    weights: transformers would load both where peft is installed, and ignore it elsewhere.
-    """
-    try:
-        found = find_adapter_config_file(model, **where(given))
-    except OSError:
-        return  # nothing there can be read, which is said more clearly elsewhere
-    if found:
-        raise InputError(
-            f"the {role} {model!r} holds an adapter (adapter_config.json); merge it into its base "
-            "model (peft's merge_and_unload) and save that, or remove it."
         )
 
 
