@@ -64,7 +64,8 @@ def test_a_bart_that_was_saved_as_a_decoder_is_one(read, changed):
     model = AutoModelForCausalLM.from_config(config)
     place = changed()
     model.save_pretrained(place)
-    assert read(student=place) == read(student=model) == ACCEPTED
+    assert read(student=place) == ACCEPTED
+    assert read(teacher=model) == ACCEPTED
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -128,17 +129,16 @@ def test_an_adapter(read, changed, tmp_path, role, beside, by_field):
 # ---- what transformers cannot load
 
 
-@pytest.mark.parametrize("as_object", [False, True])
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("as_objects", [False, True])
 @pytest.mark.parametrize("name, part", [
     ("flash_attention_9", 'attn_implementation="flash_attention_9"'),
     ("flash_attention_2", "installed"),
     ("kernels-community/flash-attn", "installed"),
 ])  # fmt: skip
-def test_attention_that_is_unknown_or_not_installed(read, models, role, name, part, as_object):
-    model = load(models) if as_object else models / "student"
-    message = read(**{role: model}, attn_implementation=name)
-    assert f"the {'student' if not as_object else role}" in message and part in message
+def test_attention_that_is_unknown_or_not_installed(read, models, name, part, as_objects):
+    objects = {role: load(models) for role in ROLES} if as_objects else {}
+    message = read(**objects, attn_implementation=name)
+    assert message.startswith("the student") and part in message
 
 
 def test_the_attention_of_objects_follows_the_configuration(read, models):
