@@ -206,10 +206,11 @@ def _check_models(config: GKDConfig, student: Any, teacher: Any, may_share: bool
     sources.refuse_ignored(
         teacher, "teacher", teacher_model_init_kwargs=config.teacher_model_init_kwargs
     )
-    sources.set_attention(student, "student", config)
-    sources.set_attention(teacher, "teacher", config)
     config.validate_files()
-    sources.require_safetensors(student, config.model_init_kwargs)
-    sources.require_safetensors(teacher, config.teacher_model_init_kwargs)
-    sources.require_whole(student, "student", config, config.model_init_kwargs)
-    sources.require_whole(teacher, "teacher", config, config.teacher_model_init_kwargs)
+    for model, role, given in (
+        (student, "student", config.model_init_kwargs),
+        (teacher, "teacher", config.teacher_model_init_kwargs),
+    ):
+        sources.set_attention(model, role, config)
+        sources.require_safetensors(model, given)
+        sources.require_whole(model, role, config, given)

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import find_adapter_config_file
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.config.paths import HUB_NAME
+from gkd_ds.config.paths import ADAPTER_REMEDY, HUB_NAME
 from gkd_ds.engine import accelerator
 from gkd_ds.engine.loading_report import problem
 from gkd_ds.engine.weights import Checkpoint
@@ -97,6 +97,23 @@ def set_attention(model: Model, role: str, config: GKDConfig) -> None:
             f"the {role} cannot have the attention that attn_implementation names "
             f"({reason(error)}); choose another one."
         ) from error
+
+
+def adapter_config(model: str, role: str, given: dict | None) -> str | None:
+    """The configuration file of the adapter that a directory or repository holds; None where there
+    is none. Raises InputError for one beside whole weights: transformers would load both where peft
+    is installed, and ignore the adapter elsewhere.
+    """
+    try:
+        found = find_adapter_config_file(model, **where(given))
+    except OSError:
+        return None  # nothing there can be read, which is said more clearly elsewhere
+    if found and os.path.isfile(os.path.join(os.path.dirname(found), "config.json")):
+        raise InputError(
+            f"the {role} {model!r} holds an adapter (adapter_config.json) beside a whole model; "
+            f"{ADAPTER_REMEDY}."
+        )
+    return found
 
 
 def require_safetensors(model: Model, init_kwargs: dict | None) -> None:
@@ -188,23 +205,6 @@ def refuse_incomplete(
             f"its configuration describes: {fault}; mend the one or the other, and save what is "
             "meant with save_pretrained."
         )
-
-
-def adapter_config(model: str, role: str, given: dict | None) -> str | None:
-    """The configuration file of the adapter that a directory or repository holds; None where there
-    is none. Raises InputError for one beside whole weights: transformers would load both where peft
-    is installed, and ignore the adapter elsewhere.
-    """
-    try:
-        found = find_adapter_config_file(model, **where(given))
-    except OSError:
-        return None  # nothing there can be read, which is said more clearly elsewhere
-    if found and os.path.isfile(os.path.join(os.path.dirname(found), "config.json")):
-        raise InputError(
-            f"the {role} {model!r} holds an adapter (adapter_config.json) beside whole weights; "
-            "merge it into them (peft's merge_and_unload) and save that, or remove it."
-        )
-    return found
 
 
 def _refuse_encoder(config: PretrainedConfig, what: str) -> None:

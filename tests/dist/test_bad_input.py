@@ -50,6 +50,28 @@ def data(*rows: Any):
     return change
 
 
+def changed_settings(field: str, **settings: Any):
+    """The model that `field` names, with other fields in its config.json."""
+
+    def change(recipe: dict[str, Any], place: Path) -> dict[str, Any]:
+        shutil.copytree(recipe[field], place)
+        change_json(place / "config.json", lambda config: config.update(settings))
+        return {field: str(place)}
+
+    return change
+
+
+def no_head(recipe: dict[str, Any], place: Path) -> dict[str, Any]:
+    """Its configuration ties nothing any more, and its file has no head."""
+    return changed_settings("teacher_model_name_or_path", tie_word_embeddings=False)(recipe, place)
+
+
+def adapter(recipe: dict[str, Any], place: Path) -> dict[str, Any]:
+    shutil.copytree(recipe["model_name_or_path"], place)
+    (place / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return {"model_name_or_path": str(place)}
+
+
 def occupied(recipe: dict[str, Any], place: Path) -> dict[str, Any]:
     place.mkdir()
     (place / "metrics.jsonl").write_text("")
@@ -90,6 +112,15 @@ CASES = {
         few_positions("teacher_"),
         "tokens, but the teacher has 20 learned positions; set max_length to 20 or less",
     ),
+    "no head": (no_head, "1 weight is missing ('lm_head.weight')"),
+    "other shapes": (changed_settings("model_name_or_path", vocab_size=500), "of another shape"),
+    "an encoder": (changed_settings("model_name_or_path", is_encoder_decoder=True), "-decoder"),
+    "quantized": (
+        changed_settings("teacher_model_name_or_path", quantization_config={"quant_method": "awq"}),
+        "AWQ",
+    ),
+    "adapter": (adapter, "holds an adapter"),
+    "attention": (lambda recipe, place: {"attn_implementation": "nonsense"}, "nonsense"),
     "no model": (
         lambda recipe, place: {"model_name_or_path": str(place)},
         "neither a model's directory that exists nor a hub name",
