@@ -8,8 +8,8 @@ from gkd_ds.runtime.errors import InputError
 from tests.dist.scenarios.common import build, train
 
 REFUSED = {
-    "written across the switch": {"student": "longrope", "lmbda": 1.0},
-    "written by the teacher": {"teacher": "longrope", "lmbda": 0.0, "seq_kd": True},
+    "written across the switch": {"student": "longrope-s", "lmbda": 1.0},
+    "written by the teacher": {"teacher": "longrope-t", "lmbda": 0.0, "seq_kd": True},
     "dynamic student": {"student": "dynamic", "lmbda": 0.0},
     "dynamic teacher": {"teacher": "dynamic", "lmbda": 0.0},
     "jitter in training mode": {"student": "jitter", "lmbda": 0.0, "disable_dropout": False},
@@ -23,8 +23,8 @@ def neighbours() -> dict:
     """
     fields = {"lmbda": 0.0, "per_device_train_batch_size": 8, "eval_on_policy": False}
     results = {
-        name: train(f"rows-{name}", student=name, teacher="longrope", **fields)
-        for name in ("longrope", "jitter")
+        name: train(f"rows-{name}", student=name, teacher="longrope-t", **fields)
+        for name in ("longrope-s", "jitter")
     }
     results["refused"] = {}
     for name, case in REFUSED.items():
