@@ -76,7 +76,7 @@ class Session:
             _write_or_refuse(lambda: _clear(run_dir))
         if found is not None:
             self._check(found)
-        self.started = time.time()
+        self.started, self.publisher.best_step = time.time(), None
         self.progress = Progress(
             BadUpdates(config.max_bad_updates), evaluation_due=config.eval_on_start
         )
@@ -273,7 +273,8 @@ class Session:
         """Bring the student back to the best checkpoint, where the run wants it; whether that made
         it another one.
 
-        Raises CheckpointError, on all ranks, when the checkpoint is damaged.
+        Raises CheckpointError, on all ranks, when the checkpoint is damaged or holds no more than
+        the model.
         """
         if not self.config.load_best_model_at_end:
             return False
@@ -286,12 +287,15 @@ class Session:
         if best.name == f"checkpoint-{self.state.global_step}":
             return False
         found, reason = store.verify_together(best, lambda: self.watchdog.beat("load best"))
-        if found is None:
+        try:
+            if found is None:
+                raise InputError(reason)
+            self._load_engine(found)
+        except InputError as error:
             raise store.CheckpointError(
-                f"the best checkpoint was not loaded ({reason}); the student in {self.run_dir} is "
+                f"the best checkpoint was not loaded ({error}); the student in {self.run_dir} is "
                 f"the one of the last update, {self.state.global_step}"
-            )
-        self._load_engine(found)
+            ) from error
         self.publisher.best_step = found.step
         self.tracker.say(f"the student is the one of {best}, the best that was saved")
         return True
