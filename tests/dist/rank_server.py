@@ -170,6 +170,11 @@ def serve() -> None:
     assert deepspeed.ops.__compatible_ops__ and get_checkpoint_conversion_mapping("llama") is None
     for policy in replace_policies:
         policy(None)  # imports the layer class that it replaces
+    from gkd_ds import train
+    from gkd_ds.runtime import rendezvous
+
+    # There is no launcher whose look at its ranks would have to be outlasted, and no network.
+    train.SECONDS_BEFORE_EXIT, rendezvous.PATIENCE = 0.1, 5.0
     gc.freeze()  # children need not look at what is here already
     for line in sys.stdin:
         order = json.loads(line)

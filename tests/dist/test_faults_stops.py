@@ -238,15 +238,17 @@ def test_a_launcher_that_is_killed_while_its_rank_imports(settings, tmp_path: Pa
     assert "Traceback" not in log.read_text() and not (tmp_path / "run").exists()
 
 
-def local_sh(tmp_path: Path, settings: dict[str, Any], *flags: object) -> subprocess.Popen:
-    """launch/local.sh with two ranks; their output goes to `tmp_path`/log, the run to
-    `tmp_path`/run.
-    """
+def local_sh(
+    tmp_path: Path, settings: dict[str, Any], *flags: object, ranks: int = 2
+) -> subprocess.Popen:
+    """launch/local.sh; its ranks' output goes to `tmp_path`/log, the run to `tmp_path`/run."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in settings.items()))
     command = ["bash", ROOT / "launch/local.sh", recipe, "--output_dir", tmp_path / "run", *flags]
     with open(tmp_path / "log", "w") as log:
-        return subprocess.Popen(command, env=environment() | {"RANKS": "2"}, stdout=log, stderr=log)
+        return subprocess.Popen(
+            command, env=environment() | {"RANKS": str(ranks)}, stdout=log, stderr=log
+        )
 
 
 def launcher_of(script: subprocess.Popen) -> list[psutil.Process]:
@@ -290,8 +292,5 @@ def test_local_sh_does_not_call_a_killed_launcher_a_success(settings, tmp_path: 
     assert script.wait(30) == 128 + signal.SIGKILL
     assert not psutil.wait_procs(everybody, LIMIT)[1], "ranks go on without a launcher"
     assert the_checkpoint(tmp_path / "run").step >= 1
-    assert (
-        local_sh(tmp_path, settings, "--overwrite_output_dir", "true", "--dry_run").wait(LAUNCHED)
-        == 0
-    )
+    assert local_sh(tmp_path, settings, "--dry_run", ranks=1).wait(LAUNCHED) == 0
     assert "update" in (tmp_path / "log").read_text()
