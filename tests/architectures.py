@@ -42,8 +42,10 @@ SIZES: dict[int, str] = {
     "shared_experts_intermediate_size moe_shared_expert_intermediate_size "
     "expert_ffn_hidden_size router_hidden_size pronunciation_embed_dim shape_embed_dim "
     "out_hidden_size hidden_size_global adapter_in_dim adapter_out_dim adapter_input_size",
+    # Heads of an index that chooses positions: with few of them some scores are exactly 0, and ties
+    # fall otherwise beside other rows.
     16: "mamba_d_head mamba_head_dim mamba_headdim chunk_size mamba_chunk_size index_head_dim "
-    "num_experts_dim q_lora_rank",
+    "q_lora_rank index_n_heads",
     WINDOW: "sliding_window sliding_window_size window_size attention_window_size local_attention "
     "attention_chunk_size keep_window_size head_dim swa_head_dim d_head kv_channels "
     "attention_head_size dim_head qk_nope_head_dim v_head_dim kv_lora_rank linear_head_dim "
@@ -54,7 +56,7 @@ SIZES: dict[int, str] = {
     4: "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads "
     "decoder_attention_heads swa_num_attention_heads linear_num_heads linear_num_value_heads "
     "mamba_n_heads mamba_num_heads num_experts n_routed_experts num_local_experts moe_num_experts "
-    "qk_rope_head_dim index_n_heads num_encoder_attention_heads num_decoder_attention_heads",
+    "qk_rope_head_dim num_encoder_attention_heads num_decoder_attention_heads",
     2: "num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads "
     "num_experts_per_tok num_experts_per_token moe_topk moe_k n_group num_expert_group "
     "n_groups mamba_n_groups mamba_ngroups n_mamba_heads",
@@ -95,7 +97,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "cohere2_moe": {"logit_scale": 0.5},
     "dots3_note_text": _SLIDING_MLA,
     "llama4_text": {"moe_layers": [1]},
-    "dory": {"n_input_layers": 1, "n_output_layers": 1},
+    "dory": {"n_input_layers": 1, "n_output_layers": 1, "initializer_range": 0.2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "gemma3n_text": {"num_kv_shared_layers": 2},
     "gemma4_text": {"global_head_dim": 16},

@@ -163,14 +163,21 @@ def build(directory: Path, form: str, student: Any, teacher: Any) -> GKDTrainer:
         deepspeed_log_level="error",
         **FORMS[form],
     )
-    chat = [{"role": "user", "content": "w6 w7"}, {"role": "assistant", "content": "w8"}]
     return GKDTrainer(
         model=student,
         teacher_model=teacher,
         args=config,
-        train_dataset=Dataset.from_list([{"messages": chat}] * 8),
+        train_dataset=Dataset.from_list([{"messages": as_chat(row)} for row in rows()]),
         processing_class=make_word_tokenizer(),
     )
+
+
+def as_chat(row: dict[str, list[int]]) -> list[dict[str, str]]:
+    """The row's words as messages: the start-up checks see lengths such as the window's."""
+    question, answer = (
+        " ".join(f"w{token}" for token in row[key]) for key in ("prompt_ids", "completion_ids")
+    )
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def samples(source: Source) -> list[Sample]:
