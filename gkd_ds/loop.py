@@ -6,6 +6,7 @@ GKDTrainer (trainer.py) is this loop under TRL's name and with TRL's methods.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from abc import abstractmethod
@@ -13,13 +14,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import (
     CallbackHandler,
     DefaultFlowCallback,
     TrainerControl,
 )
-from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers.trainer_utils import TrainerMemoryTracker, TrainOutput, speed_metrics
 
 from gkd_ds.checkpoint.progress import Progress, initial_state
 from gkd_ds.checkpoint.publish import Publisher
@@ -27,7 +28,7 @@ from gkd_ds.checkpoint.run_lock import only_run
 from gkd_ds.checkpoint.session import Session, refuse_occupied
 from gkd_ds.config.changes import Fields
 from gkd_ds.data.windows import Windows
-from gkd_ds.engine import process
+from gkd_ds.engine import accelerator, process
 from gkd_ds.engine.inputs import Inputs
 from gkd_ds.monitor.evaluation import metric_for_best_model
 from gkd_ds.monitor.guards import trimmed, warnings
@@ -41,6 +42,7 @@ from gkd_ds.monitor.metrics import (
 from gkd_ds.pipeline import Learned, Pipeline, count_tokens
 from gkd_ds.records import Rollout
 from gkd_ds.runtime import ranks
+from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.exit_codes import FAILED, FINISHED, NOT_SAVED, STOPPED
 from gkd_ds.runtime.interrupts import Interrupts, StopAgreed
 from gkd_ds.runtime.watchdog import Watchdog
@@ -49,6 +51,8 @@ from gkd_ds.saving import Saving
 
 class WindowLoop(Saving):
     """Runs the windows of `inputs` through the engines, tells `callbacks`, evaluates and saves."""
+
+    _memory_tracker: TrainerMemoryTracker  # transformers' name for it
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class WindowLoop(Saving):
         self._ignore_keys_for_eval: list[str] | None = None
         self._rollouts: list[Rollout] = []  # of the last window
         self._learned: Learned | None = None
+        self._tokens_before = 0  # that were seen before this train()
         self._recorded: set[str] = set()  # what the trackers know already of what is being logged
         self.control = TrainerControl()
         self.callback_handler = CallbackHandler(
@@ -116,6 +121,8 @@ class WindowLoop(Saving):
             exit_code, self.stop_reason = FAILED, None
             try:
                 self.session.begin(resume)
+                self._tokens_before = self.state.num_input_tokens_seen
+                Trainer._load_callback_state(self)
                 self._event("on_train_begin")
                 try:
                     self._windows()
@@ -186,14 +193,17 @@ class WindowLoop(Saving):
         self.interrupts.raise_if_stop_requested()
 
     def _read_fields(self) -> dict[str, Any]:
-        """Let act what was assigned to fields since this was done last, or refuse it; what changed.
-        Collective while training.
+        """Let act what was assigned to fields since this was done last; what has changed. Raises
+        InputError, on all ranks, for what cannot act. A collective.
         """
-        changed = self.fields.changed(self.is_in_train)
-        if self.is_in_train and ranks.any_rank(bool(changed)):
-            ranks.refuse_differences(
-                {name: repr(value) for name, value in changed.items()}, "fields"
-            )
+        if not ranks.any_rank(self.fields.touched()):
+            return {}
+        read = functools.partial(self.fields.changed, self.is_in_train)
+        changed, *others = ranks.run_on_all_ranks(read, catch=InputError)
+        if any(other != changed for other in others):
+            names = ", ".join(f"args.{name}" for name in sorted(set(changed).union(*others)))
+            raise InputError(f"{names} was not changed alike on all ranks; change it on all.")
+        if self.is_in_train:
             self.state.compute_steps(self.args, self.state.max_steps)
             self.windows.read_fields(self.args)
             self.pipeline.read_fields()
@@ -221,12 +231,17 @@ class WindowLoop(Saving):
         with self.pipeline.phase("update"):
             applied = self.student.update()
         self._event("on_optimizer_step")
+        accelerator.empty_cache_every(self.args.torch_empty_cache_steps, step + 1)
 
         seen = torch.empty(learned.padded_tokens, dtype=torch.long, device="meta")
         flops = self.floating_point_ops({"input_ids": seen})
-        record, sums = update_record(rollouts, learned, self.pipeline, counted, flops=flops)
+        more = {"flops": flops, "padded_tokens": learned.padded_tokens}
+        record, sums = update_record(rollouts, learned, self.pipeline, counted, **more)
         self.state.total_flos += sums["flops"]
-        self.state.num_input_tokens_seen += int(sums["input_tokens"])
+        are_all = self.args.include_num_input_tokens_seen == "all"
+        self.state.num_input_tokens_seen += int(
+            sums["padded_tokens" if are_all else "input_tokens"]
+        )
         bad = None if applied else what_was_bad(record)
         epoch = (step + 1) / self.windows.scheduler.windows_per_epoch
         record |= {"step": step + 1, "epoch": epoch, "lr": rate}
@@ -303,10 +318,14 @@ class WindowLoop(Saving):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Tell the history, the callbacks and, of what they do not know yet, the trackers."""
-        step = self.state.global_step
+        step, given = self.state.global_step, list(logs)
         if self.state.epoch is not None:
             logs["epoch"] = self.state.epoch
-        more = {name: logs[name] for name in logs if name not in {"epoch", *self._recorded}}
+        if self.args.include_num_input_tokens_seen != "no":
+            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+            if start_time is not None:
+                logs |= speed_metrics("train", start_time, num_tokens=self._tokens_learned())
+        more = {name: logs[name] for name in given if name not in {"epoch", *self._recorded}}
         if more and self.tracker is not None:
             self.tracker.log_eval({"step": step, **_as_integrations_write(more)})
             self.progress.evaluations += 1
@@ -325,17 +344,25 @@ class WindowLoop(Saving):
         """What transformers tells callbacks about a run when it ends."""
         steps = self.state.global_step - self.session.first_step
         samples = steps * self.windows.scheduler.window_samples
-        metrics = speed_metrics("train", self.session.started, samples, steps)
+        tokens = self._tokens_learned() if self.args.include_tokens_per_second else None
+        metrics = speed_metrics("train", self.session.started, samples, steps, tokens)
         metrics |= {
             "total_flos": self.state.total_flos,
             "train_loss": self.progress.train_loss.value,
             "epoch": self.state.epoch or 0.0,
         }
+        if not self._memory_tracker.skip_memory_metrics:
+            self._memory_tracker.stop("train")
+            self._memory_tracker.update_metrics("train", metrics)
         entries = len(self.state.log_history)
         self._tell(metrics)
         if self.stop_reason:  # the history goes on after the checkpoint that is saved next
             del self.state.log_history[entries:]
         return metrics
+
+    def _tokens_learned(self) -> int:
+        """Tokens of the sequences that this train() has learned from, as the state counts them."""
+        return self.state.num_input_tokens_seen - self._tokens_before
 
     def _evaluate_and_log(self) -> None:
         entries = len(self.state.log_history)

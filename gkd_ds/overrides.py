@@ -96,7 +96,6 @@ INSTEAD: dict[str, str] = {
     "_track_num_input_tokens": "state.num_input_tokens_seen counts them",
     "store_flos": "state.total_flos counts them: override floating_point_ops",
     "current_flos": "read state.total_flos",
-    "_memory_tracker": "python -m gkd_ds.train --dry_run estimates memory",
     "_save": _SAVING,
     "_get_output_dir": "set output_dir",
     "_determine_best_metric": "set metric_for_best_model",

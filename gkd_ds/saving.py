@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from gkd_ds.checkpoint import export, store
 from gkd_ds.checkpoint.publish import Publisher
@@ -25,6 +26,7 @@ from gkd_ds.runtime import ranks
 class Saving(Engines):
     """Saves what its engines have learned. Every method is a collective."""
 
+    callback_handler: CallbackHandler
     publisher: Publisher
     session: Session | None
     stop_reason: str | None
@@ -96,6 +98,9 @@ class Saving(Engines):
         """A checkpoint of this step; None (and a sentence) when it could not be written. Training
         goes on then.
         """
+        exportable = [c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)]
+        states = TrainerState(stateful_callbacks=exportable).stateful_callbacks
+        self.state.stateful_callbacks = states
         path = self.session.save(only_model, self._write_model)
         if path is None:
             return None

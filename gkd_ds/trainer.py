@@ -17,7 +17,12 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
+from transformers.trainer_utils import (
+    EvalLoopOutput,
+    PredictionOutput,
+    TrainerMemoryTracker,
+    TrainOutput,
+)
 
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.examples import Examples
@@ -75,6 +80,8 @@ class GKDTrainer(Surface):
         require_optimizer(config)
         _show_log(config)
         callbacks = [*callbacks_of(config), *(callbacks or [])]
+        self._memory_tracker = TrainerMemoryTracker(config.skip_memory_metrics)
+        self._memory_tracker.start()  # here and below: transformers knows the caller by its name
         # The time budget includes loading, and a stop file that appears meanwhile counts.
         interrupts = Interrupts(config.stop_path, config.max_runtime)
         inputs = Inputs.read(
@@ -96,6 +103,7 @@ class GKDTrainer(Surface):
         logger.info("Models, tokenizer and data have been checked.")
         _start(inputs)
         super().__init__(inputs, interrupts, callbacks, optimizers)
+        self._memory_tracker.stop_and_update_metrics()
 
     def train(
         self,
@@ -119,6 +127,7 @@ class GKDTrainer(Surface):
             raise InputError("no train_dataset is given; pass one to GKDTrainer.")
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
+        self._memory_tracker.start()
         self._ignore_keys_for_eval = ignore_keys_for_eval
         self.callback_handler.train_dataloader = self.get_train_dataloader()
         return self.run(resume_from_checkpoint)
@@ -143,6 +152,7 @@ class GKDTrainer(Surface):
             sets = self.inputs.tokenize_evaluation(eval_dataset)
         if not sets:
             raise InputError("no eval_dataset is given; pass one to GKDTrainer or to evaluate().")
+        self._memory_tracker.start()
         metrics: dict[str, float] = {}
         record: dict[str, Any] = {"step": self.state.global_step}
         before, after = f"{metric_key_prefix}_", f"{metric_key_prefix}/"
@@ -160,6 +170,7 @@ class GKDTrainer(Surface):
         if self.tracker is not None:
             self.tracker.log_eval(record)
             self.progress.evaluations += 1
+        self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
 
     def predict(
@@ -172,10 +183,12 @@ class GKDTrainer(Surface):
         references (what `preprocess_logits_for_metrics` makes of them) or, with
         `predict_with_generate`, what it writes. Collective.
         """
+        self._memory_tracker.start()
         examples = self.inputs.tokenize_evaluation({"": test_dataset})[""]
         with self.engines() as pipeline:
             pipeline.try_rows(self.inputs.lengths.with_sets(self.args, {"": examples}))
             output = self._evaluate_set(examples, metric_key_prefix, returned=True)
+        self._memory_tracker.stop_and_update_metrics(output.metrics)
         self._event("on_predict", output.metrics)
         return PredictionOutput(output.predictions, output.label_ids, output.metrics)
 

@@ -147,6 +147,7 @@ TRAINER_STATE = {  # those of transformers' fields that a run goes on with
     "log_history": [dict],
     "best_metric": NUMBER | None,
     "best_global_step": int | None,
+    "stateful_callbacks": dict,
 }
 
 

@@ -17,13 +17,21 @@ OF_TRAINER = {
     option.name for group in ("Models", "Adapters", "Data") for option in GROUPS[group]
 } - {"disable_dropout", "remove_unused_columns"}
 OF_TRAINER |= {"bf16", "fp16", "tf32", "deepspeed", "teacher_deepspeed", "use_cpu", "local_rank"}
-OF_TRAINER |= {"ddp_backend", "ddp_timeout", "max_runtime", "stop_file", "full_determinism"}
+OF_TRAINER |= {"log_level", "log_level_replica", "log_on_each_node", "report_to"}
+OF_TRAINER |= {
+    "skip_memory_metrics",
+    "ddp_backend",
+    "ddp_timeout",
+    "max_runtime",
+    "stop_file",
+    "full_determinism",
+}
 # What is read anew whenever it is needed: these may change between any two windows.
 AT_ANY_TIME = {
     *("lmbda", "seq_kd", "beta", "temperature", "divergence_temperature", "max_new_tokens"),
     *("rollout_memory_mb", "score_memory_mb", "targets_memory_mb", "loss_memory_mb"),
     *("learn_tokens_per_micro_batch", "offload_optimizer_states", "remove_unused_columns"),
-    *("do_train", "do_eval", "do_predict"),
+    *("do_train", "do_eval", "do_predict", "torch_empty_cache_steps"),
     *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter"),
     *("log_rollouts", "include_num_input_tokens_seen", "include_tokens_per_second"),
     *("save_strategy", "save_steps", "save_total_limit", "save_only_model"),
@@ -37,6 +45,10 @@ class Fields:
 
     def __init__(self, config: GKDConfig):
         self._config, self._seen = config, _values(config)
+
+    def touched(self) -> bool:
+        """Whether any field was assigned another value since `changed` was called last."""
+        return _values(self._config) != self._seen
 
     def changed(self, while_training: bool) -> dict[str, Any]:
         """The fields that were assigned since the last call, with their values; validated.

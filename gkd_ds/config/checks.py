@@ -1,11 +1,11 @@
-"""What is checked of a GKDConfig beyond the type of one field: bounds, combinations, and what its
-paths name.
+"""What is checked of a GKDConfig beyond the type of one field: combinations, and what its paths
+name.
 
 `config` is a GKDConfig throughout; its methods `validate`, `validate_files` and
 `check_output_dir_is_free` call what is here.
 """
 
-import difflib
+import importlib.util
 import math
 import os
 import re
@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from gkd_ds.config.accelerate_launch import take_launch_settings
-from gkd_ds.config.fields import GROUPS
 from gkd_ds.config.paths import (
     check_dataset,
     check_model,
     check_path_or_hub_name,
     obstacle_to_writing,
 )
-from gkd_ds.config.training_fields import OPTIMIZERS, SCHEDULES
-from gkd_ds.config.values import dtype_name, init_dtypes, is_text, wrong
+from gkd_ds.config.training_checks import check_training
+from gkd_ds.config.values import is_text, whole_steps, wrong
 from gkd_ds.runtime.errors import InputError, show
 from gkd_ds.runtime.files import check_stop_file
 
@@ -68,30 +67,11 @@ def check_combinations(config: Any) -> None:
     if config.assistant_only_loss:
         config.train_on = "every_turn"
     take_launch_settings(config)
-    take_revision(config)
-    check_init_dtypes(config)
-    check_precision(config)
-    check_adapters(config)
-    check_optimizer(config)
-    check_schedule(config)
+    check_training(config)
     check_intervals(config)
     check_best(config)
     check_hub(config)
     check_metrics(config)
-
-
-def take_revision(config: Any) -> None:
-    """`model_revision` is the `revision` of the student's init kwargs (the hub's default: main)."""
-    revision = config.model_revision
-    given = config.model_init_kwargs or {}
-    if revision not in (None, "main", given.get("revision")):
-        if "revision" in given:
-            raise wrong(
-                "model_revision",
-                f"is {show(revision)}, but model_init_kwargs has the revision "
-                f"{show(given['revision'])}; give one",
-            )
-        config.model_init_kwargs = {**given, "revision": revision}
 
 
 def check_metrics(config: Any) -> None:
@@ -99,106 +79,6 @@ def check_metrics(config: Any) -> None:
     for name in config.include_for_metrics:
         if name not in ("inputs", "loss"):
             raise wrong("include_for_metrics", f"may hold inputs and loss, not {show(name)}")
-
-
-def check_precision(config: Any) -> None:
-    """bf16 or fp16, or neither. Where both are left open, a student that is to be loaded or
-    evaluated in 16 bits is trained in them.
-    """
-    asked = {
-        config.dtype,
-        *(dtype_name("", given) for given in init_dtypes(config.model_init_kwargs)),
-    }
-    if config.bf16 is None and not config.fp16:
-        config.fp16 = "float16" in asked
-        config.bf16 = True if "bfloat16" in asked or config.bf16_full_eval else None
-    if config.bf16 and config.fp16:
-        raise InputError(
-            "GKDConfig fields 'bf16' and 'fp16' are both true; switch one of them off."
-        )
-    if config.fp16 and config.use_cpu:
-        raise InputError(
-            "GKDConfig field 'fp16' does not work with 'use_cpu'; use bf16 or neither."
-        )
-    if asked & {"bfloat16", "float16"} and not config.bf16 and not config.fp16:
-        raise InputError(
-            "The student's dtype has 16 bits while GKDConfig fields 'bf16' and 'fp16' are false; "
-            "set the one that matches, or remove dtype."
-        )
-    for name, trained in (("bf16_full_eval", config.bf16), ("fp16_full_eval", config.fp16)):
-        if getattr(config, name) and not trained:
-            short = name.removesuffix("_full_eval")
-            raise wrong(
-                name, f"needs training in the same precision; set {short}: true, or remove it"
-            )
-
-
-def check_init_dtypes(config: Any) -> None:
-    """`dtype` or `torch_dtype` in either of the init kwargs: one that exists, given once."""
-    for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
-        given = {dtype_name(name, value) for value in init_dtypes(getattr(config, name))}
-        if name == "model_init_kwargs" and config.dtype is not None:
-            given.add(config.dtype)
-        if len(given) > 1:
-            raise wrong(name, f"asks for the dtypes {' and '.join(sorted(given))}; give one")
-
-
-def check_adapters(config: Any) -> None:
-    """Settings of adapters go with `use_peft`."""
-    for option in GROUPS["Adapters"]:
-        if not config.use_peft and getattr(config, option.name) != option.default:
-            raise wrong(option.name, "is set, but use_peft is false; set it to true, or remove it")
-
-
-def check_optimizer(config: Any) -> None:
-    if config.optim not in OPTIMIZERS:
-        near = difflib.get_close_matches(config.optim, OPTIMIZERS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(OPTIMIZERS)}."
-        raise InputError(f"GKDConfig field 'optim' is {show(config.optim)}; {hint}")
-    if config.optim.endswith(("lomo", "_layerwise")):
-        raise wrong(
-            "optim",
-            f"is {config.optim}, which updates weights while gradients are computed, before the "
-            "window's are complete; choose another, such as adafactor or adamw_8bit",
-        )
-    if config.optim.startswith("schedule_free"):
-        raise wrong(
-            "optim",
-            f"is {config.optim}, which evaluates with other weights than it trains, and a rollout "
-            "needs both; choose another, and a schedule by lr_scheduler_type",
-        )
-    if config.optim_target_modules and not config.optim.startswith(("galore", "apollo")):
-        raise wrong("optim_target_modules", "is for galore_* and apollo_*; remove it, or set optim")
-    for setting in filter(None, (config.optim_args or "").split(",")):
-        if not re.fullmatch(r"\s*\w+\s*=[^=]+", setting):
-            raise wrong(
-                "optim_args",
-                f"must be written name=value,name=value, not {show(config.optim_args)}",
-            )
-
-
-def check_schedule(config: Any) -> None:
-    if config.max_steps == 0:
-        raise wrong(
-            "max_steps",
-            "must be a positive number of updates, or -1 to let num_train_epochs decide, not 0",
-        )
-    if config.warmup_steps >= 1:
-        config.warmup_steps = whole_steps("warmup_steps", config.warmup_steps)
-    if config.lr_scheduler_type not in SCHEDULES:
-        raise wrong(
-            "lr_scheduler_type",
-            f"must be one of {', '.join(SCHEDULES)}, not {show(config.lr_scheduler_type)}",
-        )
-    config.lr_scheduler_kwargs = config.lr_scheduler_kwargs or {}
-    allowed = SCHEDULES[config.lr_scheduler_type]
-    for name in config.lr_scheduler_kwargs:
-        if name not in allowed:
-            raise wrong(
-                "lr_scheduler_kwargs",
-                f"holds {show(name)}, but the schedule {config.lr_scheduler_type} takes "
-                + (f"only {', '.join(allowed)}" if allowed else "no arguments"),
-            )
 
 
 def check_intervals(config: Any) -> None:
@@ -216,12 +96,6 @@ def check_intervals(config: Any) -> None:
             )
         if steps is not None and steps >= 1:
             setattr(config, name, whole_steps(name, steps))
-
-
-def whole_steps(name: str, steps: float) -> int:
-    if steps != int(steps):
-        raise wrong(name, f"must be a whole number, or a share below 1, not {show(steps)}")
-    return int(steps)
 
 
 def check_best(config: Any) -> None:
@@ -327,6 +201,12 @@ def check_files(config: Any) -> None:
     Raises:
         InputError: a file or directory is missing, or cannot be written.
     """
+    if config.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise wrong(
+            "use_liger_kernel",
+            "needs the package liger-kernel; install it, or set it to false (the loss is fused "
+            "without it)",
+        )
     check_model("model_name_or_path", config.model_name_or_path, config.model_init_kwargs)
     check_model(
         "teacher_model_name_or_path",

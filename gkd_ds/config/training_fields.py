@@ -36,6 +36,9 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# Of liger_kernel_config: kernels in the place of a loss.
+LIGER_LOSSES = {"cross_entropy", "fused_linear_cross_entropy"}
+
 # transformers' OptimizerNames, which cost an import of torch.
 OPTIMIZERS = """adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adafactor
 adamw_anyprecision adamw_torch_4bit adamw_torch_8bit ademamix sgd adagrad adamw_bnb_8bit adamw_8bit

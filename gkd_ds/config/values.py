@@ -188,6 +188,12 @@ def dtype_name(name: str, value: Any) -> str:
     return text
 
 
+def whole_steps(name: str, steps: float) -> int:
+    if steps != int(steps):
+        raise wrong(name, f"must be a whole number, or a share below 1, not {show(steps)}")
+    return int(steps)
+
+
 def is_text(value: Any) -> bool:
     return isinstance(value, str)
 

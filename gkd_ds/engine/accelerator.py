@@ -79,6 +79,12 @@ def refuse_missing_precision(config: GKDConfig) -> None:
             )
 
 
+def empty_cache_every(steps: int | None, step: int) -> None:
+    """Give unused memory back after every so many updates; never for None."""
+    if steps and step % steps == 0:
+        get_accelerator().empty_cache()
+
+
 def refuse_missing_kernels(ds_config: dict[str, Any]) -> None:
     """Raise InputError where `ds_config` asks for kernels that this accelerator does not have."""
     for name in (

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.lengths import RowLengths
-from gkd_ds.engine import accelerator, causal_lm, zero
+from gkd_ds.engine import accelerator, causal_lm, liger, zero
 from gkd_ds.engine.causal_lm import LogitTransform
 from gkd_ds.engine.counters import Counters
 from gkd_ds.engine.lending import Loan, guard
@@ -68,6 +68,8 @@ class Student:
         self._loan = Loan(model)
         guard(model)
         self._whole_norm = 0.0
+        if config.use_liger_kernel:
+            liger.use(model, config.liger_kernel_config)
         transform = LogitTransform.of(model.config)
         model.set_output_embeddings(LossHead(model.get_output_embeddings(), transform))
         if config.disable_dropout:

@@ -1,13 +1,8 @@
-"""Callbacks that the configuration asks for: transformers' reporting integrations, and what happens
-every so many updates.
-"""
+"""transformers' reporting integrations, as the configuration asks for them."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from deepspeed.accelerator import get_accelerator
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback
 from transformers.integrations import (
     get_reporting_integration_callbacks,
     is_tensorboard_available,
@@ -35,8 +30,6 @@ def callbacks_of(config: GKDConfig) -> list[TrainerCallback]:
             ]
         except (ImportError, RuntimeError, ValueError) as error:
             raise _missing(name, first_line(error).rstrip(".")) from error
-    if config.torch_empty_cache_steps:
-        callbacks.append(EmptiesCache(config.torch_empty_cache_steps))
     return callbacks
 
 
@@ -46,14 +39,3 @@ def _missing(name: str, reason: str) -> InputError:
         f"GKDConfig field 'report_to' names {name}, which cannot be used here ({reason}); install "
         "it, or leave it out."
     )
-
-
-class EmptiesCache(TrainerCallback):
-    """Gives unused memory of the accelerator back after every `steps` updates."""
-
-    def __init__(self, steps: int):
-        self.steps = steps
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.steps == 0:
-            get_accelerator().empty_cache()

@@ -13,7 +13,7 @@ from pathlib import Path
 from tests import ROOT
 
 PATIENCE = 1500  # seconds; two free cores need a tenth of it
-ON_ONE_RANK = ("seed_example", "rollouts", "blocked_imports")
+ON_ONE_RANK = ("seed_example", "rollouts", "own_metrics", "blocked_imports")
 
 
 class Results:

@@ -26,7 +26,7 @@ from gkd_ds import GKDConfig
 from gkd_ds.engine import process
 from gkd_ds.runtime import ranks
 from gkd_ds.train import leave
-from tests.dist.scenarios import bad_updates, engines, neighbours, nvme, parity, windows
+from tests.dist.scenarios import bad_updates, engines, neighbours, nvme, parity, surface, windows
 from tests.dist.scenarios.common import ARGUMENTS, FIELDS, RESULTS
 
 
@@ -51,6 +51,10 @@ SCENARIOS = [
     nvme.teacher_on_nvme,
     nvme.optimizer_on_nvme,
     parity.evaluation,
+    surface.own_metrics,
+    surface.overrides,
+    surface.models_in_engines,
+    surface.changes,
     windows.sources,
     windows.resume,
     windows.generation_that_raises,

@@ -10,6 +10,32 @@ import torch.nn.functional as F
 
 from tests.scripts.library import IS_TRL, GKDTrainer, chats, quick
 
+CALLED_BY_A_RUN = """log evaluate save_model _save_checkpoint create_optimizer create_scheduler
+create_optimizer_and_scheduler get_decay_parameter_names floating_point_ops generalized_jsd_loss
+""".split()
+
+
+def all_that_is_called(home: Path) -> None:
+    """Every method that a run calls, overridden at once by one that passes on."""
+    calls = []
+
+    def passing_on(name):
+        def method(self, *args, **kwargs):
+            calls.append(name)
+            return getattr(super(Trainer, self), name)(*args, **kwargs)
+
+        return method
+
+    Trainer = type("Trainer", (GKDTrainer,), {name: passing_on(name) for name in CALLED_BY_A_RUN})
+    trainer = quick(
+        home, trainer_class=Trainer, eval_dataset=chats(2, seed=1), eval_strategy="steps",
+        eval_steps=1, save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    not_called = set(CALLED_BY_A_RUN) - set(calls)
+    # TRL itself calls one of them no more.
+    assert not_called == ({"create_optimizer_and_scheduler"} if IS_TRL else set()), not_called
+
 
 def more_in_the_log(home: Path) -> None:
     """log(logs, start_time)."""
@@ -121,6 +147,21 @@ def a_schedule_of_my_own(home: Path) -> None:
     trainer.train()
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
     assert abs(rates[0] - 1e-3) < 1e-9 and abs(rates[1] - 1e-4) < 1e-9
+
+
+def both_of_my_own(home: Path) -> None:
+    """create_optimizer_and_scheduler, which transformers once called."""
+
+    class Trainer(GKDTrainer):
+        def create_optimizer_and_scheduler(self, num_training_steps):
+            assert num_training_steps == 2
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.5)
+            self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
+
+    trainer = quick(home, trainer_class=Trainer)
+    if not IS_TRL:
+        trainer.train()
+        assert {e["learning_rate"] for e in trainer.state.log_history if "loss" in e} == {0.5}
 
 
 def no_decay_for_attention(home: Path) -> None:

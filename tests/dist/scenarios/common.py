@@ -58,21 +58,24 @@ def build(
     rows: int = 24,
     callbacks=None,
     eval_dataset=None,
+    trainer_class=GKDTrainer,
+    given: dict | None = None,
     **fields,
 ) -> GKDTrainer:
     """A trainer on the first `rows` chat rows; `student` and `teacher` are directories in
-    MATERIALS, or models.
+    MATERIALS, or models, and `given` are more arguments of the trainer.
     """
     place = lambda model: str(MATERIALS / model) if isinstance(model, str) else model  # noqa: E731
     config = GKDConfig(output_dir=str(RESULTS / name), **{**FIELDS, **fields})
     dataset = Dataset.from_list(make_chat_rows(rows))
-    return GKDTrainer(
+    return trainer_class(
         model=place(student),
         teacher_model=place(teacher),
         args=config,
         train_dataset=dataset,
         eval_dataset=eval_dataset or eval_rows(3),
         callbacks=callbacks,
+        **(given or {}),
     )
 
 

@@ -34,3 +34,12 @@ def test_a_precision_that_this_machine_does_not_have_is_refused_before_anything_
     with pytest.raises(InputError) as caught:
         process.start(GKDConfig(bf16=True))
     assert_one_sentence(str(caught.value), "'bf16'", "cpu has no bf16", "switch it off")
+
+
+@pytest.mark.parametrize(("every", "calls"), [(1, 6), (2, 3), (4, 1), (None, 0)])
+def test_the_cache_is_emptied_every_so_many_updates(every, calls, monkeypatch):
+    emptied = []
+    monkeypatch.setattr(get_accelerator(), "empty_cache", lambda: emptied.append(1))
+    for step in range(1, 7):
+        accelerator.empty_cache_every(every, step)
+    assert len(emptied) == calls

@@ -4,7 +4,6 @@ import sys
 import types
 
 import pytest
-from deepspeed.accelerator import get_accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from gkd_ds.config.checks import INTEGRATIONS
@@ -91,14 +90,3 @@ def test_an_integration_gets_its_fields(monkeypatch):
 def test_sinks_of_our_own_are_no_callbacks(monkeypatch):
     monkeypatch.setattr("gkd_ds.monitor.callbacks.is_tensorboard_available", lambda: True)
     assert callbacks_of(GKDConfig(report_to=list(SINKS))) == []
-
-
-@pytest.mark.parametrize(("every", "calls"), [(1, 6), (2, 3), (4, 1), (None, 0)])
-def test_the_cache_is_emptied_every_so_many_updates(every, calls, monkeypatch):
-    emptied = []
-    monkeypatch.setattr(get_accelerator(), "empty_cache", lambda: emptied.append(1))
-    config = GKDConfig(torch_empty_cache_steps=every)
-    for step in range(1, 7):
-        for callback in callbacks_of(config):
-            callback.on_step_end(config, TrainerState(global_step=step), TrainerControl())
-    assert len(emptied) == calls
