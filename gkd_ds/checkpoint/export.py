@@ -293,7 +293,8 @@ def _write_weights(
 def _move_into_place(unfinished: Path, directory: Path) -> None:
     files = [path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file()]
     for name in MAKES_IT_ONE:  # from here on the older model is no model
-        (directory / name).unlink(missing_ok=True)
+        if (directory / name).exists():
+            (directory / name).unlink()
     for pattern in WEIGHTS:
         for old in directory.glob(pattern):
             old.unlink()

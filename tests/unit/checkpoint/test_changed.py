@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from gkd_ds.checkpoint.changed import CHANGES, TABLE, Change, changes, settings
-from gkd_ds.config.config import GKDConfig, groups
+from gkd_ds.config.config import GKDConfig
+from gkd_ds.config.fields import GROUPS
 
-ACTING = {field.name for fields in groups().values() for field in fields}
+ACTING = {option.name for options in GROUPS.values() for option in options}
 
 
 @pytest.fixture
