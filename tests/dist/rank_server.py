@@ -163,11 +163,13 @@ def serve() -> None:
     for module in IMPORTS:
         importlib.import_module(module)
     import deepspeed
+    from deepspeed.module_inject.replace_policy import replace_policies
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    assert (
-        deepspeed.ops.__compatible_ops__ and get_checkpoint_conversion_mapping("llama") is None
-    )  # both are slow once
+    # All of these are slow once.
+    assert deepspeed.ops.__compatible_ops__ and get_checkpoint_conversion_mapping("llama") is None
+    for policy in replace_policies:
+        policy(None)  # imports the layer class that it replaces
     gc.freeze()  # children need not look at what is here already
     for line in sys.stdin:
         order = json.loads(line)
