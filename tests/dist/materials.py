@@ -10,10 +10,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from tests.tiny import FAMILIES, MIXTURES, make_model, make_tokenizer
+from tests.tiny import FAMILIES, MIXTURES, UNUSUAL, make_model, make_tokenizer
 
 # Student family -> teacher family: every family takes each part once.
 FAMILY_PAIRS = dict(zip(FAMILIES, FAMILIES[1:] + FAMILIES[:1]))
+UNUSUAL_PAIRS = dict(zip(UNUSUAL, UNUSUAL[1:] + UNUSUAL[:1]))
 PADDED = 416  # rows of an embedding for 384 tokens
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40}
 LONGROPE |= {"factor": 4.0}
@@ -37,7 +38,7 @@ def make_materials(directory: Path) -> Path:
     make("qwen2", "qwen2-teacher", seed=2, layers=3, hidden=96, vocab_size=PADDED)
     for family in MIXTURES:
         make(family, family, seed=1)
-    for number, family in enumerate(FAMILIES):
+    for number, family in enumerate(FAMILIES + UNUSUAL):
         # Both heads are tied or not in turn, and the vocabulary is padded on one side in turn.
         tied, padded = number % 2 == 0, number % 3 == 0
         make(

@@ -45,6 +45,7 @@ SCENARIOS = [
     parity.rollouts,
     parity.hybrid_engine,
     parity.families,
+    parity.unusual_families,
     engines.counts,
     engines.teacher_places,
     engines.scale_features,
