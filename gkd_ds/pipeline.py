@@ -111,10 +111,17 @@ class Pipeline:
             vocabulary=inputs.vocabulary,
             max_length=config.max_length,
         )
+        engine = engine_class(student)
+        # Completing nothing tries out how the models decode, so that it is known here what cannot.
+        if inputs.samples_from_student:
+            with engine.window():
+                engine.generate([], sampling, lambda: None)
+        if inputs.samples_from_teacher:
+            teacher.generate([], sampling, lambda: None)
         objective = generalized_jsd_objective(config.beta, config.divergence_temperature)
         pipeline = cls(
             student,
-            engine_class(student),
+            engine,
             teacher,
             objective,
             sampling,

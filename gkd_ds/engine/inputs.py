@@ -86,6 +86,17 @@ class Inputs:
         pad_id = self.tokenizer.pad_token_id
         return pad_id if pad_id < self.vocabulary else 0
 
+    @property
+    def samples_from_student(self) -> bool:
+        """Whether the run needs completions by the student, as far as it is known at its start."""
+        in_training = self.train is not None and self.config.lmbda > 0
+        return in_training or (bool(self.evaluation) and self.config.eval_on_policy)
+
+    @property
+    def samples_from_teacher(self) -> bool:
+        """The same for the teacher."""
+        return self.train is not None and self.config.seq_kd and self.config.lmbda < 1
+
     def tokenize_evaluation(self, dataset: Any) -> dict[str, Examples]:
         """Another evaluation set than the trainer's, as `evaluation` has it. Raises InputError."""
         sets = _tokenize_sets(dataset, self.tokenizer, self.config, self.stop_ids)

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_ds.data.lengths import RowLengths
+from gkd_ds.engine import causal_lm
 from gkd_ds.records import SequenceBatch, Source
 from gkd_ds.runtime import ranks
-from gkd_ds.runtime.errors import InputError, first_line
+from gkd_ds.runtime.errors import InputError
 
 # Batches -> the last hidden states `[N, D]` of each at its `index_N`. Where a model has two modes
 # of use, the first batch is computed in the one and all others in the other.
@@ -52,13 +53,9 @@ def try_rows(
     longest = max(lengths.longest, rows.short)
     batches = [rows.near(), rows.near(), rows.reaching(longest), rows.beside(longest)]
     before = _random_states()
-    try:
+    problem = f"{who} cannot compute a row of {longest} tokens"
+    with causal_lm.refusing(problem, "set max_length lower"):
         near, again, far, beside = run(batches)
-    except (IndexError, RuntimeError) as error:
-        raise InputError(
-            f"{who} cannot compute a row of {longest} tokens ({first_line(error)}); set max_length "
-            "lower."
-        ) from error
     if ranks.any_rank(_random_states() != before or not _is_equal(near, again)):
         _refuse_noise(who, model, run, rows, against_noise)
     switch = None
@@ -95,7 +92,7 @@ class _Rows:
     def __init__(self, model: PreTrainedModel, shortest: int):
         self.short = min(max(shortest, FEWEST), MOST)
         self.vocabulary = model.config.get_text_config().vocab_size
-        parameters = inspect.signature(model.base_model.forward).parameters
+        parameters = inspect.signature(causal_lm.body(model).forward).parameters
         self.takes_positions = "position_ids" in parameters
         self.device = get_accelerator().current_device_name()
         self.ids_T = self._ids(self.short - 1, 7)

@@ -203,12 +203,16 @@ def release_prefetched(engine) -> None:
 
 def forget_order(engine) -> None:
     """Partition everything, and let ZeRO-3 record the order of its modules anew in the next pass.
+    Does nothing below stage 3.
 
-    For an unusual first pass, such as a start-up check that runs the model twice. ZeRO-3 would go
+    For an unusual first pass, such as a start-up check that runs the model twice, and for one that
+    an exception has ended. ZeRO-3 would go
     on prefetching what it used and, worse, keep all that it used twice for reuse: which parameters
     a module releases at a step is cached for good (an lru_cache in DeepSpeed 0.19.8), so this must
     come before a second pass.
     """
+    if stage(engine) < 3:
+        return
     offload = _parameter_offload(engine)
     coordinator = offload.get_param_coordinator()
     if not coordinator.is_invalid_trace():

@@ -142,7 +142,7 @@ def rollout_memory(plan: Plan) -> list[Memory]:
     if plan.config.lmbda == 0:
         return []
     rows = plan.rollout_rows
-    kv = rows * plan.longest * student.kv_per_token * b
+    kv = rows * (plan.longest * student.kv_per_token + student.states_per_row) * b
     # The cache grows by so many positions at a time, beginning at the prompt's end.
     ahead = rows * (-plan.longest_completion % kv_cache.ROOM) * student.kv_per_token * b
     logits = 2 * rows * student.vocabulary * 4

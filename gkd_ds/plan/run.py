@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.config.deepspeed import BUILT_IN_TEACHER, is_number, resolve_auto
 from gkd_ds.data.schedule import StepScheduler
-from gkd_ds.engine.causal_lm import decoder_layers, kv_elements_per_token
+from gkd_ds.engine.cache_size import estimated, head_size, largest
+from gkd_ds.engine.causal_lm import decoder_layers
 from gkd_ds.runtime.errors import InputError
 
 MIB = 2**20
@@ -46,6 +47,7 @@ class ModelCounts:
     intermediate: int
     vocabulary: int
     kv_per_token: int  # keys and values of one token of one row, in all layers
+    states_per_row: int  # what the layers keep of a row beside them: recurrent states
     attention_width: int  # heads x head size
     layer_matrices: tuple[int, ...]  # each matrix of one layer
     largest_matrix: int
@@ -87,14 +89,13 @@ def count_parameters(model: torch.nn.Module) -> ModelCounts:
     layers = decoder_layers(model)
     per_layer = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     experts = sum(p.numel() for name, p in layers.named_parameters() if ".experts." in name)
-    used = getattr(text, "num_experts_per_tok", None) or 0
-    of = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
+    used = largest(text, "num_experts_per_tok")
+    of = largest(text, "num_local_experts") or largest(text, "num_experts")
     idle = round(experts * (1 - used / of)) if used and of else 0
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     total = sum(p.numel() for p in model.parameters())
     untied = 0 if head is embedding else head.numel()
-    heads = text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    cache = estimated(model)
     return ModelCounts(
         total=total,
         layers_total=sum(per_layer),
@@ -105,10 +106,11 @@ def count_parameters(model: torch.nn.Module) -> ModelCounts:
         glue=total - sum(per_layer) - embedding.numel() - untied,
         layers=len(per_layer),
         hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        intermediate=largest(text, "intermediate_size") or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
-        kv_per_token=kv_elements_per_token(model),
-        attention_width=heads * head_size,
+        kv_per_token=cache.per_token,
+        states_per_row=cache.states,
+        attention_width=largest(text, "num_attention_heads") * head_size(text),
         layer_matrices=max(
             (tuple(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in layers),
             key=len,
@@ -246,7 +248,9 @@ class Plan:
         """Rows that are decoded at a time."""
         if self.config.rollout_memory_mb is None:
             return self.rows
-        per_row = self.longest * self.student.kv_per_token * self.weight_bytes
+        student = self.student
+        kept = self.longest * student.kv_per_token + student.states_per_row
+        per_row = max(1, kept * self.weight_bytes)
         return max(1, min(self.rows, self.config.rollout_memory_mb * MIB // per_row))
 
     @property
