@@ -27,7 +27,7 @@ from gkd_ds.data.lengths import RowLengths
 from gkd_ds.engine import causal_lm
 from gkd_ds.records import SequenceBatch, Source
 from gkd_ds.runtime import ranks
-from gkd_ds.runtime.errors import InputError, first_line
+from gkd_ds.runtime.errors import InputError
 
 # Batches -> the last hidden states `[N, D]` of each at its `index_N`. Where a model has two modes
 # of use, the first batch is computed in the one and all others in the other.
@@ -53,13 +53,9 @@ def try_rows(
     longest = max(lengths.longest, rows.short)
     batches = [rows.near(), rows.near(), rows.reaching(longest), rows.beside(longest)]
     before = _random_states()
-    try:
+    problem = f"{who} cannot compute a row of {longest} tokens"
+    with causal_lm.refusing(problem, "set max_length lower"):
         near, again, far, beside = run(batches)
-    except (IndexError, RuntimeError) as error:
-        raise InputError(
-            f"{who} cannot compute a row of {longest} tokens ({first_line(error)}); set max_length "
-            "lower."
-        ) from error
     if ranks.any_rank(_random_states() != before or not _is_equal(near, again)):
         _refuse_noise(who, model, run, rows, against_noise)
     switch = None
