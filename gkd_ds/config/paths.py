@@ -11,17 +11,20 @@ from gkd_ds.config.values import is_text, wrong
 from gkd_ds.runtime.errors import show
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+ADAPTER_CONFIG = "adapter_config.json"  # peft's, of a directory that holds an adapter
 
 
 def check_model(name: str, model: str | None, init_kwargs: dict | None) -> None:
-    """A local directory with a config.json (or the init kwargs' gguf_file), or a plausible hub
-    name.
+    """A local directory with a config.json (or the init kwargs' gguf_file, or an adapter), or a
+    plausible hub name.
     """
     if model is None:
         return
     if not os.path.isdir(model):
         check_path_or_hub_name(name, model, "a model's directory", existing_is_fine=False)
         return
+    if os.path.isfile(os.path.join(model, ADAPTER_CONFIG)):
+        return  # it says where its base is
     needed = (init_kwargs or {}).get("gguf_file") or "config.json"
     if is_text(needed) and not os.path.isfile(os.path.join(model, needed)):
         raise wrong(

@@ -72,6 +72,19 @@ def empty_cache_every(steps: int | None, step: int) -> None:
         get_accelerator().empty_cache()
 
 
+def refuse_missing_precision(config: GKDConfig) -> None:
+    """Raise InputError where `config` asks for a precision that this accelerator does not have."""
+    here = get_accelerator()
+    supported = {"fp16": here.is_fp16_supported, "bf16": here.is_bf16_supported}
+    for name, is_supported in supported.items():
+        if getattr(config, name) and not is_supported():
+            raise InputError(
+                f"GKDConfig field '{name}' is set, and this machine's {here.device_name()} has no "
+                f"{name}; switch it off"
+                + (", or use bf16." if name == "fp16" and here.is_bf16_supported() else ".")
+            )
+
+
 def refuse_missing_kernels(ds_config: dict[str, Any]) -> None:
     """Raise InputError where `ds_config` asks for kernels that this accelerator does not have."""
     for name in (

@@ -26,7 +26,15 @@ from gkd_ds import GKDConfig
 from gkd_ds.engine import process
 from gkd_ds.runtime import ranks
 from gkd_ds.train import leave
-from tests.dist.scenarios import bad_updates, engines, nvme, parity, surface, windows
+from tests.dist.scenarios import (
+    bad_updates,
+    engines,
+    neighbours,
+    nvme,
+    parity,
+    surface,
+    windows,
+)
 from tests.dist.scenarios.common import ARGUMENTS, FIELDS, RESULTS
 
 
@@ -59,6 +67,7 @@ SCENARIOS = [
     windows.resume,
     windows.generation_that_raises,
     engines.precision,
+    neighbours.neighbours,
     windows.callbacks,
     bad_updates.faults,
     blocked_imports,

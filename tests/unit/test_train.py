@@ -94,6 +94,15 @@ def test_flags_are_read(arguments, expected):
         (["--config"], ["--config needs a value"]),
         (["--lmbda", "--beta", "1"], ["--lmbda needs a value"]),
         (["recipe.yaml"], ["'recipe.yaml'", "--name value"]),
+        (["--use_peft"], ["'--use_peft'", "LoRA", "not there yet"]),
+        (["--lora_r", "16"], ["'--lora_r'", "LoRA", "not there yet"]),
+        (["--lora-target-modules", "all-linear"], ["LoRA", "not there yet"]),
+        (["--use_dora"], ["LoRA", "not there yet"]),
+        (["--load_in_4bit"], ["'--load_in_4bit'", "not quantized", "dtype"]),
+        (["--bnb_4bit_quant_type", "nf4"], ["not quantized"]),
+        (["--torch_dtype", "bfloat16"], ["'--torch_dtype'", "use dtype"]),
+        (["--model_revision", "main"], ["revision into model_init_kwargs"]),
+        (["--dataset_streaming"], ["read whole"]),
         (["-lr", "1"], ["'-lr'"]),
         (["--"], ["'--'"]),
         (["--=3"], ["Unknown name '--'"]),
@@ -166,6 +175,7 @@ BAD_RECIPES = {
         ["'learning_rte'", "line 1", "did you mean learning_rate?"],
     ),
     "unknown": (b"beta: 0.5\nqqqq: 1", ["'qqqq'", "line 2"]),
+    "TRL's": (b"beta: 0.5\nuse_peft: true", ["'use_peft'", "line 2", "LoRA"]),
     "twice": (b"beta: 0.5\nbeta: 0.6", ["'beta'", "twice", "line 2"]),
     "empty": (b"", ["flat YAML mapping"]),
     "only a comment": (b"# nothing", ["flat YAML mapping"]),
@@ -374,6 +384,17 @@ def test_dry_run_prints_the_plan_and_writes_nothing(material, capsys):
     assert "beta: 0.125" in text and "samples per window 6 (2 x 3 x 1 ranks)" in text
     assert "windows per epoch  4" in text and "updates            12" in text and "KV cache" in text
     assert not (material / "out").exists()
+
+
+def test_dry_run_needs_no_free_output_dir(material, tmp_path, capsys):
+    """Somebody asks what a run would take while another one is there; but not in one of the inputs."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    flags = ["--config", str(material / "recipe.yaml"), "--output_dir", str(tmp_path)]
+    assert train.main([*flags, "--dry_run"]) == 0
+    assert run_main(capsys, *flags)[0] == 2
+    flags[-1] = str(material / "student")
+    code, error = run_main(capsys, *flags, "--dry_run")
+    assert code == 2 and "the same directory as model_name_or_path" in error
 
 
 def run_module(*arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess, float]:

@@ -50,6 +50,7 @@ def found(config: GKDConfig, **changes: Any) -> Manifest:
         "progress": dataclasses.asdict(PROGRESS),
         "tracker_run_id": "abc",
         "config": {**config.to_dict(), **changes},
+        "adapter": None,
         "schedule": {
             **{
                 name: 4

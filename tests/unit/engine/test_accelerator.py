@@ -4,8 +4,9 @@ import pytest
 from deepspeed.accelerator import get_accelerator
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.engine import accelerator
+from gkd_ds.engine import accelerator, process
 from gkd_ds.runtime.errors import InputError
+from tests.refusals import assert_one_sentence
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,16 @@ def test_the_cache_is_emptied_every_so_many_updates(every, calls, monkeypatch):
     for step in range(1, 7):
         accelerator.empty_cache_every(every, step)
     assert len(emptied) == calls
+
+
+def test_a_precision_that_this_machine_does_not_have_is_refused_before_anything_starts(monkeypatch):
+    kind = type(get_accelerator())
+    accelerator.refuse_missing_precision(GKDConfig(bf16=True))
+    monkeypatch.setattr(kind, "is_fp16_supported", lambda self: False)
+    with pytest.raises(InputError) as caught:
+        process.start(GKDConfig(fp16=True))
+    assert_one_sentence(str(caught.value), "'fp16'", "cpu has no fp16", "use bf16")
+    monkeypatch.setattr(kind, "is_bf16_supported", lambda self: False)
+    with pytest.raises(InputError) as caught:
+        process.start(GKDConfig(bf16=True))
+    assert_one_sentence(str(caught.value), "'bf16'", "cpu has no bf16", "switch it off")
