@@ -5,8 +5,8 @@
 
 In one process they exist inside of train(), evaluate() and predict() and nowhere else, so that
 before, between and after these the models are models: `trainer.model.generate(...)`, another
-trainer on the same objects. On several ranks nobody has room for a whole model, and the engines
-stay once they were needed.
+trainer on the same objects. On several ranks nobody has room for a whole model, and with a model on
+NVMe neither has one process: the engines stay once they were needed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import gc
 from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from deepspeed.accelerator import get_accelerator
 from torch.optim import Optimizer
@@ -29,12 +28,8 @@ from gkd_ds.learn.optim import decayed_parameters, make_optimizer, make_schedule
 from gkd_ds.learn.student import Student
 from gkd_ds.models import Models
 from gkd_ds.pipeline import Formula, Pipeline
-from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.teacher.teacher import Teacher
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 class Engines(ABC):
@@ -64,14 +59,14 @@ class Engines(ABC):
         return self.inputs.tokenizer
 
     @property
-    def model(self) -> PreTrainedModel | PeftModel:
-        """The student."""
+    def model(self) -> PreTrainedModel:
+        """The student, with its adapter around it where it has one."""
         return self.models.adapter or self.models.student
 
     @property
     def teacher_model(self) -> PreTrainedModel:
         """The teacher."""
-        return self.models.teacher or self.models.student
+        return self.models.teacher
 
     def formula(self) -> Formula | None:
         """A loss in place of the generalized JSD."""
@@ -85,7 +80,7 @@ class Engines(ABC):
             yield self.pipeline
         finally:
             self._users -= 1
-            if not self._users and self._pipeline is not None and ranks.world_size() == 1:
+            if not self._users and self._pipeline is not None and self.models.are_lendable:
                 self._pipeline.release()
                 self._pipeline = None
                 gc.collect()  # engines hold themselves, and the optimizer's states with them
@@ -103,11 +98,10 @@ class Engines(ABC):
             None if one is own else one
             for one, own in zip((self.optimizer, self.lr_scheduler), self._own)
         ]
-        names = zip(("optimizer", "schedule"), given)
-        passed = tuple(what for what, one in names if one is not None)
         self.optimizer, self.lr_scheduler = given
         self._make_optimizer()
         scheduler = self.lr_scheduler or self._make_scheduler
+        passed = self._passed(given)
         pipeline = Pipeline.build(
             self.inputs, self.models, self.optimizer, scheduler, passed, self.formula()
         )
@@ -157,11 +151,24 @@ class Engines(ABC):
         """The names of the parameters that `weight_decay` shrinks."""
         return decayed_parameters(model)
 
+    def _overrides(self, name: str) -> bool:
+        return getattr(type(self), name) is not getattr(Engines, name)
+
+    def _passed(self, given: list) -> tuple[str, ...]:
+        """What of "optimizer" and "schedule" is the caller's."""
+        both = self._overrides("create_optimizer_and_scheduler")
+        names = {"optimizer": "create_optimizer", "schedule": "create_scheduler"}
+        return tuple(
+            what
+            for one, (what, method) in zip(given, names.items())
+            if one is not None or both or self._overrides(method)
+        )
+
     def _make_optimizer(self) -> None:
-        if type(self).create_optimizer_and_scheduler is Engines.create_optimizer_and_scheduler:
-            self.create_optimizer()
-        else:
+        if self._overrides("create_optimizer_and_scheduler"):
             self.create_optimizer_and_scheduler(num_training_steps=self.state.max_steps)
+        else:
+            self.create_optimizer()
         if self.optimizer is None and not self._file_has_optimizer():
             raise InputError(
                 f"create_optimizer of {type(self).__name__} has not set self.optimizer; set it."

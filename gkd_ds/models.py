@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel
 
 from gkd_ds.engine import builds, lending, loading
-from gkd_ds.engine.adapters import Adapter
 from gkd_ds.engine.inputs import Inputs
 from gkd_ds.runtime import ranks
 from gkd_ds.teacher import loading as teacher_loading
@@ -19,42 +18,44 @@ if TYPE_CHECKING:
 
 
 class Models:
-    """Loads the teacher, then the student. A collective.
+    """Loads the teacher, then the student, and puts their adapters into them. A collective.
 
     `student` and `teacher` are whole in a single process (unless they live on NVMe), and
-    partitioned on several ranks, where the DeepSpeed files say so. `adapter` is what peft has put
-    into the student, if anything; `teacher` is None where the student's base is the teacher. Raises
+    partitioned on several ranks, where the DeepSpeed files say so. `adapter` is peft's model around
+    the student, where it has one. A teacher that is the student's base is the same object. Raises
     InputError.
     """
 
-    @builds.taking_turns()
+    @builds.taking_turns()  # a teacher on NVMe needs the reader already here
     def __init__(self, inputs: Inputs):
         config = self._config = inputs.config
         for role, model in (("student", inputs.student), ("teacher", inputs.teacher)):
             lending.refuse_lent(model, role)
-        self.teacher, self._teacher = None, {}
+        self.adapter: PeftModel | None = None
+        self._teacher: dict[str, Any] | None = None
         if not inputs.teacher_is_base:
-            self.teacher, self._teacher = teacher_loading.load(inputs.teacher, config)
-            self._attach(inputs.teacher_adapter, self.teacher, trainable=False)
+            teacher, self._teacher = teacher_loading.load(inputs.teacher, config)
+            _prepare(teacher)
+            if inputs.teacher_adapter is not None:
+                inputs.teacher_adapter.attach(teacher, trainable=False)
         self._student = loading.student_ds_config(inputs.student, config)
         self.student = loading.load_student(inputs.student, config, self._student)
-        self.adapter = self._attach(inputs.student_adapter, self.student, trainable=True)
-        for model in filter(None, (self.teacher, self.student, self.adapter)):
-            if ranks.world_size() > 1 or not lending.is_lendable(model):
-                lending.guard(model)
-            else:
-                lending.make_whole(model)
+        _prepare(self.student)
+        if inputs.student_adapter is not None:
+            # A new adapter's numbers depend on nothing that was drawn before.
+            torch.manual_seed(config.seed)
+            self.adapter = inputs.student_adapter.attach(self.student, trainable=True)
+        self.teacher: PreTrainedModel = self.student if inputs.teacher_is_base else teacher
 
-    def _attach(
-        self, adapter: Adapter | None, model: PreTrainedModel, trainable: bool
-    ) -> PeftModel | None:
-        if adapter is None:
-            return None
-        torch.manual_seed(self._config.seed)  # a new adapter depends on nothing drawn before
-        return adapter.attach(model, trainable)
+    @property
+    def are_lendable(self) -> bool:
+        """Whether engines can give both models back."""
+        return ranks.world_size() == 1 and all(
+            map(lending.is_lendable, (self.student, self.teacher))
+        )
 
-    def teacher_ds_config(self) -> dict[str, Any]:
-        """What the teacher's engine is started with."""
+    def teacher_ds_config(self) -> dict[str, Any] | None:
+        """What the teacher's engine is started with; None where it has none of its own."""
         return copy.deepcopy(self._teacher)
 
     def student_ds_config(self) -> dict[str, Any]:
@@ -63,3 +64,10 @@ class Models:
         """
         resolved = loading.resolved_student(self.student, self._config)
         return {**resolved, "zero_optimization": copy.deepcopy(self._student["zero_optimization"])}
+
+
+def _prepare(model: PreTrainedModel) -> None:
+    if ranks.world_size() > 1 or not lending.is_lendable(model):
+        lending.guard(model)
+    else:
+        lending.make_whole(model)

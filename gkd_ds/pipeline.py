@@ -29,7 +29,6 @@ from gkd_ds.data.lengths import RowLengths
 from gkd_ds.engine import builds
 from gkd_ds.engine.counters import Counters
 from gkd_ds.engine.inputs import Inputs
-from gkd_ds.engine.lending import is_lendable
 from gkd_ds.learn.batching import length_groups, packed_groups
 from gkd_ds.learn.divergence import generalized_jsd_objective
 from gkd_ds.learn.head import LossInputs, TeacherHead
@@ -108,38 +107,37 @@ class Pipeline:
         passed: tuple[str, ...] = (),
         formula: Formula | None = None,
     ) -> Pipeline:
-        """Build the engines of both models, the teacher's first. For `optimizer`, `scheduler` and
-        `passed` see Student; `formula` is another loss than the generalized JSD. Raises InputError.
+        """Build the engines of both models, the teacher's first, and try them out. For `optimizer`,
+        `scheduler` and `passed` see Student; `formula` is another loss than the generalized JSD.
+        Raises InputError.
         """
-        counters = Counters()
-        separate = None if models.teacher is None else _streamed_teacher(inputs, models, counters)
-        engine_class = rollout_engine_class(inputs.config, models.student)
+        config, counters = inputs.config, Counters()
+        teacher_config, separate = models.teacher_ds_config(), None
+        if teacher_config is not None:
+            vocabulary, pad_id = inputs.vocabulary, inputs.pad_id
+            separate = StreamedTeacher(
+                models.teacher, config, teacher_config, vocabulary, pad_id, counters
+            )
+            logger.info("The teacher is ready.")
+        engine_class = rollout_engine_class(config, models.student)
         student = Student(
             models.student,
-            inputs.config,
+            config,
             models.student_ds_config(),
             inputs.vocabulary,
             counters,
             optimizer,
             scheduler,
-            passed=passed,
+            passed,
             prepare=engine_class.prepare,
             adapter=models.adapter,
         )
         logger.info("The student is ready.")
         teacher = separate or BaseTeacher(student, inputs.pad_id)
         pipeline = cls(inputs, student, engine_class(student), teacher, counters, formula)
-        pipeline._try_out()
+        pipeline._try_decoding()
+        pipeline.try_rows(inputs.lengths)
         return pipeline
-
-    def _try_out(self) -> None:
-        """Raise InputError for what the models cannot do, before training finds out."""
-        # Completing nothing tries out how they decode.
-        if self.inputs.samples_from_student:
-            self._complete_by_student([], lambda: None)
-        if self.inputs.samples_from_teacher:
-            self._complete_by_teacher([], lambda: None)
-        self.try_rows(self.inputs.lengths)
 
     def read_fields(self) -> None:
         """What the configuration says about sampling and about the loss counts from now on."""
@@ -160,18 +158,25 @@ class Pipeline:
             else by_autograd(functools.partial(self._formula, beta, temperature))
         )
 
+    def release(self) -> None:
+        """Take the engines down: both models are models again. One process only."""
+        self.teacher.release()
+        self.student.release()
+
+    def _try_decoding(self) -> None:
+        """Completing nothing tries out how the models decode, so that it is known here what
+        cannot.
+        """
+        if self.inputs.samples_from_student:
+            with self.rollout_engine.window():
+                self.rollout_engine.generate([], self.sampling, lambda: None)
+        if self.inputs.samples_from_teacher:
+            self.teacher.generate([], self.sampling, lambda: None)
+
     def try_rows(self, lengths: RowLengths) -> None:
         """Raise InputError where rows of these lengths would not come out as if each were alone."""
         self.teacher.try_rows(lengths)
         self.student.try_rows(lengths)
-
-    def release(self) -> None:
-        """Take the engines down: both models are models again. One process only; a model on NVMe
-        stays where it is.
-        """
-        for engine in (self.teacher, self.student):
-            if is_lendable(engine.model):
-                engine.release()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[], None]]:
@@ -334,19 +339,6 @@ class Pipeline:
             [i for i, length in zip(group, lengths) for _ in range(length)], dtype=torch.long
         )
         sums_4R.index_add_(1, owner.to(sums_4R.device), per_token_4N)
-
-
-def _streamed_teacher(inputs: Inputs, models: Models, counters: Counters) -> StreamedTeacher:
-    teacher = StreamedTeacher(
-        models.teacher,
-        inputs.config,
-        models.teacher_ds_config(),
-        inputs.vocabulary,
-        inputs.pad_id,
-        counters,
-    )
-    logger.info("The teacher is ready.")
-    return teacher
 
 
 def _rollouts(

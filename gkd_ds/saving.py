@@ -129,7 +129,7 @@ class Saving(Engines):
         failure = store.failure(f"the student was not written to {directory}")
         ranks.run_on_all_ranks(lambda: self._write_model(directory), failure)
 
-    def _finish(self) -> bool:
+    def _end(self) -> bool:
         """After the last window: a checkpoint if the run was stopped early, the finished student
         otherwise, and then the best one in its place. False if that could not be done.
         """
@@ -151,8 +151,8 @@ class Saving(Engines):
             return False
         return True
 
-    def _push_finished(self) -> None:
-        if self.args.push_to_hub and not self.stop_reason:
+    def _push_finished(self, saved: bool) -> None:
+        if self.args.push_to_hub and saved and not self.stop_reason:
             with self._pushing():
                 self.push_to_hub(commit_message="End of training")
 

@@ -52,9 +52,9 @@ class GKDTrainer(Surface):
     `data_collator` (makes TRL's batches of rows), `train_dataset`, `eval_dataset` (one, or a dict
     of them), `processing_class` (the tokenizer; default the student's), `compute_metrics` and
     `preprocess_logits_for_metrics` (monitor/predictions.py), `callbacks` (transformers'
-    TrainerCallback), `optimizers` (torch optimizer, scheduler). Every rank builds it alike; without
-    a launcher it is the only rank. Raises InputError for wrong input, before any weights are
-    loaded.
+    TrainerCallback), `optimizers` (torch optimizer, scheduler), `peft_config` (an adapter for the
+    student), `formatting_func` (makes an example of a row). Every rank builds it alike; without a
+    launcher it is the only rank. Raises InputError for wrong input, before any weights are loaded.
     """
 
     def __init__(
@@ -91,9 +91,9 @@ class GKDTrainer(Surface):
             train_dataset,
             eval_dataset,
             processing_class,
+            data_collator,
             peft_config,
             formatting_func,
-            data_collator,
         )
         self.compute_metrics = compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
@@ -157,7 +157,7 @@ class GKDTrainer(Surface):
         record: dict[str, Any] = {"step": self.state.global_step}
         before, after = f"{metric_key_prefix}_", f"{metric_key_prefix}/"
         with self.engines() as pipeline:
-            if sets is not self.inputs.evaluation:
+            if eval_dataset is not None:
                 pipeline.try_rows(self.inputs.lengths.with_sets(self.args, sets))
             for name, examples in sets.items():
                 of_set = self._evaluate_set(
@@ -184,10 +184,10 @@ class GKDTrainer(Surface):
         `predict_with_generate`, what it writes. Collective.
         """
         self._memory_tracker.start()
-        examples = self.inputs.tokenize_evaluation({"": test_dataset})[""]
+        sets = self.inputs.tokenize_evaluation({"": test_dataset})
         with self.engines() as pipeline:
-            pipeline.try_rows(self.inputs.lengths.with_sets(self.args, {"": examples}))
-            output = self._evaluate_set(examples, metric_key_prefix, returned=True)
+            pipeline.try_rows(self.inputs.lengths.with_sets(self.args, sets))
+            output = self._evaluate_set(sets[""], metric_key_prefix, returned=True)
         self._memory_tracker.stop_and_update_metrics(output.metrics)
         self._event("on_predict", output.metrics)
         return PredictionOutput(output.predictions, output.label_ids, output.metrics)

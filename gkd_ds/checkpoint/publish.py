@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 
 from gkd_ds.checkpoint import export, store
 from gkd_ds.checkpoint.model_card import Card
 from gkd_ds.engine import adapters, sources, zero
 from gkd_ds.engine.inputs import Inputs
+from gkd_ds.models import Models
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 class Publisher:
     """Writes and uploads the student, with a card that tells how it was made."""
 
-    def __init__(
-        self,
-        inputs: Inputs,
-        model: PreTrainedModel,
-        state: TrainerState,
-        adapter: PeftModel | None = None,
-    ):
-        self.inputs, self.model, self.state, self.adapter = inputs, model, state, adapter
+    def __init__(self, inputs: Inputs, models: Models | None, state: TrainerState):
+        self.inputs, self.models, self.state = inputs, models, state
         # The update whose weights the student has, where it is not that of the run.
         self.best_step: int | None = None
         self.names = (sources.name_of(inputs.student), sources.name_of(inputs.teacher))
@@ -39,7 +29,7 @@ class Publisher:
         """Raise InputError for a student that transformers reads but does not write: one that was
         loaded from a GGUF file, or in some quantized form.
         """
-        quantizer = vars(self.model).get("hf_quantizer")
+        quantizer = vars(self.models.student).get("hf_quantizer")
         if quantizer is not None and not quantizer.is_serializable():
             raise InputError(
                 f"the student {self.names[0]!r} is in a form that transformers reads and does not "
@@ -59,14 +49,14 @@ class Publisher:
 
     def write(self, directory: Path) -> None:
         """The work of `save`: every rank gathers, rank 0 writes. Raises rank 0's error there."""
-        model, tokenizer = self.model, self.inputs.tokenizer
-        if self.adapter is not None and not self.inputs.config.merge_on_export:
-            state_dict = adapters.adapter_state_dict(self.adapter)
+        model, adapter, tokenizer = self.models.student, self.models.adapter, self.inputs.tokenizer
+        if adapter is not None and not self.inputs.config.merge_on_export:
+            state_dict = adapters.adapter_state_dict(adapter)
             if ranks.rank() == 0:
-                export.export_adapter(self.adapter, state_dict, tokenizer, directory, self.card())
+                export.export_adapter(adapter, state_dict, tokenizer, directory, self.card())
             return
         own_generation_config = model.generation_config
-        if self.adapter is None:
+        if adapter is None:
             state_dict = zero.full_state_dict(model)
         else:
             state_dict, model = adapters.merged_state_dict(model), adapters.plain_model(model)

@@ -41,8 +41,8 @@ class Inputs:
     vocabulary: int
     student_adapter: Adapter | None = None
     teacher_adapter: Adapter | None = None
-    formatting_func: Callable[[Any], Any] | None = None
     data_collator: Collator | None = None
+    formatting_func: Callable[[Any], Any] | None = None
 
     @classmethod
     def read(
@@ -53,9 +53,9 @@ class Inputs:
         train_dataset: Any,
         eval_dataset: Any,
         processing_class: Any,
+        data_collator: Collator | None = None,
         peft_config: Any = None,
         formatting_func: Callable[[Any], Any] | None = None,
-        data_collator: Collator | None = None,
     ) -> Inputs:
         """Tokenize the data (where there is a `data_collator`, through it) and check what can be
         checked. Raises InputError.
@@ -75,50 +75,64 @@ class Inputs:
         # Only whether it can be read.
         loading.generation_config(teacher, config.teacher_model_init_kwargs)
         own = loading.generation_config(student, config.model_init_kwargs)
-        stop_ids = stop_token_ids(tokenizer, own)
-        vocabulary = loading.shared_vocabulary(student, teacher, tokenizer, config)
         without_data = cls(
-            config=config,
-            student=student,
-            teacher=teacher,
-            tokenizer=tokenizer,
-            stop_ids=stop_ids,
+            config,
+            student,
+            teacher,
+            tokenizer,
+            stop_token_ids(tokenizer, own),
             train=None,
             evaluation={},
-            vocabulary=vocabulary,
+            vocabulary=loading.shared_vocabulary(student, teacher, tokenizer, config),
             student_adapter=student_adapter,
             teacher_adapter=teacher_adapter,
-            formatting_func=formatting_func,
             data_collator=data_collator,
+            formatting_func=formatting_func,
         )
-        return without_data.with_train(train_dataset).with_evaluation(eval_dataset)
+        inputs = dataclasses.replace(
+            without_data,
+            train=without_data._train_tokens(train_dataset),
+            evaluation=without_data._evaluation_tokens(eval_dataset),
+        )
+        inputs.check_rows()
+        return inputs
 
     def with_train(self, dataset: Any) -> Inputs:
         """The same with another training set, or none. Raises InputError."""
-        config = self.config
-        where = config.dataset_name or "the training data"
-        per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        rows = config.max_steps * per_rank * config.world_size if config.max_steps > 0 else None
-        train = None if dataset is None else self._tokens(dataset, where, rows)
-        self._check_rows(train, {})
-        return dataclasses.replace(self, train=train)
+        inputs = dataclasses.replace(self, train=self._train_tokens(dataset))
+        inputs.check_rows()
+        return inputs
 
     def with_evaluation(self, dataset: Any) -> Inputs:
-        """The same with another evaluation set, several by name, or none. Raises InputError."""
-        return dataclasses.replace(self, evaluation=self.tokenize_evaluation(dataset))
+        """The same with other evaluation sets, by name, with a single one, or with none. Raises
+        InputError.
+        """
+        inputs = dataclasses.replace(self, evaluation=self._evaluation_tokens(dataset))
+        inputs.check_rows()
+        return inputs
 
     def tokenize_evaluation(self, dataset: Any) -> dict[str, Examples]:
-        """Evaluation sets by name; a single one has the empty name. Raises InputError."""
+        """Further evaluation sets, as `evaluation` has them. Raises InputError."""
+        return self.with_evaluation(dataset).evaluation
+
+    def _train_tokens(self, dataset: Any) -> Examples | None:
+        if dataset is None:
+            return None
+        config = self.config
+        per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        needed = config.max_steps * per_rank * config.world_size
+        where = config.dataset_name or "the training data"
+        return self._tokens(dataset, where, needed if config.max_steps > 0 else None)
+
+    def _evaluation_tokens(self, dataset: Any) -> dict[str, Examples]:
         if dataset is None:
             return {}
         is_named = isinstance(dataset, dict) and "messages" not in dataset
-        rows = self.config.eval_max_samples
-        sets = {
-            name: self._tokens(of_name, f"the evaluation data {name}".rstrip(), rows)
-            for name, of_name in (dataset if is_named else {"": dataset}).items()
+        most = self.config.eval_max_samples
+        return {
+            name: self._tokens(rows, f"the evaluation data {name}".rstrip(), most)
+            for name, rows in (dataset if is_named else {"": dataset}).items()
         }
-        self._check_rows(None, sets)
-        return sets
 
     def _tokens(self, dataset: Any, where: str, stream_rows: int | None) -> Examples:
         config = self.config
@@ -131,14 +145,14 @@ class Inputs:
             where,
             self.stop_ids,
             self.formatting_func,
-            stream_rows,
+            stream_rows=stream_rows,
         )
 
-    def _check_rows(self, train: Examples | None, evaluation: dict[str, Examples]) -> None:
+    def check_rows(self) -> None:
         """Raise InputError for rows with unknown tokens, or longer than a model can be given."""
-        for examples in (train, *evaluation.values()):
+        for examples in (self.train, *self.evaluation.values()):
             loading.require_known_tokens(examples, self.vocabulary)
-        config, longest = self.config, RowLengths.of(self.config, train, evaluation).longest
+        config, longest = self.config, self.lengths.longest
         for model, role, init_kwargs in (
             (self.student, "student", config.model_init_kwargs),
             (self.teacher, "teacher", config.teacher_model_init_kwargs),

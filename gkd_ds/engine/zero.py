@@ -343,7 +343,7 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(parameter.ds_shape) if "ds_shape" in parameter.__dict__ else parameter.shape
 
 
-def state_names(model: PreTrainedModel) -> set[str]:
+def state_names(model: nn.Module) -> set[str]:
     """The names in the model's state_dict, also while its parameters are partitioned."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for prefix, module in model.named_modules(remove_duplicate=False):

@@ -67,6 +67,8 @@ class Student:
         self.device = accelerator.device()
         self._loan = Loan(model)
         guard(model)
+        if adapter is not None:
+            guard(adapter)
         self._whole_norm = 0.0
         if config.use_liger_kernel:
             liger.use(model, config.liger_kernel_config)
@@ -149,14 +151,16 @@ class Student:
 
         return self.engine(run=run)
 
+    def logits(self, batch: SequenceBatch) -> Tensor:
+        """The model's own logits `[B, T, W]`. Collective."""
+        return self.engine(
+            run=lambda: self.model(input_ids=batch.input_ids_BT, use_cache=False).logits
+        )
+
     def _hidden(self, batch: SequenceBatch) -> Tensor:
         """The last hidden states that predict the completions of `batch`, `[N, D]`."""
         hidden_BTD = causal_lm.body_forward(self.model, batch.input_ids_BT, **batch.extra)
         return hidden_BTD.flatten(0, 1).index_select(0, batch.index_N)
-
-    def logits(self, input_ids_BT: Tensor) -> Tensor:
-        """The model's own logits `[B, T, W]` of right-padded sequences. Collective."""
-        return self.engine(run=lambda: self.model(input_ids=input_ids_BT, use_cache=False).logits)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradient of `loss`; on the window's last micro-batch, make it ready for

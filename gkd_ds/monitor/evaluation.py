@@ -141,7 +141,7 @@ def best_evaluation(
     """Step and value of the best evaluation in a TrainerState's history, of those whose step
     `counts`; of equal ones the first. None where there is none.
     """
-    key = _key_of_best(config)
+    key = key_of_best(config)
     found = [
         (entry["step"], entry[key])
         for entry in history
@@ -153,7 +153,7 @@ def best_evaluation(
 
 def metric_for_best_model(config: GKDConfig, metrics: dict[str, Any]) -> Any:
     """The one of `metrics` that metric_for_best_model names. Raises InputError for another name."""
-    key = _key_of_best(config)
+    key = key_of_best(config)
     if key not in metrics:
         raise InputError(
             f"metric_for_best_model {config.metric_for_best_model!r} is none of "
@@ -162,6 +162,7 @@ def metric_for_best_model(config: GKDConfig, metrics: dict[str, Any]) -> Any:
     return metrics[key]
 
 
-def _key_of_best(config: GKDConfig) -> str:
+def key_of_best(config: GKDConfig) -> str:
+    """The metric that decides which evaluation is best, as evaluations have it."""
     name = str(config.metric_for_best_model)
     return name if name.startswith("eval_") else f"eval_{name}"

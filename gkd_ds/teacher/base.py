@@ -35,6 +35,9 @@ class BaseTeacher:
         self.student, self.pad_id = student, pad_id
         self.model = student.model
 
+    def release(self) -> None:
+        """Nothing: the student gives its engine back."""
+
     @torch.no_grad()
     def score(
         self, rollouts: list[Rollout], heartbeat: Callable[[], None] = lambda: None

@@ -115,7 +115,7 @@ class StreamedTeacher:
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
 
     def release(self) -> None:
-        """Take the engine down: `model` is a model again. One process only."""
+        """End the engine: `model` is a model again. One process only."""
         self._loan.end(self.engine)
         del self.engine
 

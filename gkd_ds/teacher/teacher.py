@@ -37,3 +37,6 @@ class Teacher(Protocol):
 
     def whole_head(self) -> AbstractContextManager[TeacherHead]:
         """Around a learn phase: what turns hidden states into logits, whole on every rank."""
+
+    def release(self) -> None:
+        """In a single process: end its engine, so that its model is a model again."""
