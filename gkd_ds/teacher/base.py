@@ -96,9 +96,6 @@ class BaseTeacher:
     def _decoder(self) -> Decoder:
         return of_student(self.student)
 
-    def release(self) -> None:
-        """Nothing: the engine is the student's."""
-
     def try_rows(self, lengths: RowLengths) -> None:
         """Nothing: the student, whose engine this is, tries them."""
 

@@ -29,9 +29,6 @@ class Teacher(Protocol):
     ) -> Completions:
         """Complete `samples`, for sequence-level distillation."""
 
-    def release(self) -> None:
-        """Give back the model, if there is one here, as it was lent. One process only."""
-
     def try_rows(self, lengths: RowLengths) -> None:
         """Before training: raise InputError where a row's targets would depend on others."""
 

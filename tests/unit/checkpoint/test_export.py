@@ -472,8 +472,8 @@ def test_a_student_that_transformers_cannot_write_is_refused_before_training(
     """It would have raised when the last update was done: a GGUF file is read, not written."""
     config = GKDConfig(output_dir=str(run_dir))
     inputs = Inputs(config, "org/base", "org/teacher", None, [], None, {}, 0)
-    model = SimpleNamespace(hf_quantizer=quantizer)
-    publisher = Publisher(inputs, model, state=TrainerState())
+    models = SimpleNamespace(student=SimpleNamespace(hf_quantizer=quantizer))
+    publisher = Publisher(inputs, models, state=TrainerState())
     if fine:
         publisher.refuse_unwritable()
         return
