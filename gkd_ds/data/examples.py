@@ -96,10 +96,14 @@ class RowEncoder:
 
     @classmethod
     def build(
-        cls, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int], max_length: int | None
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Iterable[int],
+        max_length: int | None,
+        are_learned: bool = True,
     ):
         stops = Stops.of(tokenizer, stop_ids)
-        return cls(Turns.of(tokenizer), stops, max_length, leading_ids(tokenizer))
+        return cls(Turns.of(tokenizer, are_learned), stops, max_length, leading_ids(tokenizer))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -179,9 +183,10 @@ def tokenize(
     config: Any,
     where: str,
     stop_ids: Iterable[int],
+    are_learned: bool = True,
 ) -> Examples:
     """Tokenise a whole dataset. `where` names it in error messages; `stop_ids` as stop_token_ids()
-    gives them.
+    gives them; `are_learned` as Turns has it.
 
     A row that cannot be used ends the run (config.row_errors="strict") or is left out and counted
     ("skip", up to config.max_skipped_rows). The tokenizer is prepared in place (prepare_tokenizer).
@@ -190,7 +195,7 @@ def tokenize(
     """
     prepare_tokenizer(tokenizer, config)
     dataset, places, notes = _check_dataset(dataset, where)
-    encoder = RowEncoder.build(tokenizer, stop_ids, config.max_length)
+    encoder = RowEncoder.build(tokenizer, stop_ids, config.max_length, are_learned)
     prompts, completions, problems = TokenLists(), TokenLists(), []
     for index, (prompt_ids, completion_ids, noted, problem) in enumerate(
         _encode_all(dataset, encoder, config)

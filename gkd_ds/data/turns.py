@@ -12,6 +12,7 @@ write, and the rest is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterator
@@ -39,22 +40,25 @@ class Turns:
     """The chat template of a tokenizer, and what is known of it. Worker processes can be sent it.
 
     `header` is what the template prints between a prompt and its answer, where it has no generation
-    prompt to print it. `words` are the names that occur in the template.
+    prompt to print it. `words` are the names that occur in the template. `are_learned` says whether
+    the completions are for anything: a run that is on-policy throughout uses the prompts alone.
     """
 
     tokenizer: PreTrainedTokenizerBase
     end_of_turn: str
     header: str
     words: frozenset[str]
+    are_learned: bool
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Turns:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, are_learned: bool = True) -> Turns:
         """Raises InputError with a clause about a template that cannot be used."""
         templates = tokenizer.chat_template
         source = templates if isinstance(templates, str) else "\n".join((templates or {}).values())
         end_of_turn = end_of_turn_token(tokenizer) or ""
-        turns = cls(tokenizer, end_of_turn, "", frozenset(re.findall(r"\w+", source)))
-        return cls(tokenizer, end_of_turn, turns._header(), turns.words) if source else turns
+        words = frozenset(re.findall(r"\w+", source))
+        turns = cls(tokenizer, end_of_turn, "", words, are_learned)
+        return dataclasses.replace(turns, header=turns._header()) if source else turns
 
     def texts(self, row: Row) -> tuple[str, str]:
         """Prompt and completion of a conversation. Raises InputError with a clause about the row.
@@ -90,7 +94,8 @@ class Turns:
         # The turn is what the row says that the model wrote: thought, answer, end of turn.
         answer = row.completion.get("content", "").lstrip()
         is_told = answer.startswith(opened) or closing in answer
-        if not added or not is_told or row.completion.keys() & {"tool_calls", *THOUGHTS}:
+        is_told &= bool(added) and not row.completion.keys() & {"tool_calls", *THOUGHTS}
+        if self.are_learned and not is_told:
             raise InputError(
                 f"the chat template's prompt ends in {quote(prompt[-30:])}, and it does not show "
                 "this answer behind it; give the answer the thought that the prompt opens (as "

@@ -55,7 +55,8 @@ class Inputs:
         where = config.dataset_name or "the training data"
         train = None
         if train_dataset is not None:
-            train = tokenize(train_dataset, tokenizer, config, where, stop_ids)
+            are_learned = config.lmbda < 1 and not config.seq_kd
+            train = tokenize(train_dataset, tokenizer, config, where, stop_ids, are_learned)
         evaluation = _tokenize_sets(eval_dataset, tokenizer, config, stop_ids)
         vocabulary = loading.shared_vocabulary(student, teacher, tokenizer, config)
         for examples in (train, *evaluation.values()):
