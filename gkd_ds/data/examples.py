@@ -36,7 +36,7 @@ from gkd_ds.data.tokenizer import (
 )
 from gkd_ds.data.turns import Turns, texts_in
 from gkd_ds.data.unread import Unread, sentence
-from gkd_ds.runtime.errors import InputError, name_list, type_name
+from gkd_ds.runtime.errors import InputError, name_list, quote, type_name
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ class RowEncoder:
     stops: Stops
     max_length: int | None
     leading_ids: list[int]
+    are_learned: bool = True  # the completions; where not, they may be any
 
     @classmethod
     def build(
@@ -103,7 +104,7 @@ class RowEncoder:
         are_learned: bool = True,
     ):
         stops = Stops.of(tokenizer, stop_ids)
-        return cls(Turns.of(tokenizer, are_learned), stops, max_length, leading_ids(tokenizer))
+        return cls(Turns.of(tokenizer), stops, max_length, leading_ids(tokenizer), are_learned)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -124,9 +125,17 @@ class RowEncoder:
             prompt_text, completion_text = row.prompt, row.completion
             leading = self.leading_ids
         else:
-            prompt_text, completion_text = self.turns.texts(row)
+            prompt_text, completion_text, follows = self.turns.texts(row)
             leading = []  # a template writes its own
             notes += self.turns.notes(row, completion_text)
+            if not follows and self.are_learned:
+                raise InputError(
+                    f"the chat template's prompt ends in {quote(prompt_text[-30:])}, and it does "
+                    "not show this answer behind it; give the answer the thought that the prompt "
+                    "opens (as 'reasoning_content', or in 'content' up to its end), use another "
+                    "template, or learn on-policy alone (lmbda: 1)"
+                )
+            notes += [] if follows else [Unread.ALONE.note()]
         prompt_ids = token_ids(self.tokenizer, prompt_text)
         if prompt_ids[: len(leading)] != leading:
             prompt_ids = leading + prompt_ids
@@ -186,7 +195,8 @@ def tokenize(
     are_learned: bool = True,
 ) -> Examples:
     """Tokenise a whole dataset. `where` names it in error messages; `stop_ids` as stop_token_ids()
-    gives them; `are_learned` as Turns has it.
+    gives them; `are_learned` says whether the run learns the completions: one that is on-policy
+    throughout uses the prompts alone, and an evaluation only measures.
 
     A row that cannot be used ends the run (config.row_errors="strict") or is left out and counted
     ("skip", up to config.max_skipped_rows). The tokenizer is prepared in place (prepare_tokenizer).

@@ -114,6 +114,13 @@ def _tokenize_sets(
     is_named = isinstance(dataset, dict) and "messages" not in dataset
     sets = dataset if is_named else {"": dataset}
     return {
-        name: tokenize(rows, tokenizer, config, f"the evaluation data {name}".rstrip(), stop_ids)
+        name: tokenize(
+            rows,
+            tokenizer,
+            config,
+            f"the evaluation data {name}".rstrip(),
+            stop_ids,
+            are_learned=False,
+        )
         for name, rows in sets.items()
     }
