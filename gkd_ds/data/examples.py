@@ -36,7 +36,7 @@ from gkd_ds.data.tokenizer import (
 )
 from gkd_ds.data.turns import Turns, texts_in
 from gkd_ds.data.unread import Unread, sentence
-from gkd_ds.runtime.errors import InputError, name_list, type_name
+from gkd_ds.runtime.errors import InputError, name_list, quote, type_name
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ class RowEncoder:
     keep_end: bool = False
     every_turn: bool = False
     format: Callable[[Any], Any] | None = None
+    are_learned: bool = True  # the completions; where not, they may be any
 
     @classmethod
     def build(
@@ -108,6 +109,7 @@ class RowEncoder:
         stop_ids: Iterable[int],
         config: Any,
         format: Callable[[Any], Any] | None = None,
+        are_learned: bool = True,
     ):
         return cls(
             Turns.of(tokenizer),
@@ -117,6 +119,7 @@ class RowEncoder:
             config.truncation_mode == "keep_end",
             config.train_on == "every_turn",
             format,
+            are_learned,
         )
 
     @property
@@ -154,9 +157,17 @@ class RowEncoder:
             prompt_text, completion_text = row.prompt, row.completion
             leading = self.leading_ids
         else:
-            prompt_text, completion_text = self.turns.texts(row)
+            prompt_text, completion_text, follows = self.turns.texts(row)
             leading = []  # a template writes its own
             notes += self.turns.notes(row, completion_text)
+            if not follows and self.are_learned:
+                raise InputError(
+                    f"the chat template's prompt ends in {quote(prompt_text[-30:])}, and it does "
+                    "not show this answer behind it; give the answer the thought that the prompt "
+                    "opens (as 'reasoning_content', or in 'content' up to its end), use another "
+                    "template, or learn on-policy alone (lmbda: 1)"
+                )
+            notes += [] if follows else [Unread.ALONE.note()]
         prompt_ids = token_ids(self.tokenizer, prompt_text)
         if prompt_ids[: len(leading)] != leading:
             prompt_ids = leading + prompt_ids
@@ -224,10 +235,12 @@ def tokenize(
     stop_ids: Iterable[int],
     formatting_func: Callable[[Any], Any] | None = None,
     stream_rows: int | None = None,
+    are_learned: bool = True,
 ) -> Examples:
     """Tokenise a whole dataset. `where` names it in error messages; `stop_ids` as stop_token_ids()
     gives them; `formatting_func` makes of each row one that can be read; of a stream the first
-    `stream_rows` are taken.
+    `stream_rows` are taken; `are_learned` says whether the run learns the completions: one that
+    is on-policy throughout uses the prompts alone, and an evaluation only measures.
 
     A row that cannot be used ends the run (config.row_errors="strict") or is left out and counted
     ("skip", up to config.max_skipped_rows). The tokenizer is prepared in place (prepare_tokenizer).
@@ -240,7 +253,7 @@ def tokenize(
     dataset, places, notes = _check_dataset(
         dataset, where, every_column=formatting_func is not None
     )
-    encoder = RowEncoder.build(tokenizer, stop_ids, config, formatting_func)
+    encoder = RowEncoder.build(tokenizer, stop_ids, config, formatting_func, are_learned)
     prompts, completions, problems = TokenLists(), TokenLists(), []
     for index, (prompt_ids, completion_ids, noted, problem) in enumerate(
         _encode_all(dataset, encoder, config)

@@ -1,17 +1,16 @@
 """The last turn of a conversation: what the model is shown, and what it is to write then.
 
-    turn = Turns.of(tokenizer)
-    prompt, completion = turn.texts(parse_row(row))
+    prompt, completion, follows = Turns.of(tokenizer).texts(parse_row(row))
 
 The chat template writes the conversation twice: without the answer and with its generation prompt,
 which is the prompt, and with the answer. The completion is what the second has after the first.
 Where the second does not begin with the first, the template shows a finished turn otherwise than
-one that is being written; then what it shows is used only as far as it is what the model would
-write, and the rest is refused.
+one that is being written; then what it shows is used as far as it is what the model would write.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from gkd_ds.data.rows import Message, Row
 from gkd_ds.data.tokenizer import end_of_turn_token, render
 from gkd_ds.data.unread import Unread
-from gkd_ds.runtime.errors import InputError, quote
+from gkd_ds.runtime.errors import InputError
 
 # transformers gives a thought to the template under all of its names.
 THOUGHTS = frozenset({"reasoning_content", "thinking", "reasoning"})
@@ -53,13 +52,16 @@ class Turns:
         templates = tokenizer.chat_template
         source = templates if isinstance(templates, str) else "\n".join((templates or {}).values())
         end_of_turn = end_of_turn_token(tokenizer) or ""
-        turns = cls(tokenizer, end_of_turn, "", frozenset(re.findall(r"\w+", source)))
-        return cls(tokenizer, end_of_turn, turns._header(), turns.words) if source else turns
+        words = frozenset(re.findall(r"\w+", source))
+        turns = cls(tokenizer, end_of_turn, "", words)
+        return dataclasses.replace(turns, header=turns._header()) if source else turns
 
-    def texts(self, row: Row) -> tuple[str, str]:
-        """Prompt and completion of a conversation. Raises InputError with a clause about the row.
+    def texts(self, row: Row) -> tuple[str, str, bool]:
+        """Prompt and completion of a conversation, and whether the one follows the other: an answer
+        alone does not follow a prompt that opens a thought.
 
-        The completion ends as the template ends it, which may be behind the end of the turn.
+        The completion ends as the template ends it, which may be behind the end of the turn. Raises
+        InputError with a clause about the row.
         """
         calls = any(message.get("tool_calls") for message in [*row.prompt, row.completion])
         if calls and "tool_calls" not in self.words:
@@ -70,11 +72,11 @@ class Turns:
         prompt = self._render(row, row.prompt, generation_prompt=True)
         whole = self._render(row, [*row.prompt, row.completion])
         if whole.startswith(prompt):
-            return prompt, whole[len(prompt) :]
-        return prompt, self._otherwise(row, prompt, whole)
+            return prompt, whole[len(prompt) :], True
+        return prompt, *self._otherwise(row, prompt, whole)
 
-    def _otherwise(self, row: Row, prompt: str, whole: str) -> str:
-        """The completion where the template shows a finished turn in another way.
+    def _otherwise(self, row: Row, prompt: str, whole: str) -> tuple[str, bool]:
+        """The same where the template shows a finished turn in another way.
 
         R1's template opens <think> for the model, and deletes the thought afterwards.
         """
@@ -84,19 +86,15 @@ class Turns:
         if added and whole.startswith(shown):
             rest = whole[len(shown) :]
             if not opened:
-                return rest
+                return rest, True
             if rest.lstrip().startswith(opened):
-                return rest.lstrip().removeprefix(opened).removeprefix("\n")
+                return rest.lstrip().removeprefix(opened).removeprefix("\n"), True
         # The turn is what the row says that the model wrote: thought, answer, end of turn.
         answer = row.completion.get("content", "").lstrip()
         is_told = answer.startswith(opened) or closing in answer
-        if not added or not is_told or row.completion.keys() & {"tool_calls", *THOUGHTS}:
-            raise InputError(
-                f"the chat template's prompt ends in {quote(prompt[-30:])}, and it does not show "
-                "this answer behind it; give the answer the thought that the prompt opens (as "
-                "'reasoning_content', or in 'content' up to its end), or use another template"
-            )
-        return answer.removeprefix(opened).removeprefix("\n") + self.end_of_turn
+        is_lost = not added or row.completion.keys() & {"tool_calls", *THOUGHTS}
+        text = answer.removeprefix(opened).removeprefix("\n") + self.end_of_turn
+        return text, is_told and not is_lost
 
     def notes(self, row: Row, completion: str) -> Iterator[str]:
         """What of a conversation has no effect, or another one than it seems (unread.py)."""

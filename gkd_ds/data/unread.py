@@ -17,6 +17,10 @@ class Unread(StrEnum):
     FIELD = "the chat template does not read: {}"
     PART = "of some answers the chat template prints only a part{}"
     STOP = "answers go on behind stop tokens that are words of theirs: {}"
+    ALONE = (
+        "the chat template's prompt opens a thought, and answers that do not continue it are poor "
+        "references{}"
+    )
     HEADER = "the chat template has no generation prompt, so {} is part of what the student learns"
 
     def note(self, name: str = "") -> str:

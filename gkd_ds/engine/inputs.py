@@ -122,7 +122,8 @@ class Inputs:
         per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
         needed = config.max_steps * per_rank * config.world_size
         where = config.dataset_name or "the training data"
-        return self._tokens(dataset, where, needed if config.max_steps > 0 else None)
+        are_learned = config.lmbda < 1 and not config.seq_kd
+        return self._tokens(dataset, where, needed if config.max_steps > 0 else None, are_learned)
 
     def _evaluation_tokens(self, dataset: Any) -> dict[str, Examples]:
         if dataset is None:
@@ -134,7 +135,9 @@ class Inputs:
             for name, rows in (dataset if is_named else {"": dataset}).items()
         }
 
-    def _tokens(self, dataset: Any, where: str, stream_rows: int | None) -> Examples:
+    def _tokens(
+        self, dataset: Any, where: str, stream_rows: int | None, are_learned: bool = False
+    ) -> Examples:
         config = self.config
         if self.data_collator is not None:
             return collated(dataset, self.data_collator, where, config.max_length)
@@ -146,6 +149,7 @@ class Inputs:
             self.stop_ids,
             self.formatting_func,
             stream_rows=stream_rows,
+            are_learned=are_learned,
         )
 
     def check_rows(self) -> None:

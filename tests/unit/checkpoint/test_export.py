@@ -437,7 +437,7 @@ def test_push_to_hub_takes_what_trl_takes_for_the_model_card(hub, run_dir):
     trainer = GKDTrainer.__new__(GKDTrainer)  # no engine takes part in a push
     config = GKDConfig(output_dir=str(run_dir), hub_model_id="org/made", hub_token="hf_mine")
     inputs = Inputs(config, "org/base", "org/teacher", None, [], None, {}, 0)
-    trainer.publisher = Publisher(inputs, model=None, state=TrainerState())
+    trainer.publisher = Publisher(inputs, models=None, state=TrainerState())
     card = {
         "model_name": "My student",
         "dataset_name": "org/chats",
