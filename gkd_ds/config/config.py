@@ -96,7 +96,9 @@ class GKDConfig(ReadAsTrainingArguments, UnsupportedFields):
         None, "Attention of both models: eager, sdpa, flash_attention_2, ..."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = option(
-        None, "Type of the student's weights (default: float32 unless bf16 or fp16)."
+        None,
+        "Type of the student's weights; where bf16 and fp16 say another one, theirs counts, and a "
+        "warning says so.",
     )
     disable_dropout: bool = option(True, "Switch dropout off in the student.")
 
