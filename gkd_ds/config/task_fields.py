@@ -73,7 +73,9 @@ class Models:
         None, "Attention of both models: eager, sdpa, flash_attention_2, ..."
     )
     dtype: InitVar[Literal["auto", "float32", "bfloat16", "float16"] | None] = option(
-        None, "Type of the student's weights (default: float32 unless bf16 or fp16)."
+        None,
+        "Type of the student's weights; where bf16 and fp16 say another one, theirs counts, and a "
+        "warning says so.",
     )
     torch_dtype: InitVar[Literal["auto", "float32", "bfloat16", "float16"] | None] = option(
         None, "An older name of dtype."

@@ -33,7 +33,7 @@ from gkd_ds.data.vocabulary import shared_vocabulary_size
 from gkd_ds.engine import accelerator, models, sources, zero
 from gkd_ds.engine.sources import Model
 from gkd_ds.runtime import ranks
-from gkd_ds.runtime.errors import InputError
+from gkd_ds.runtime.errors import InputError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def generation_config(model: Model, init_kwargs: dict | None) -> GenerationConfi
             if is_damaged:
                 raise InputError(
                     f"the generation config of model {model!r} cannot be read "
-                    f"({sources.reason(error)}); get it again, or delete it."
+                    f"({reason(error)}); get it again, or delete it."
                 ) from error
     return None
 
@@ -206,7 +206,7 @@ def _tokenizer_of(
         )
     except Exception as error:  # tokenizers raises plain ones; the hub and a model's own code, any
         raise InputError(
-            f"the tokenizer of model {name!r} cannot be read ({sources.reason(error)}); mend it."
+            f"the tokenizer of model {name!r} cannot be read ({reason(error)}); mend it."
         ) from error
 
 

@@ -14,7 +14,7 @@ from gkd_ds.engine.fingerprint import fingerprints, is_same
 from gkd_ds.engine.sources import Model
 from gkd_ds.engine.weights import Checkpoint
 from gkd_ds.runtime import ranks
-from gkd_ds.runtime.errors import InputError, name_list
+from gkd_ds.runtime.errors import InputError, name_list, reason
 
 
 def load(
@@ -80,7 +80,7 @@ def _fingerprints_of(checkpoint: Checkpoint, ds_config: dict[str, Any]) -> dict[
     def failure(rank: int, error: Exception) -> InputError:
         return InputError(
             f"rank {rank} cannot read the weights of {checkpoint.source!r} "
-            f"({sources.reason(error)}); get them again."
+            f"({reason(error)}); get them again."
         )
 
     held: dict[str, Tensor] = {}

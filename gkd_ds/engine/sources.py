@@ -19,7 +19,7 @@ from gkd_ds.config.paths import ADAPTER_REMEDY, HUB_NAME
 from gkd_ds.engine import accelerator
 from gkd_ds.engine.loading_report import problem
 from gkd_ds.engine.weights import Checkpoint
-from gkd_ds.runtime.errors import InputError, first_line, show
+from gkd_ds.runtime.errors import InputError, reason, show
 
 logger = logging.getLogger(__name__)
 
@@ -289,8 +289,3 @@ def _check_dtype(role: str, config: GKDConfig, given: dict | None) -> None:
             str(run).removeprefix("torch."),
             str(dtype).removeprefix("torch."),
         )
-
-
-def reason(error: Exception) -> str:
-    """The first sentence of what a library says."""
-    return first_line(error).split(". ")[0].rstrip(".:")

@@ -27,7 +27,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from gkd_ds.engine import accelerator
 from gkd_ds.engine.counters import Counters
 from gkd_ds.runtime import ranks
-from gkd_ds.runtime.errors import InputError, first_line
+from gkd_ds.runtime.errors import InputError, reason
 from gkd_ds.runtime.files import claim_folder
 
 
@@ -41,6 +41,11 @@ def claim_swap_folders(ds_config: dict[str, Any]) -> None:
         block = ds_config["zero_optimization"].get(name) or {}
         if block.get("device") == "nvme":
             block["nvme_path"] = claim_folder(block["nvme_path"], ranks.rank())
+
+
+# What transformers raises of weights that engine/sources.py has found to be loadable: they are
+# GGUF, or the architecture looks into weights that are partitioned.
+_NOT_BY_THIS_WAY = (AttributeError, ImportError, LookupError, TypeError, ValueError)
 
 
 class _Zero3Loading:
@@ -71,7 +76,13 @@ def load(
             )
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"the weights of {source!r} cannot be read ({first_line(error)}); get them again."
+            f"the weights of {source!r} cannot be read ({reason(error)}); get them again."
+        ) from error
+    except _NOT_BY_THIS_WAY as error:
+        way = "under ZeRO stage 3" if loading.is_zero3() else "as they are"
+        raise InputError(
+            f"the weights of {source!r} cannot be loaded {way} ({reason(error)}); choose another "
+            "model, or for a student another stage."
         ) from error
     finally:
         # While it is alive the next from_pretrained would be partitioned, too.
