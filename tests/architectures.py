@@ -183,8 +183,9 @@ def make_model(name: str, seed: int, more_layers: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        for weight in model.state_dict().values():
-            if weight.is_floating_point():
+        for name_of, weight in model.state_dict().items():
+            # MiniMax keeps its decays, which follow from its configuration, where weights are.
+            if weight.is_floating_point() and not name_of.endswith(("_decay", "slope_rate")):
                 weight.add_(torch.randn_like(weight), alpha=0.15)
     return model.eval()
 

@@ -191,10 +191,11 @@ def whole_forward(model: PreTrainedModel, vocabulary: int) -> CachedForward:
 
 
 def _cache_name(names: Iterable[str]) -> str:
-    """The argument that takes the cache. Models from the hub that bring their own code may have the
-    name that transformers 5.24 gave up.
+    """The argument that takes the cache: transformers' name for it, which 5.24 changed, unless the
+    model has another one.
     """
-    return next((name for name in ALL_CACHE_NAMES if name in names), "past_key_values")
+    known = (*ALL_CACHE_NAMES, "past_key_values")
+    return next((name for name in known if name in names), ALL_CACHE_NAMES[0])
 
 
 def _last_logits(model: PreTrainedModel, vocabulary: int) -> Callable[[Tensor], Tensor]:
