@@ -47,7 +47,8 @@ def table() -> str:
     for name in seed:
         counts[answer_of(name)] += 1
     told = ", ".join(
-        f"{count} {'are ' * (answer != WORKS)}{answer}" for answer, count in counts.items()
+        f"{count} {'work' if answer == WORKS else f'are {answer}'}"
+        for answer, count in counts.items()
     )
     release = trl.pop("source").split()[1]
     lines = [INTRODUCTION.format(seed=len(seed), counts=told, trl=release)]
