@@ -241,7 +241,9 @@ def test_an_answer_that_nobody_learns_may_be_any(config, caplog, template):
     """On-policy throughout, only the prompt counts: thinking students are trained on plain chats."""
     tokenizer = byte_level_tokenizer(template)
     stops = stop_token_ids(tokenizer, None)
-    examples = tokenize([{"messages": CHAT}], tokenizer, config, "my data", stops, False)
+    examples = tokenize(
+        [{"messages": CHAT}], tokenizer, config, "my data", stops, are_learned=False
+    )
     expected = tokenizer.apply_chat_template(CHAT[:-1], add_generation_prompt=True, tokenize=False)
     assert tokenizer.decode(examples.prompt_ids[0]) == expected
     assert "answers that do not continue it are poor references" in said(caplog)[0]
