@@ -5,8 +5,8 @@
 
 In one process they exist inside of train(), evaluate() and predict() and nowhere else, so that
 before, between and after these the models are models: `trainer.model.generate(...)`, another
-trainer on the same objects. On several ranks nobody has room for a whole model, and the engines
-stay once they were needed.
+trainer on the same objects. On several ranks nobody has room for a whole model, and with a model on
+NVMe neither has one process: the engines stay once they were needed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from gkd_ds.learn.optim import decayed_parameters, make_optimizer, make_schedule
 from gkd_ds.learn.student import Student
 from gkd_ds.models import Models
 from gkd_ds.pipeline import Formula, Pipeline
-from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.teacher.teacher import Teacher
 
@@ -61,8 +60,8 @@ class Engines(ABC):
 
     @property
     def model(self) -> PreTrainedModel:
-        """The student."""
-        return self.models.student
+        """The student, with its adapter around it where it has one."""
+        return self.models.adapter or self.models.student
 
     @property
     def teacher_model(self) -> PreTrainedModel:
@@ -81,7 +80,7 @@ class Engines(ABC):
             yield self.pipeline
         finally:
             self._users -= 1
-            if not self._users and self._pipeline is not None and ranks.world_size() == 1:
+            if not self._users and self._pipeline is not None and self.models.are_lendable:
                 self._pipeline.release()
                 self._pipeline = None
                 gc.collect()  # engines hold themselves, and the optimizer's states with them
@@ -102,8 +101,9 @@ class Engines(ABC):
         self.optimizer, self.lr_scheduler = given
         self._make_optimizer()
         scheduler = self.lr_scheduler or self._make_scheduler
+        passed = self._passed(given)
         pipeline = Pipeline.build(
-            self.inputs, self.models, self.optimizer, scheduler, self.formula()
+            self.inputs, self.models, self.optimizer, scheduler, passed, self.formula()
         )
         engine = pipeline.student.engine
         made = self.optimizer, self.lr_scheduler = engine.basic_optimizer, engine.lr_scheduler
@@ -151,11 +151,24 @@ class Engines(ABC):
         """The names of the parameters that `weight_decay` shrinks."""
         return decayed_parameters(model)
 
+    def _overrides(self, name: str) -> bool:
+        return getattr(type(self), name) is not getattr(Engines, name)
+
+    def _passed(self, given: list) -> tuple[str, ...]:
+        """What of "optimizer" and "schedule" is the caller's."""
+        both = self._overrides("create_optimizer_and_scheduler")
+        names = {"optimizer": "create_optimizer", "schedule": "create_scheduler"}
+        return tuple(
+            what
+            for one, (what, method) in zip(given, names.items())
+            if one is not None or both or self._overrides(method)
+        )
+
     def _make_optimizer(self) -> None:
-        if type(self).create_optimizer_and_scheduler is Engines.create_optimizer_and_scheduler:
-            self.create_optimizer()
-        else:
+        if self._overrides("create_optimizer_and_scheduler"):
             self.create_optimizer_and_scheduler(num_training_steps=self.state.max_steps)
+        else:
+            self.create_optimizer()
         if self.optimizer is None and not self._file_has_optimizer():
             raise InputError(
                 f"create_optimizer of {type(self).__name__} has not set self.optimizer; set it."

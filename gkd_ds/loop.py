@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from abc import abstractmethod
 from contextlib import AbstractContextManager
@@ -19,9 +20,9 @@ from transformers.trainer_callback import (
     DefaultFlowCallback,
     TrainerControl,
 )
-from transformers.trainer_utils import TrainerMemoryTracker, TrainOutput, speed_metrics
+from transformers.trainer_utils import TrainOutput
 
-from gkd_ds.checkpoint.progress import Progress, initial_state
+from gkd_ds.checkpoint.progress import initial_state
 from gkd_ds.checkpoint.publish import Publisher
 from gkd_ds.checkpoint.run_lock import only_run
 from gkd_ds.checkpoint.session import Session, refuse_occupied
@@ -29,10 +30,10 @@ from gkd_ds.config.changes import Fields
 from gkd_ds.data.windows import Windows
 from gkd_ds.engine import accelerator, process
 from gkd_ds.engine.inputs import Inputs
-from gkd_ds.monitor.evaluation import metric_for_best_model
+from gkd_ds.logs import Logs
+from gkd_ds.monitor.evaluation import key_of_best, metric_for_best_model
 from gkd_ds.monitor.guards import trimmed, warnings
 from gkd_ds.monitor.metrics import (
-    rollout_records,
     suspects,
     update_record,
     what_was_bad,
@@ -45,13 +46,10 @@ from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.exit_codes import FAILED, FINISHED, NOT_SAVED, STOPPED
 from gkd_ds.runtime.interrupts import Interrupts, StopAgreed
 from gkd_ds.runtime.watchdog import Watchdog
-from gkd_ds.saving import Saving
 
 
-class WindowLoop(Saving):
+class WindowLoop(Logs):
     """Runs the windows of `inputs` through the engines, tells `callbacks`, evaluates and saves."""
-
-    _memory_tracker: TrainerMemoryTracker  # transformers' name for it
 
     def __init__(
         self,
@@ -70,8 +68,6 @@ class WindowLoop(Saving):
         self._ignore_keys_for_eval: list[str] | None = None
         self._rollouts: list[Rollout] = []  # of the last window
         self._learned: Learned | None = None
-        self._tokens_before = 0  # that were seen before this train()
-        self._recorded: set[str] = set()  # what the trackers know already of what is being logged
         self.control = TrainerControl()
         self.callback_handler = CallbackHandler(
             [DefaultFlowCallback(), *callbacks],
@@ -86,7 +82,7 @@ class WindowLoop(Saving):
         """Begin at the first window of what the configuration asks for now."""
         self.windows = Windows.of(self.args, self.inputs.train, ranks.world_size())
         self.state = initial_state(self.args, self.windows.scheduler.windows_per_epoch)
-        self.publisher = Publisher(self.inputs, self.model, self.state)
+        self.publisher = Publisher(self.inputs, self.models, self.state)
 
     def run(self, resume: bool | str | None) -> TrainOutput:
         """What `train` does; `resume` replaces the field `resume_from_checkpoint`.
@@ -95,6 +91,7 @@ class WindowLoop(Saving):
         """
         changed = self._read_fields()
         refuse_occupied(self.args, resume)
+        self.publisher.refuse_unwritable()
         if self.session is not None or changed:
             self._restart()
         self._rollouts, self._learned = [], None
@@ -125,10 +122,9 @@ class WindowLoop(Saving):
                 except StopAgreed as stop:
                     self.stop_reason = str(stop)
                 metrics = self._log_summary()
-                if not self.stop_reason:
-                    self.session.load_best()
-                self._event("on_train_end")
                 saved = self._end()
+                self._event("on_train_end")
+                self._push_finished(saved)
                 reached = STOPPED if self.stop_reason else FINISHED
                 exit_code = self.exit_code = reached if saved else NOT_SAVED
             finally:
@@ -146,11 +142,6 @@ class WindowLoop(Saving):
     @abstractmethod
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of one forward and backward of `inputs`."""
-
-    @property
-    def progress(self) -> Progress:
-        """What the run remembers beside weights and `state`."""
-        return self.session.progress
 
     def _windows(self) -> None:
         """Windows, epoch by epoch. Raises StopAgreed, on all ranks, when something asks the run to
@@ -200,6 +191,9 @@ class WindowLoop(Saving):
             names = ", ".join(f"args.{name}" for name in sorted(set(changed).union(*others)))
             raise InputError(f"{names} was not changed alike on all ranks; change it on all.")
         if self.is_in_train:
+            if changed.keys() & {"lmbda", "seq_kd", "max_new_tokens", "eval_on_policy"}:
+                self.inputs.check_rows()
+                self.pipeline.try_rows(self.inputs.lengths)
             self.state.compute_steps(self.args, self.state.max_steps)
             self.windows.read_fields(self.args)
             self.pipeline.read_fields()
@@ -301,65 +295,6 @@ class WindowLoop(Saving):
             self._save_checkpoint(self.model, None)
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
 
-    def _log(self) -> None:
-        """Tell the mean loss since this was done last; nothing if no update came between."""
-        logs, step = self.progress.take_unlogged(), self.state.global_step
-        if logs is None:
-            return
-        rollouts = rollout_records(
-            self._rollouts, self._learned, self.processing_class, self.args.log_rollouts
-        )
-        self.tracker.log_rollouts(step, rollouts)
-        self._tell(logs, self.session.started)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Tell the history, the callbacks and, of what they do not know yet, the trackers."""
-        step, given = self.state.global_step, list(logs)
-        if self.state.epoch is not None:
-            logs["epoch"] = self.state.epoch
-        if self.args.include_num_input_tokens_seen != "no":
-            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
-            if start_time is not None:
-                logs |= speed_metrics("train", start_time, num_tokens=self._tokens_learned())
-        more = {name: logs[name] for name in given if name not in {"epoch", *self._recorded}}
-        if more and self.tracker is not None:
-            self.tracker.log_eval({"step": step, **_as_integrations_write(more)})
-            self.progress.evaluations += 1
-        self.state.log_history.append({**logs, "step": step})
-        self._event("on_log", logs)
-
-    def _tell(self, logs: dict[str, float], *start_time: float) -> None:
-        """`log` what the trackers have been told in their own way."""
-        self._recorded = set(logs)
-        try:
-            self.log(logs, *start_time)
-        finally:
-            self._recorded = set()
-
-    def _log_summary(self) -> dict[str, float]:
-        """What transformers tells callbacks about a run when it ends."""
-        steps = self.state.global_step - self.session.first_step
-        samples = steps * self.windows.scheduler.window_samples
-        tokens = self._tokens_learned() if self.args.include_tokens_per_second else None
-        metrics = speed_metrics("train", self.session.started, samples, steps, tokens)
-        metrics |= {
-            "total_flos": self.state.total_flos,
-            "train_loss": self.progress.train_loss.value,
-            "epoch": self.state.epoch or 0.0,
-        }
-        if not self._memory_tracker.skip_memory_metrics:
-            self._memory_tracker.stop("train")
-            self._memory_tracker.update_metrics("train", metrics)
-        entries = len(self.state.log_history)
-        self._tell(metrics)
-        if self.stop_reason:  # the history goes on after the checkpoint that is saved next
-            del self.state.log_history[entries:]
-        return metrics
-
-    def _tokens_learned(self) -> int:
-        """Tokens of the sequences that this train() has learned from, as the state counts them."""
-        return self.state.num_input_tokens_seen - self._tokens_before
-
     def _evaluate_and_log(self) -> None:
         entries = len(self.state.log_history)
         try:
@@ -372,16 +307,16 @@ class WindowLoop(Saving):
         if self.args.metric_for_best_model is None:
             return
         value, best = metric_for_best_model(self.args, metrics), self.state.best_metric
+        self._note_in_history(value)
+        if not math.isfinite(value):
+            return
         if best is None or (value > best if self.args.greater_is_better else value < best):
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
             self.control.should_save |= self.args.save_strategy == "best"
 
-
-def _as_integrations_write(logs: dict[str, Any]) -> dict[str, Any]:
-    """The names that transformers' integrations make of those in a log."""
-    known = [(f"{mode}_", f"{mode}/") for mode in ("eval", "test", "train")]
-    renamed = {}
-    for name, value in logs.items():
-        before, after = next((pair for pair in known if name.startswith(pair[0])), ("", "train/"))
-        renamed[after + name.removeprefix(before)] = value
-    return renamed
+    def _note_in_history(self, value: float) -> None:
+        """Keep what `evaluate` of a subclass has added, where the best is looked for later."""
+        step, key = self.state.global_step, key_of_best(self.args)
+        entries = [entry for entry in self.state.log_history if entry["step"] == step]
+        if not any(key in entry for entry in entries):
+            self.state.log_history.append({key: value, "step": step})

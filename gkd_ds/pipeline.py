@@ -13,6 +13,7 @@ number of micro-batches.
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,23 +25,36 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from gkd_ds.data.lengths import RowLengths
+from gkd_ds.engine import builds
+from gkd_ds.engine.compilation import compile_engine
 from gkd_ds.engine.counters import Counters
 from gkd_ds.engine.inputs import Inputs
-from gkd_ds.engine.lending import is_lendable
-from gkd_ds.learn.batching import length_groups
+from gkd_ds.learn.batching import length_groups, packed_groups
 from gkd_ds.learn.divergence import generalized_jsd_objective
 from gkd_ds.learn.head import LossInputs, TeacherHead
 from gkd_ds.learn.objective import Objective, by_autograd
 from gkd_ds.learn.student import Student
 from gkd_ds.models import Models
-from gkd_ds.records import Completions, Rollout, Sample, Source, TeacherTargets, sequence_batch
+from gkd_ds.records import (
+    Completions,
+    Rollout,
+    Sample,
+    Source,
+    TeacherTargets,
+    packed_batch,
+    sequence_batch,
+)
 from gkd_ds.rollout.choose import rollout_engine_class
 from gkd_ds.rollout.engine import RolloutEngine
 from gkd_ds.rollout.sampling import Sampling
 from gkd_ds.runtime import faults, ranks
 from gkd_ds.runtime.watchdog import Watchdog
+from gkd_ds.teacher.base import BaseTeacher
 from gkd_ds.teacher.streamed import StreamedTeacher
 from gkd_ds.teacher.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 # One more micro-batch costs about as much as this many padded tokens: ZeRO-3 gathers every layer
 # once more.
@@ -84,26 +98,28 @@ class Pipeline:
         self.read_fields()
 
     @classmethod
+    @builds.taking_turns()
     def build(
         cls,
         inputs: Inputs,
         models: Models,
         optimizer: Optimizer | None,
         scheduler: LRScheduler | Callable[[Optimizer], LRScheduler],
+        passed: tuple[str, ...] = (),
         formula: Formula | None = None,
     ) -> Pipeline:
-        """Build the engines of both models, the teacher's first. For `optimizer` and `scheduler`
-        see Student; `formula` is another loss than the generalized JSD. Raises InputError.
+        """Build the engines of both models, the teacher's first, and try them out. For `optimizer`,
+        `scheduler` and `passed` see Student; `formula` is another loss than the generalized JSD.
+        Raises InputError.
         """
         config, counters = inputs.config, Counters()
-        teacher = StreamedTeacher(
-            models.teacher,
-            config,
-            models.teacher_ds_config(),
-            inputs.vocabulary,
-            inputs.pad_id,
-            counters,
-        )
+        teacher_config, separate = models.teacher_ds_config(), None
+        if teacher_config is not None:
+            vocabulary, pad_id = inputs.vocabulary, inputs.pad_id
+            separate = StreamedTeacher(
+                models.teacher, config, teacher_config, vocabulary, pad_id, counters
+            )
+            logger.info("The teacher is ready.")
         engine_class = rollout_engine_class(config, models.student)
         student = Student(
             models.student,
@@ -113,9 +129,17 @@ class Pipeline:
             counters,
             optimizer,
             scheduler,
+            passed,
             prepare=engine_class.prepare,
+            adapter=models.adapter,
         )
-        return cls(inputs, student, engine_class(student), teacher, counters, formula)
+        logger.info("The student is ready.")
+        teacher = separate or BaseTeacher(student, inputs.pad_id)
+        pipeline = cls(inputs, student, engine_class(student), teacher, counters, formula)
+        pipeline._try_decoding()
+        pipeline.try_rows(inputs.lengths)
+        compile_engine(student.engine, inputs.config)  # after what runs only once
+        return pipeline
 
     def read_fields(self) -> None:
         """What the configuration says about sampling and about the loss counts from now on."""
@@ -137,12 +161,24 @@ class Pipeline:
         )
 
     def release(self) -> None:
-        """Take the engines down: both models are models again. One process only; a model on NVMe
-        stays where it is.
+        """Take the engines down: both models are models again. One process only."""
+        self.teacher.release()
+        self.student.release()
+
+    def _try_decoding(self) -> None:
+        """Completing nothing tries out how the models decode, so that it is known here what
+        cannot.
         """
-        for engine in (self.teacher, self.student):
-            if is_lendable(engine.model):
-                engine.release()
+        if self.inputs.samples_from_student:
+            with self.rollout_engine.window():
+                self.rollout_engine.generate([], self.sampling, lambda: None)
+        if self.inputs.samples_from_teacher:
+            self.teacher.generate([], self.sampling, lambda: None)
+
+    def try_rows(self, lengths: RowLengths) -> None:
+        """Raise InputError where rows of these lengths would not come out as if each were alone."""
+        self.teacher.try_rows(lengths)
+        self.student.try_rows(lengths)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[], None]]:
@@ -159,6 +195,7 @@ class Pipeline:
         self.watchdog.beat(name)
         self.safe_point()
         faults.point(name)
+        logger.debug("%s begins.", name)
         started = time.perf_counter()
         yield heartbeat
         get_accelerator().synchronize()
@@ -249,13 +286,16 @@ class Pipeline:
             if total_tokens is None
             else config.per_device_train_batch_size
         )
-        groups = self._micro_batches([len(rollout) for rollout in rollouts], batch_size)
+        packs = config.packs(evaluating=total_tokens is None)
+        lengths = [len(rollout) for rollout in rollouts]
+        groups = self._micro_batches(lengths, batch_size, packs)
+        in_one_batch = packed_batch if packs else sequence_batch
         device, pad_id = self.student.device, self.sampling.pad_id
         sums_4R = torch.zeros(4, len(rollouts), device=device)
         padded_tokens = 0
         with self.teacher.whole_head() as head:
             for number, group in enumerate(groups):
-                batch = sequence_batch([rollouts[i] for i in group], pad_id, device)
+                batch = in_one_batch([rollouts[i] for i in group], pad_id, device)
                 padded_tokens += batch.input_ids_BT.numel()
                 inputs = self._loss_inputs(targets, group, batch.tokens_N, head)
                 loss, *per_token = self.student.loss(batch, inputs)
@@ -279,13 +319,17 @@ class Pipeline:
             chunk_bytes=self.config.loss_memory_mb * 2**20,
         )
 
-    def _micro_batches(self, lengths: list[int], batch_size: int) -> list[list[int]]:
-        """Groups of similar length, none larger than a batch of the longest.
+    def _micro_batches(self, lengths: list[int], batch_size: int, packs: bool) -> list[list[int]]:
+        """Groups of similar length, or (`packs`) of any, none larger than a batch of the longest.
 
         Every rank runs as many as the rank with the most; the extra ones are empty.
         """
         limit = self.config.learn_tokens_per_micro_batch or batch_size * max(lengths, default=1)
-        groups = length_groups(lengths, limit, MICRO_BATCH_OVERHEAD_TOKENS)
+        if packs:
+            groups = packed_groups(lengths, limit)
+        else:
+            switch = self.student.switch
+            groups = length_groups(lengths, limit, MICRO_BATCH_OVERHEAD_TOKENS, switch)
         (count,) = ranks.all_reduce_max([max(len(groups), 1)])
         return groups + [[]] * (count - len(groups))
 

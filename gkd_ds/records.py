@@ -7,7 +7,7 @@ sequences on the right to score and learn, where causal attention then needs no 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
@@ -73,12 +73,13 @@ class SequenceBatch:
     `input_ids_BT` holds every token but the last of each sequence's end padding; `index_N` are the
     flat positions (b * T + t) whose hidden states predict a completion token, in rollout order;
     `tokens_N` are those tokens. A batch without rollouts has one dummy sequence, so that every rank
-    runs the same collectives.
+    runs the same collectives. `extra` is what the model is given beside the tokens, if anything.
     """
 
     input_ids_BT: Tensor
     index_N: Tensor
     tokens_N: Tensor
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 def sequence_batch(rollouts: list[Rollout], pad_id: int, device: torch.device) -> SequenceBatch:
@@ -94,6 +95,23 @@ def sequence_batch(rollouts: list[Rollout], pad_id: int, device: torch.device) -
         tokens.extend(rollout.completion_ids)
     as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
     return SequenceBatch(as_tensor(ids or [[pad_id]]), as_tensor(places), as_tensor(tokens))
+
+
+def packed_batch(rollouts: list[Rollout], pad_id: int, device: torch.device) -> SequenceBatch:
+    """One line without padding, `[1, T]`. transformers keeps attention within each sequence, as it
+    sees from the positions where one begins.
+    """
+    ids, positions, places, tokens = [], [], [], []
+    for rollout in rollouts:
+        first = len(ids) + len(rollout.prompt_ids) - 1
+        places.extend(range(first, first + len(rollout.completion_ids)))
+        positions.extend(range(len(rollout)))
+        ids.extend(rollout.prompt_ids + rollout.completion_ids)
+        tokens.extend(rollout.completion_ids)
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
+    line_1T, positions_1T = as_tensor([ids or [pad_id]]), as_tensor([positions or [0]])
+    extra = {"position_ids": positions_1T}
+    return SequenceBatch(line_1T, as_tensor(places), as_tensor(tokens), extra)
 
 
 class TargetForm(str, Enum):

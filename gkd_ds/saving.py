@@ -105,12 +105,20 @@ class Saving(Engines):
         if path is None:
             return None
         if self.args.push_to_hub and self.args.hub_strategy != "end":
-            self._save_finished()
-            message = f"Training in progress, step {self.state.global_step}"
-            with self._pushing():
-                self.publisher.push(message, blocking=False, checkpoint=path.name)
+            self._push_checkpoint(path)
         self._event("on_save")
         return path
+
+    def _push_checkpoint(self, path: Path) -> None:
+        """Push the student as it is now; a sentence, and training goes on, when that fails."""
+        try:
+            self._save_finished()
+        except store.CheckpointError as error:
+            self.tracker.say(str(error))
+            return
+        message = f"Training in progress, step {self.state.global_step}"
+        with self._pushing():
+            self.publisher.push(message, blocking=False, checkpoint=path.name)
 
     def _write_model(self, directory: Path) -> None:
         self.save_model(str(directory), _internal_call=True)
@@ -123,7 +131,7 @@ class Saving(Engines):
 
     def _end(self) -> bool:
         """After the last window: a checkpoint if the run was stopped early, the finished student
-        otherwise. False if that could not be written.
+        otherwise, and then the best one in its place. False if that could not be done.
         """
         if self.stop_reason:
             # save_only_model does not count: the run is to go on from here.
@@ -134,15 +142,19 @@ class Saving(Engines):
             self.session.say_stopped(self.stop_reason, path)
             return path is not None
         try:
-            self._save_finished()
+            self._save_finished()  # before anything else can go wrong
+            if self.session.load_best():
+                self._save_finished()
             self.session.mark_finished()
         except store.CheckpointError as error:
             self.tracker.say(str(error))
             return False
-        if self.args.push_to_hub:
+        return True
+
+    def _push_finished(self, saved: bool) -> None:
+        if self.args.push_to_hub and saved and not self.stop_reason:
             with self._pushing():
                 self.push_to_hub(commit_message="End of training")
-        return True
 
     @contextmanager
     def _pushing(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ that is possible.
 import atexit
 import os
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -23,9 +24,10 @@ from gkd_ds.config.config import GKDConfig
 from gkd_ds.config.fields import GROUPS, INACTIVE
 from gkd_ds.config.option import Option
 from gkd_ds.config.recipe import read_flags, read_recipe
+from gkd_ds.runtime import faults
 from gkd_ds.runtime.errors import InputError
-from gkd_ds.runtime.exit_codes import DIVERGED, FAILED, WRONG_INPUT
-from gkd_ds.runtime.launcher import check_hostfile
+from gkd_ds.runtime.exit_codes import DIVERGED, FAILED, STOPPED, WRONG_INPUT
+from gkd_ds.runtime.launcher import LauncherGone, check_hostfile
 from gkd_ds.runtime.redaction import redact
 
 # The launcher looks at its ranks once a second. As soon as one of a node has failed it ends them
@@ -40,10 +42,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command(
-    argv: list[str], work: Callable[[GKDConfig], int], check: Callable[[GKDConfig], None]
+    argv: list[str], work: Callable[[GKDConfig], int], check: Callable[[GKDConfig, bool], None]
 ) -> int:
-    """Read a command line, `check` its configuration and do `work` with it; `work` returns the exit
-    code.
+    """Read a command line, `check` its configuration (and whether it is a dry run) and do `work`
+    with it; `work` returns the exit code.
     """
     try:
         given = read_flags(argv)
@@ -53,7 +55,7 @@ def command(
         dry_run = given.pop("dry_run", False)
         recipe = given.pop("config", None)
         config = GKDConfig(**{**(read_recipe(recipe) if recipe else {}), **given})
-        check(config)
+        check(config, dry_run)
         if config.use_cpu:  # DeepSpeed chooses its accelerator when it is imported
             os.environ["DS_ACCELERATOR"] = "cpu"
         if not dry_run:
@@ -63,6 +65,9 @@ def command(
     except InputError as error:
         say(error)
         return WRONG_INPUT
+    except LauncherGone as error:
+        say(error)
+        return STOPPED
     except (
         Exception
     ):  # with a traceback, as Python would print it, but without the secrets that may be in it
@@ -74,8 +79,9 @@ def command(
         return FAILED
 
 
-def check_inputs(config: GKDConfig) -> None:
-    """Everything that can be wrong with the input and be found without importing torch.
+def check_inputs(config: GKDConfig, dry_run: bool = False) -> None:
+    """Everything that can be wrong with the input and be found without importing torch, whatever is
+    done with it.
 
     Raises:
         InputError: a needed name is missing, or a file, directory, split or hub model is not there.
@@ -97,12 +103,12 @@ def check_inputs(config: GKDConfig) -> None:
     )
 
 
-def check_training(config: GKDConfig) -> None:
+def check_training(config: GKDConfig, dry_run: bool = False) -> None:
     """The inputs, and that the run overwrites nothing; early, before the first rank can have
-    written anything there.
+    written anything there. A dry run writes nothing, beside whatever run is in output_dir.
     """
     check_inputs(config)
-    config.check_output_dir_is_free(config.resume_from_checkpoint)
+    config.check_output_dir_is_free(dry_run or config.resume_from_checkpoint)
 
 
 def check_hub_model(field: str, model: str, init_kwargs: dict | None) -> None:
@@ -148,16 +154,22 @@ def read_datasets(config: GKDConfig) -> tuple[Any, Any]:
 
 
 def run(config: GKDConfig) -> int:
-    """Build the trainer and train to the end; the exit code."""
+    """Build the trainer and train to the end; the exit code.
+
+    The process is about to end then: signals are ignored from there on.
+    """
     trainer = build(config)
 
     from gkd_ds.monitor.guards import TrainingStopped
 
+    trainer.interrupts.afterwards = signal.SIG_IGN
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     except TrainingStopped as error:
         say(error)
         return DIVERGED
+    finally:
+        faults.point("leave")
     return trainer.exit_code
 
 

@@ -36,10 +36,13 @@ from gkd_ds.monitor.callbacks import callbacks_of
 from gkd_ds.monitor.predictions import Wanted
 from gkd_ds.overrides import refuse_overrides
 from gkd_ds.pipeline import Formula
+from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.interrupts import Interrupts
-from gkd_ds.runtime.launcher import check_hostfile
+from gkd_ds.runtime.launcher import LauncherGone, check_hostfile, is_gone
 from gkd_ds.surface import Surface
+
+logger = logging.getLogger(__name__)
 
 
 class GKDTrainer(Surface):
@@ -50,9 +53,9 @@ class GKDTrainer(Surface):
     `data_collator` (makes TRL's batches of rows), `train_dataset`, `eval_dataset` (one, or a dict
     of them), `processing_class` (the tokenizer; default the student's), `compute_metrics` and
     `preprocess_logits_for_metrics` (monitor/predictions.py), `callbacks` (transformers'
-    TrainerCallback), `optimizers` (torch optimizer, scheduler). Every rank builds it alike; without
-    a launcher it is the only rank. Raises InputError for wrong input, before any weights are
-    loaded.
+    TrainerCallback), `optimizers` (torch optimizer, scheduler), `peft_config` (an adapter for the
+    student), `formatting_func` (makes an example of a row). Every rank builds it alike; without a
+    launcher it is the only rank. Raises InputError for wrong input, before any weights are loaded.
     """
 
     def __init__(
@@ -71,13 +74,13 @@ class GKDTrainer(Surface):
         peft_config: Any = None,
         formatting_func: Callable | None = None,
     ):
-        _refuse_unsupported(peft_config=peft_config, formatting_func=formatting_func)
         refuse_overrides(type(self), GKDTrainer)
         check_hostfile()
         config = args if args is not None else GKDConfig()
         config.validate()  # fields may have been set since it was made
         require_optimizer(config)
         require_backend(config)
+        _show_log(config)
         callbacks = [*callbacks_of(config), *(callbacks or [])]
         self._memory_tracker = TrainerMemoryTracker(config.skip_memory_metrics)
         self._memory_tracker.start()  # here and below: transformers knows the caller by its name
@@ -91,12 +94,15 @@ class GKDTrainer(Surface):
             eval_dataset,
             processing_class,
             data_collator,
+            peft_config,
+            formatting_func,
         )
         self.compute_metrics = compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
         has_own = compute_metrics is not None or type(self).evaluate is not GKDTrainer.evaluate
         evaluation.refuse_impossible_evaluation(config, inputs.evaluation, has_own)
+        logger.info("Models, tokenizer and data have been checked.")
         _start(inputs)
         super().__init__(inputs, interrupts, callbacks, optimizers)
         self._memory_tracker.stop_and_update_metrics()
@@ -152,7 +158,9 @@ class GKDTrainer(Surface):
         metrics: dict[str, float] = {}
         record: dict[str, Any] = {"step": self.state.global_step}
         before, after = f"{metric_key_prefix}_", f"{metric_key_prefix}/"
-        with self.engines():
+        with self.engines() as pipeline:
+            if eval_dataset is not None:
+                pipeline.try_rows(self.inputs.lengths.with_sets(self.args, sets))
             for name, examples in sets.items():
                 of_set = self._evaluate_set(
                     examples, f"{before}{name}" if name else metric_key_prefix
@@ -178,9 +186,10 @@ class GKDTrainer(Surface):
         `predict_with_generate`, what it writes. Collective.
         """
         self._memory_tracker.start()
-        examples = self.inputs.tokenize_evaluation({"": test_dataset})[""]
-        with self.engines():
-            output = self._evaluate_set(examples, metric_key_prefix, returned=True)
+        sets = self.inputs.tokenize_evaluation({"": test_dataset})
+        with self.engines() as pipeline:
+            pipeline.try_rows(self.inputs.lengths.with_sets(self.args, sets))
+            output = self._evaluate_set(sets[""], metric_key_prefix, returned=True)
         self._memory_tracker.stop_and_update_metrics(output.metrics)
         self._event("on_predict", output.metrics)
         return PredictionOutput(output.predictions, output.label_ids, output.metrics)
@@ -207,11 +216,26 @@ class GKDTrainer(Surface):
 def _start(inputs: Inputs) -> None:
     """Join the other ranks, and see that they were started alike. A collective."""
     config = inputs.config
-    if (config.log_level if config.should_log else config.log_level_replica) != "passive":
-        logging.getLogger("gkd_ds").setLevel(config.get_process_log_level())
     process.start(config)
+    if ranks.any_rank(is_gone()):
+        raise LauncherGone(
+            "the deepspeed launcher was ended before the first update; start the run again."
+        )
     inputs.refuse_different_ranks()
+    logger.info("%d ranks have met, started alike.", ranks.world_size())
     torch.manual_seed(config.seed)
+
+
+def _show_log(config: GKDConfig) -> None:
+    """Show the package's own log as log_level says; of the other ranks as log_level_replica."""
+    if (config.log_level if config.should_log else config.log_level_replica) == "passive":
+        return
+    log = logging.getLogger("gkd_ds")
+    log.setLevel(config.get_process_log_level())
+    if not log.hasHandlers():  # a script that has configured logging gets it there
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+        log.addHandler(handler)
 
 
 def _refuse_unsupported(**arguments: Any) -> None:

@@ -28,6 +28,8 @@ from transformers import (
 SPECIAL_TOKENS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt", "gpt_neox", "phi3"]
 MIXTURES = ["mixtral", "qwen3_moe"]  # of experts
+# Layers that return tuples, and a cache that is more than keys and values.
+UNUSUAL = ["bloom", "falcon", "qwen3_next"]
 # Like the published ChatML templates: the newline after the end of a turn is not part of the
 # completion.
 CHATML = (
@@ -95,7 +97,7 @@ def make_model(
     dtype: torch.dtype = torch.float32,
     init_range: float = 0.2,
 ) -> PreTrainedModel:
-    """A random model of `family` (one of FAMILIES or MIXTURES), saved with its tokenizer to
+    """A random model of `family` (of FAMILIES, MIXTURES or UNUSUAL), saved with its tokenizer to
     `directory` unless None.
 
     `vocab_size` is the number of embedding rows (default: the tokenizer's; more means padding rows
@@ -103,7 +105,8 @@ def make_model(
     where the family has them. `init_range` is the standard deviation of the initial weights: ten
     times the usual one, so that the distributions differ visibly from uniform ones.
     """
-    assert family in FAMILIES + MIXTURES, f"family {family!r} is none of {FAMILIES + MIXTURES}"
+    known = FAMILIES + MIXTURES + UNUSUAL
+    assert family in known, f"family {family!r} is none of {known}"
     tokenizer = tokenizer or make_tokenizer()
     rows = vocab_size or len(tokenizer)
     assert rows >= len(tokenizer), f"{rows} embedding rows cannot hold {len(tokenizer)} tokens"
@@ -158,7 +161,11 @@ def _shape(family: str, layers: int, hidden: int) -> dict:
     """The config fields that set depth and width; families disagree about their names."""
     if family == "gpt2":
         return {"n_layer": layers, "n_embd": hidden, "n_head": 4}
+    if family == "bloom":
+        return {"n_layer": layers, "hidden_size": hidden, "n_head": 4}
     common = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": 4}
+    if family == "falcon":
+        return common
     if family == "opt":
         return {**common, "ffn_dim": 2 * hidden, "word_embed_proj_dim": hidden}
     common["intermediate_size"] = 2 * hidden
@@ -170,6 +177,12 @@ def _shape(family: str, layers: int, hidden: int) -> dict:
         common["num_local_experts" if family == "mixtral" else "num_experts"] = 4
     if family in ("qwen3", "qwen3_moe", "gemma2"):
         common["head_dim"] = hidden // 4
+    if family == "qwen3_next":
+        common |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden}
+        common |= {"shared_expert_intermediate_size": hidden, "head_dim": hidden // 4}
+        common |= {"layer_types": ["linear_attention"] * (layers - 1) + ["full_attention"]}
+        common |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        common |= {"linear_key_head_dim": hidden // 4, "linear_value_head_dim": hidden // 4}
     if family == "gemma2":
         common |= {"query_pre_attn_scalar": hidden // 4, "sliding_window": 64}
     return common

@@ -121,11 +121,13 @@ def main() -> None:
 
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
+    from gkd_ds.engine import builds
+
     if not AsyncIOBuilder().is_compatible(verbose=False):
         sys.exit(
             "DeepSpeed cannot build its asynchronous reader here: apt-get install libaio-dev g++."
         )
-    aio_handle = AsyncIOBuilder().load(verbose=False).aio_handle
+    aio_handle = builds.load(AsyncIOBuilder()).aio_handle
     pinner = aio_handle()  # owns the pinned memory, and must outlive it
     element = torch.empty(0, dtype=torch.uint8)
     buffers = [pinner.new_cpu_locked_tensor(args.file_mb << 20, element) for _ in range(MATRICES)]

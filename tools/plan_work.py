@@ -191,7 +191,7 @@ def learn_work(plan: ExpectedPlan) -> Work:
     work = Work(flops=times * forward_flops(student, tokens, plan.length / 2) + heads)
     teacher_head = teacher.head or teacher.embedding
     add_links(work, fetch(plan.teacher_engine, teacher_head, (teacher_head,), plan), 1)
-    gradient = {"ranks": from_others(student.total, plan)}
+    gradient = {"ranks": from_others(student.trained, plan)}
     if plan.student_engine.stage == 3:
         # A layer stays gathered from its recomputation to its backward. What the backward needs
         # within max_reuse elements of its use in the forward (both count) stays gathered from there
@@ -207,13 +207,13 @@ def learn_work(plan: ExpectedPlan) -> Work:
         )  # one all-reduce, or reduce-scatter and all-gather of the new weights
     if plan.student_engine.optimizer_on != "none" and not plan.on_cpu:
         add_links(
-            work, {"pcie": student.total / plan.ranks * plan.weight_bytes}, plan.micro_batches
+            work, {"pcie": student.trained / plan.ranks * plan.weight_bytes}, plan.micro_batches
         )
     return work
 
 
 def update_work(plan: ExpectedPlan) -> Work:
-    share = plan.student.total / (plan.ranks if plan.student_engine.stage else 1)
+    share = plan.student.trained / (plan.ranks if plan.student_engine.stage else 1)
     where = plan.student_engine.optimizer_on
     states = share * (
         12 + 12 + plan.weight_bytes

@@ -9,6 +9,8 @@ file, config.json last: without it nothing there loads as a model, so a crash le
 no model, or the new one, and never a mixture.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
@@ -16,7 +18,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi
@@ -28,8 +30,18 @@ from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.files import flush
 from gkd_ds.runtime.redaction import HIDDEN, redact
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 UNFINISHED = ".export"  # inside the directory: same file system, so that moving is renaming
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+WEIGHTS = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+)
+# Without them nothing loads as a model or as an adapter.
+MAKES_IT_ONE = ("adapter_config.json", "config.json")
 NOT_FOR_THE_HUB = [
     "wandb/*",
     f"{UNFINISHED}/*",
@@ -76,11 +88,8 @@ def export_model(
     Returns the directory. Raises OSError (disk full, no permission) with the older model still in
     place if the new one could not be written.
     """
-    directory = Path(directory)
-    unfinished = directory / UNFINISHED
-    shutil.rmtree(unfinished, ignore_errors=True)  # left by a crash
-    unfinished.mkdir(parents=True)
-    try:
+
+    def write(unfinished: Path) -> None:
         _write_weights(model, _untied(model, state_dict), unfinished, max_shard_size)
         # Not through save_pretrained, which refuses combinations (do_sample=False with a
         # temperature) that many published models carry: what the student came with goes on as it
@@ -88,6 +97,43 @@ def export_model(
         (generation_config or model.generation_config).to_json_file(
             unfinished / "generation_config.json"
         )
+
+    return _export(write, tokenizer, directory, card)
+
+
+def export_adapter(
+    adapter: PeftModel,
+    state_dict: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | os.PathLike,
+    card: Card,
+) -> Path:
+    """Write an adapter as peft does, with tokenizer and model card; rank 0 only.
+
+    `state_dict` holds what is trained, whole, under the names of `adapter`. Returns and raises what
+    `export_model` does. transformers loads the directory by itself, with the base from where the
+    adapter's configuration says.
+    """
+
+    def write(unfinished: Path) -> None:
+        adapter.save_pretrained(unfinished, state_dict=state_dict, save_embedding_layers=False)
+
+    return _export(write, tokenizer, directory, card)
+
+
+def _export(
+    write: Callable[[Path], None],
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | os.PathLike,
+    card: Card,
+) -> Path:
+    """`write` puts the weights and their configuration into a folder, from which all is moved."""
+    directory = Path(directory)
+    unfinished = directory / UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a crash
+    unfinished.mkdir(parents=True)
+    try:
+        write(unfinished)
         tokenizer.save_pretrained(unfinished)
         write_card(unfinished, card)
         for path in unfinished.rglob("*"):
@@ -249,13 +295,15 @@ def _write_weights(
 
 def _move_into_place(unfinished: Path, directory: Path) -> None:
     files = [path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file()]
-    (directory / "config.json").unlink(missing_ok=True)  # from here on the older model is no model
+    for name in MAKES_IT_ONE:  # from here on the older model is no model
+        if (directory / name).exists():
+            (directory / name).unlink()
     for pattern in WEIGHTS:
         for old in directory.glob(pattern):
             old.unlink()
-    for name in sorted(files, key=lambda name: (name.name == "config.json", name)):
+    for name in sorted(files, key=lambda name: (name.name in MAKES_IT_ONE, name)):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        if name.name == "config.json":
+        if name.name in MAKES_IT_ONE:
             flush(directory)  # the others first, also after a power failure
         os.replace(unfinished / name, directory / name)
     flush(directory)

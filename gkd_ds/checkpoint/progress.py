@@ -6,7 +6,6 @@ and done anyway.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass, field
@@ -14,14 +13,13 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerState
 
+from gkd_ds.checkpoint.changed import changes, difference, settings
 from gkd_ds.checkpoint.manifest import MANIFEST, Manifest
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.config.fields import GROUPS, OPTIONS
 from gkd_ds.monitor.guards import BadUpdates, RateLimit, WindowStats
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.provenance import library_versions
-from gkd_ds.runtime.redaction import redact
 
 
 @dataclass
@@ -130,6 +128,7 @@ STATE = {
     },
     "tracker_run_id": str | None,
     "config": dict,
+    "adapter": dict | None,
     "schedule": {
         "num_samples": int,
         "window_samples": int,
@@ -191,30 +190,12 @@ def _mismatch(value: Any, shape: Any, name: str) -> str:
     return "" if isinstance(value, shape) else f"has a '{name}' of the wrong type"
 
 
-# Groups of fields that do not change what a window computes; seeds are compared with the rest of
-# the schedule.
-WITHOUT_INFLUENCE = ("The run", "Logging", "Checkpoints", "Hub")
-
-
-def differences(found: Manifest, config: GKDConfig) -> list[str]:
+def differences(found: Manifest, config: GKDConfig, passed: tuple[str, ...] = ()) -> list[str]:
     """One sentence for each setting or library that is not what it was when the checkpoint was
-    written.
+    written, with what that means (changed.py).
     """
-    unimportant = {option.name for group in WITHOUT_INFLUENCE for option in GROUPS[group]}
-    unimportant.add("local_rank")
-    changes = []
-    now = json.loads(json.dumps(redact(config.to_dict())))
-    before = found.state["config"]
-    for name in OPTIONS:
-        if name not in unimportant and name in before and before[name] != now.get(name):
-            changes.append((name, before[name], now.get(name)))
+    sentences = list(changes(found.state["config"], settings(config), passed))
     for name, version in library_versions().items():
         if found.versions.get(name) != version:
-            changes.append((name, found.versions.get(name), version))
-    told = "differs from the checkpoint: {} was {} and is now {}"
-    return [told.format(name, _short(was), _short(now)) for name, was, now in changes]
-
-
-def _short(value: Any, limit: int = 200) -> str:
-    text = str(value)
-    return text if len(text) <= limit else text[:limit] + "..."
+            sentences.append(difference(name, found.versions.get(name), version))
+    return sentences

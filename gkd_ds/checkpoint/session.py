@@ -16,12 +16,14 @@ from typing import Any
 from transformers.trainer_callback import TrainerState
 
 from gkd_ds.checkpoint import engine_files, resharding, store
+from gkd_ds.checkpoint.changed import settings
 from gkd_ds.checkpoint.progress import TRAINER_STATE, Progress, check_state, differences
 from gkd_ds.checkpoint.publish import Publisher
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.windows import Windows
-from gkd_ds.engine import zero
+from gkd_ds.engine import adapters, zero
 from gkd_ds.learn.student import Student
+from gkd_ds.monitor.evaluation import best_evaluation
 from gkd_ds.monitor.guards import BadUpdates
 from gkd_ds.monitor.tracker import Tracker
 from gkd_ds.runtime import ranks
@@ -54,7 +56,7 @@ class Session:
     ):
         self.config, self.student, self.state = config, student, state
         self.windows, self.publisher, self.watchdog = windows, publisher, watchdog
-        self.run_dir = Path(config.output_dir)
+        self.run_dir, self.settings = Path(config.output_dir), settings(config)
         self.tracker: Tracker | None = None
         self.progress: Progress | None = None
         self.started = 0.0  # seconds, of time.time: what the run does itself begins here
@@ -74,7 +76,7 @@ class Session:
             _write_or_refuse(lambda: _clear(run_dir))
         if found is not None:
             self._check(found)
-        self.started = time.time()
+        self.started, self.publisher.best_step = time.time(), None
         self.progress = Progress(
             BadUpdates(config.max_bad_updates), evaluation_due=config.eval_on_start
         )
@@ -107,6 +109,12 @@ class Session:
         tells.
         """
         check_state(found)
+        if found.step > self.state.max_steps:
+            raise InputError(
+                f"cannot resume from {found.path}: it has {found.step} updates, more than the "
+                f"{self.state.max_steps} that max_steps or num_train_epochs asks for; ask for more "
+                "or name an earlier checkpoint."
+            )
         for name, value in self.windows.schedule().items():
             before = found.state["schedule"][name]
             if value != before:
@@ -114,6 +122,19 @@ class Session:
                     f"cannot resume from {found.path}: its {name} was {before} and is now {value}; "
                     "start with the same data, seeds and global batch (batch size x accumulation x "
                     "ranks)."
+                )
+
+        self._check_adapter(found)
+
+    def _check_adapter(self, found: store.Manifest) -> None:
+        ours = adapters.settings(self.student.adapter) or {}
+        theirs = found.state["adapter"] or {}
+        for name in sorted({*ours, *theirs}):
+            before, now = theirs.get(name), ours.get(name)
+            if before != now:
+                raise InputError(
+                    f"cannot resume from {found.path}: its adapter's {name} was {before} and is "
+                    f"now {now}; train the adapter that the checkpoint was made with."
                 )
 
     def _resume(self, found: store.Manifest) -> None:
@@ -127,21 +148,37 @@ class Session:
         saved = found.state["trainer_state"]
         for name in TRAINER_STATE:
             setattr(self.state, name, saved[name])
+        self._choose_anew(found.state["config"])
         self._note_best_checkpoint()
         self.progress = Progress.of(found.state["progress"], self.config)
         self.tracker.say(f"resumed from {found.path} at step {self.state.global_step}")
-        for sentence in differences(found, self.config):
+        for sentence in differences(found, self.config, self.student.passed):
             self.tracker.say(sentence)
 
+    def _choose_anew(self, before: dict[str, Any]) -> None:
+        """Choose the best evaluation so far by another metric than the checkpoint did, if need
+        be.
+        """
+        names = ("metric_for_best_model", "greater_is_better")
+        if any(before.get(name) != self.settings[name] for name in names):
+            best = best_evaluation(self.config, self.state.log_history, lambda step: True)
+            self.state.best_global_step, self.state.best_metric = best or (None, None)
+
     def _load_engine(self, found: store.Manifest) -> None:
+        """Weights, moments and counters; settings and schedule stay the configuration's."""
         engine, world = self.student.engine, ranks.world_size()
-        if found.world_size == world:
-            engine_files.load_engine(engine, found.path, lambda: self.watchdog.beat("resume"))
-            return
-        self.tracker.say(
-            f"{found.path} was written by {found.world_size} ranks; resharding it for {world}"
-        )
-        resharding.load_engine(engine, found.path, found.world_size, ranks.rank(), world)
+        with engine_files.settings_kept(engine, self.student.passed) as overruled:
+            if found.world_size != world:
+                self.tracker.say(
+                    f"{found.path} was written by {found.world_size} ranks; resharding it for "
+                    f"{world}"
+                )
+            if found.world_size != world or not engine_files.same_groups(engine, found.path):
+                resharding.load_engine(engine, found.path, found.world_size, ranks.rank(), world)
+            else:
+                engine_files.load_engine(engine, found.path, lambda: self.watchdog.beat("resume"))
+        for sentence in overruled:
+            self.tracker.say(sentence)
 
     # -- saving -----------------------------------------------------------------------------------
 
@@ -173,10 +210,7 @@ class Session:
             self._note_best_checkpoint()
             self.tracker.say(str(error))
             return None
-        best = self.state.best_global_step
-        store.prune(
-            self.run_dir, self.config.save_total_limit, f"checkpoint-{best}" if best else None
-        )
+        store.prune(self.run_dir, self.config.save_total_limit, protect=self._best_saved())
         ranks.barrier()
         self._note_best_checkpoint()
         self.saved_step = None if only_model else step
@@ -204,13 +238,27 @@ class Session:
             },
             "progress": dataclasses.asdict(self.progress),
             "tracker_run_id": self.tracker.run_id,
-            "config": self.config.to_dict(),
+            "config": self.settings,
+            "adapter": adapters.settings(self.student.adapter),
             "schedule": {**self.windows.schedule(), "draw_samples": scheduler.draw_samples},
         }
 
     def _note_best_checkpoint(self) -> None:
-        best = self.run_dir / f"checkpoint-{self.state.best_global_step}"
-        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        best = self._best_saved()
+        self.state.best_model_checkpoint = str(best) if best else None
+
+    def _best_saved(self) -> Path | None:
+        """The checkpoint with the best evaluation. The best evaluation may have none: evaluations
+        may come more often, and a save may fail.
+        """
+
+        def path(step: int) -> Path:
+            return self.run_dir / f"checkpoint-{step}"
+
+        best = best_evaluation(
+            self.config, self.state.log_history, lambda step: path(step).is_dir()
+        )
+        return path(best[0]) if best else None
 
     # -- ending -----------------------------------------------------------------------------------
 
@@ -221,12 +269,36 @@ class Session:
             saved = f"its state is in {path}; resume_from_checkpoint=auto continues"
         self.tracker.say(f"stopped after update {self.state.global_step}: {reason}; {saved}")
 
-    def load_best(self) -> None:
-        """Bring the student back to the best checkpoint, where the run has one and wants it."""
-        if self.config.load_best_model_at_end and self.state.best_global_step:
-            best = self.run_dir / f"checkpoint-{self.state.best_global_step}"
-            found, _ = store.find(self.run_dir, best)
+    def load_best(self) -> bool:
+        """Bring the student back to the best checkpoint, where the run wants it; whether that made
+        it another one.
+
+        Raises CheckpointError, on all ranks, when the checkpoint is damaged or holds no more than
+        the model.
+        """
+        if not self.config.load_best_model_at_end:
+            return False
+        best = ranks.broadcast(self._best_saved())
+        if best is None:
+            self.tracker.say(
+                "no evaluation has a checkpoint, so the student is the one of the last update"
+            )
+            return False
+        if best.name == f"checkpoint-{self.state.global_step}":
+            return False
+        found, reason = store.verify_together(best, lambda: self.watchdog.beat("load best"))
+        try:
+            if found is None:
+                raise InputError(reason)
             self._load_engine(found)
+        except InputError as error:
+            raise store.CheckpointError(
+                f"the best checkpoint was not loaded ({error}); the student in {self.run_dir} is "
+                f"the one of the last update, {self.state.global_step}"
+            ) from error
+        self.publisher.best_step = found.step
+        self.tracker.say(f"the student is the one of {best}, the best that was saved")
+        return True
 
     def mark_finished(self) -> None:
         """Leave a file that says how many updates the finished run has made."""

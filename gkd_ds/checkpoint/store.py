@@ -221,7 +221,7 @@ def find(
     if wanted is None or wanted is False:
         return None, []
     if wanted is not True and wanted != "auto":
-        found, reason = _verify_together(Path(wanted), heartbeat)
+        found, reason = verify_together(Path(wanted), heartbeat)
         if found is None:
             raise InputError(
                 f"cannot resume from {wanted}: {reason}; name another checkpoint or 'auto'."
@@ -234,7 +234,7 @@ def find(
         raise InputError(f"cannot look for checkpoints in {run_dir}: {reason}; correct output_dir.")
     candidates, passed_over = listing
     for path in candidates:
-        found, reason = _verify_together(path, heartbeat)
+        found, reason = verify_together(path, heartbeat)
         if found is not None:
             return found, passed_over
         passed_over.append((path, reason))
@@ -279,7 +279,7 @@ def _candidates(run_dir: Path) -> tuple[list[Path], PassedOver]:
     return candidates, passed_over
 
 
-def _verify_together(path: Path, heartbeat: Callable[[], None]) -> tuple[Manifest | None, str]:
+def verify_together(path: Path, heartbeat: Callable[[], None]) -> tuple[Manifest | None, str]:
     """(manifest, "") or (None, why not), the same on every rank; the work of hashing is shared."""
     found, reason = ranks.broadcast(
         _attempt(lambda: manifest.check_names(path)) if ranks.rank() == 0 else None

@@ -64,10 +64,13 @@ def check_combinations(config: Any) -> None:
     config.eval_delay = config.eval_delay or 0  # TrainingArguments.set_evaluate makes it None
     if config.include_num_input_tokens_seen is True:
         config.include_num_input_tokens_seen = "all"
+    if config.assistant_only_loss:
+        config.train_on = "every_turn"
     take_launch_settings(config)
     check_training(config)
     check_intervals(config)
     check_best(config)
+    check_hub(config)
     check_metrics(config)
 
 
@@ -105,6 +108,11 @@ def check_best(config: Any) -> None:
             f"GKDConfig setting '{wanted}' needs evaluations to choose from; set eval_strategy to "
             "steps or epoch."
         )
+    if config.load_best_model_at_end and config.save_only_model:
+        raise InputError(
+            "GKDConfig field 'load_best_model_at_end' needs whole checkpoints, but "
+            "'save_only_model' is true; switch one of them off."
+        )
     if config.load_best_model_at_end and config.save_strategy != "best":
         if config.save_strategy != config.eval_strategy:
             raise InputError(
@@ -122,6 +130,24 @@ def check_best(config: Any) -> None:
         config.metric_for_best_model = "loss"
     if config.greater_is_better is None:
         config.greater_is_better = not config.metric_for_best_model.endswith(("loss", "divergence"))
+
+
+def check_hub(config: Any) -> None:
+    """A push needs a name that the hub takes for a repository."""
+    if not config.push_to_hub:
+        return
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    name = config.hub_model_id or Path(config.output_dir).resolve().name
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        whose = "is" if config.hub_model_id else "is not set, and the last part of output_dir is"
+        raise wrong(
+            "hub_model_id",
+            f"{whose} {show(name)}, which the hub does not take for a repository's name; set one "
+            "such as org/name",
+        ) from None
 
 
 def read_report_to(value: list | str | None) -> list[str]:

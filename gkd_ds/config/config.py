@@ -72,6 +72,12 @@ class GKDConfig(ReadAsTrainingArguments, KeepsInitVars, *BASES):
         """Raise InputError where training would write over something; see checks.py."""
         checks.check_output_dir_is_free(self, resume)
 
+    def packs(self, evaluating: bool) -> bool:
+        """Whether sequences run one behind the other, without padding."""
+        if evaluating and self.eval_packing is not None:
+            return self.eval_packing
+        return self.packing or self.padding_free
+
     @property
     def stop_path(self) -> str:
         """The file whose appearance stops the run."""

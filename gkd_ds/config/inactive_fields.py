@@ -56,9 +56,6 @@ _NO_TPU = "DeepSpeed has no engine for TPUs; remove it"
 _NO_APEX = "apex is not used; set fp16 or bf16"
 _MEMORY = "set rollout_memory_mb, score_memory_mb, loss_memory_mb and learn_tokens_per_micro_batch"
 _QUANTIZED = "ZeRO shards weights that are numbers of their own; train adapters (use_peft) in bf16"
-_PACKED = (
-    "the learn phase packs a window's samples itself; use learn_tokens_per_micro_batch for its size"
-)
 
 TABLE = [
     # Data
@@ -117,17 +114,6 @@ TABLE = [
         "a data set is read whole and tokenized once; remove it",
     ),
     Inactive(
-        "truncation_mode",
-        Literal["keep_start", "keep_end"],
-        "keep_start",
-        FIXED,
-        "prompts keep their start; shorten rows yourself, or raise max_length",
-    ),
-    Inactive("packing", bool, False, FIXED, _PACKED),
-    Inactive("packing_strategy", str, "bfd", FIXED, _PACKED),
-    Inactive("eval_packing", bool | None, None, FIXED, _PACKED),
-    Inactive("padding_free", bool, False, FIXED, _PACKED),
-    Inactive(
         "pad_to_multiple_of",
         Annotated[int | str | None, Read(int | Literal["auto"] | None)],
         None,
@@ -143,13 +129,6 @@ TABLE = [
         ALREADY,
         "the loss is on completions alone; put what else is to be learned into the completion",
         (True,),
-    ),
-    Inactive(
-        "assistant_only_loss",
-        bool,
-        False,
-        FIXED,
-        "the loss is on the last assistant turn; make a row of each turn that is to be learned",
     ),
     Inactive(
         "average_tokens_across_devices",

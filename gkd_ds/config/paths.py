@@ -11,23 +11,39 @@ from gkd_ds.config.values import is_text, wrong
 from gkd_ds.runtime.errors import show
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+ADAPTER_CONFIG = "adapter_config.json"  # peft's, of a directory that holds an adapter
+
+ADAPTER_REMEDY = "merge it in (peft's merge_and_unload) and save that, or take it out of there"
 
 
 def check_model(name: str, model: str | None, init_kwargs: dict | None) -> None:
-    """A local directory with a config.json (or the init kwargs' gguf_file), or a plausible hub
-    name.
+    """A local directory with a config.json (or the init kwargs' gguf_file, or an adapter), or a
+    plausible hub name.
     """
     if model is None:
         return
     if not os.path.isdir(model):
         check_path_or_hub_name(name, model, "a model's directory", existing_is_fine=False)
         return
-    needed = (init_kwargs or {}).get("gguf_file") or "config.json"
-    if is_text(needed) and not os.path.isfile(os.path.join(model, needed)):
+    given = init_kwargs or {}
+    needed, inner = given.get("gguf_file") or "config.json", given.get("subfolder") or ""
+    if not is_text(needed) or not is_text(inner):
+        return
+    directory = os.path.join(model, inner)
+    has_model = os.path.isfile(os.path.join(directory, needed))
+    if os.path.isfile(os.path.join(directory, ADAPTER_CONFIG)):
+        if has_model:
+            raise wrong(
+                name,
+                f"names the directory {show(directory)}, which holds an adapter "
+                f"({ADAPTER_CONFIG}) beside a whole model; {ADAPTER_REMEDY}",
+            )
+        return  # it says where its base is
+    if not has_model:
         raise wrong(
             name,
-            f"names the directory {show(model)}, which has no {needed}; give the directory of a "
-            "saved model",
+            f"names the directory {show(directory)}, which has no {needed}; give the directory of "
+            "a saved model",
         )
 
 

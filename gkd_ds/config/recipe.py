@@ -6,6 +6,7 @@ means by "no" or "2e-5" is the field's business, the same for both.
 """
 
 import difflib
+import fnmatch
 import types
 from typing import Any, Union, get_args, get_origin
 
@@ -19,6 +20,14 @@ KINDS = {name: option.kind for name, option in OPTIONS.items()}
 # argparse makes flags like these of TRL's configuration, for what is on by default.
 NEGATIONS = {f"no_{name}": name for name, option in OPTIONS.items() if option.default is True}
 COMMANDS = ("config", "dry_run", "help")  # flags that are no fields
+# Names that are no fields, as patterns, with what to do: nobody is sent to the field that happens
+# to be spelt most alike.
+ELSEWHERE = {
+    "gradient_checkpointing_use_*": "write use_reentrant into gradient_checkpointing_kwargs",
+    "evaluation_strategy": "use eval_strategy",
+    "max_seq_length": "use max_length",
+    "tokenizer": "the student's is used; pass another one to GKDTrainer as processing_class",
+}
 
 
 def read_recipe(path: str) -> dict[str, Any]:
@@ -169,5 +178,9 @@ def takes_list(name: str) -> bool:
 
 def unknown(name: str, where: str, known: list[str], prefix: str = "") -> InputError:
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {prefix}{near[0]}?" if near else "see --help for all names."
+    elsewhere = [what for pattern, what in ELSEWHERE.items() if fnmatch.fnmatchcase(name, pattern)]
+    if elsewhere:
+        hint = f"{elsewhere[0]}."
+    else:
+        hint = f"did you mean {prefix}{near[0]}?" if near else "see --help for all names."
     return InputError(f"Unknown name {show(prefix + name)} in {where}; {hint}")

@@ -73,12 +73,19 @@ class Models:
         None, "Attention of both models: eager, sdpa, flash_attention_2, ..."
     )
     dtype: InitVar[Literal["auto", "float32", "bfloat16", "float16"] | None] = option(
-        None, "Type of the student's weights (default: float32 unless bf16 or fp16)."
+        None,
+        "Type of the student's weights; where bf16 and fp16 say another one, theirs counts, and a "
+        "warning says so.",
     )
     torch_dtype: InitVar[Literal["auto", "float32", "bfloat16", "float16"] | None] = option(
         None, "An older name of dtype."
     )
-    disable_dropout: bool = option(True, "Switch dropout off in the student.")
+    disable_dropout: bool = option(
+        True, "Switch off dropout, and whatever else only training mode has, in the student."
+    )
+    merge_on_export: bool = option(
+        False, "Write a student with an adapter as one plain model, not as an adapter."
+    )
 
 
 @dataclass(kw_only=True)
@@ -132,6 +139,26 @@ class Data:
     pad_token: str | None = option(None, "Padding token, if not the tokenizer's.")
     max_length: Annotated[int | None, Bounds(low=2)] = option(
         1024, "Tokens of prompt and completion together; null for no bound."
+    )
+    truncation_mode: Literal["keep_start", "keep_end"] = option(
+        "keep_start",
+        "What of a row longer than max_length is kept: its start (the completion is cut) or its "
+        "end (the prompt is).",
+    )
+    train_on: Literal["last_turn", "every_turn"] = option(
+        "last_turn",
+        "The assistant's last turn of a conversation, or each, as a sample with its own prompt.",
+    )
+    assistant_only_loss: bool = option(False, "TRL's name for train_on: every_turn.")
+    packing: bool = option(
+        False, "Sequences of a micro-batch follow each other without padding, as padding_free."
+    )
+    packing_strategy: Literal["bfd"] = option("bfd", "Longest first, into the fullest that fits.")
+    eval_packing: bool | None = option(None, "The same in evaluations (default: as packing).")
+    padding_free: bool = option(
+        False,
+        "The learn phase and evaluations run sequences one behind the other, with positions that "
+        "start anew and attention within each, instead of padding them.",
     )
     remove_unused_columns: bool = option(
         True, "For scripts that set it; only known columns are ever read."

@@ -86,8 +86,6 @@ def check_init_dtypes(config: Any) -> None:
 
 def check_adapters(config: Any) -> None:
     """Settings of adapters go with `use_peft`."""
-    if config.use_peft:  # until engine/lora.py builds them
-        raise wrong("use_peft", "is true, but adapters are not trained yet; set it to false")
     for option in GROUPS["Adapters"]:
         if not config.use_peft and getattr(config, option.name) != option.default:
             raise wrong(option.name, "is set, but use_peft is false; set it to true, or remove it")

@@ -7,14 +7,17 @@
 A row has `messages` (a list of {role, content}), or `prompt` and `completion` (both strings, or
 both lists of messages). The prompt is every message before the last assistant turn, rendered with
 the tokenizer's chat template and its generation prompt; the completion is that turn up to and
-including its end-of-turn token. Strings are not rendered: the prompt gets the special tokens the
-tokenizer puts in front of text, the completion an end-of-sequence token. Other columns are ignored.
+including its end-of-turn token (turns.py). `tools` (JSON schemas) and `chat_template_kwargs` (an
+object) are given to the template, too, as apply_chat_template's arguments. Strings are not
+rendered: the prompt gets the special tokens the tokenizer puts in front of text, the completion an
+end-of-sequence token. A warning names what has no effect: other columns, and fields of messages
+that the template does not know.
 """
 
 import hashlib
 import logging
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +26,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from gkd_ds.data.files import JSON_COLUMN, PLACE_COLUMN, decode_json
-from gkd_ds.data.rows import Row, parse_row
+from gkd_ds.data.rows import COLUMNS, Row, parse_turns
+from gkd_ds.data.stops import Stops
 from gkd_ds.data.tokenizer import (
     continuation_ids,
-    end_of_turn_token,
     leading_ids,
     prepare_tokenizer,
-    render,
     token_ids,
 )
+from gkd_ds.data.turns import Turns, texts_in
+from gkd_ds.data.unread import Unread, sentence
 from gkd_ds.runtime.errors import InputError, name_list, quote, type_name
 
 logger = logging.getLogger(__name__)
@@ -79,109 +83,147 @@ class Examples:
         return len(self.prompt_ids)
 
 
+Sample = tuple[list[int], list[int]]  # tokens of a prompt and of its completion
+
+
 @dataclass(frozen=True)
 class RowEncoder:
-    """Turns one row into (prompt_ids, completion_ids); holds only what worker processes can be
-    sent.
+    """Turns one row into samples; holds only what worker processes can be sent.
+
+    `format` is the caller's formatting_func: from a row as it was given to one that can be read.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    stop_ids: frozenset[int]
-    max_length: int | None
+    turns: Turns
+    stops: Stops
     leading_ids: list[int]
-    end_of_turn: str
+    max_length: int | None = None
+    keep_end: bool = False
+    every_turn: bool = False
+    format: Callable[[Any], Any] | None = None
+    are_learned: bool = True  # the completions; where not, they may be any
 
     @classmethod
     def build(
-        cls, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int], max_length: int | None
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Iterable[int],
+        config: Any,
+        format: Callable[[Any], Any] | None = None,
+        are_learned: bool = True,
     ):
-        leading = leading_ids(tokenizer)
         return cls(
-            tokenizer, frozenset(stop_ids), max_length, leading, end_of_turn_token(tokenizer) or ""
+            Turns.of(tokenizer),
+            Stops.of(tokenizer, stop_ids),
+            leading_ids(tokenizer),
+            config.max_length,
+            config.truncation_mode == "keep_end",
+            config.train_on == "every_turn",
+            format,
+            are_learned,
         )
 
-    def encode(self, row: object) -> tuple[list[int], list[int]]:
-        """Raises InputError with a clause about the row, as parse_row does."""
-        parsed = parse_row(row)
-        if isinstance(parsed.prompt, str):
-            prompt_text, completion_text = parsed.prompt, parsed.completion
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.turns.tokenizer
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return frozenset(self.stops.marks | self.stops.words)
+
+    def encode(self, row: object) -> Sample:
+        """A row's last sample. Raises InputError with a clause about the row, as parse_row does."""
+        return self._encode_row(row)[0][-1]
+
+    def _encode_row(self, row: object) -> tuple[list[Sample], list[str]]:
+        """The samples of a row, and notes about what of it has no effect on them (unread.py)."""
+        if self.format is not None:
+            row = self.format(row)
+            if not isinstance(row, Mapping):
+                raise InputError(
+                    f"formatting_func returned {type_name(row)}; it must return a row with "
+                    "'messages', or with 'prompt' and 'completion', since text alone does not say "
+                    "what is to be distilled"
+                )
+        samples, notes = [], []
+        for turn in parse_turns(row, self.every_turn):
+            *sample, noted = self._encode(turn)
+            samples.append(tuple(sample))
+            notes += noted
+        return samples, notes
+
+    def _encode(self, row: Row) -> tuple[list[int], list[int], list[str]]:
+        notes = [Unread.COLUMN.note(name) for name in row.unread]
+        if isinstance(row.prompt, str):
+            prompt_text, completion_text = row.prompt, row.completion
             leading = self.leading_ids
-            self._check_stops(parsed.completion)
         else:
-            prompt_text, completion_text = self._render_turn(parsed)
+            prompt_text, completion_text, follows = self.turns.texts(row)
             leading = []  # a template writes its own
-            self._check_stops(parsed.completion["content"])
+            notes += self.turns.notes(row, completion_text)
+            if not follows and self.are_learned:
+                raise InputError(
+                    f"the chat template's prompt ends in {quote(prompt_text[-30:])}, and it does "
+                    "not show this answer behind it; give the answer the thought that the prompt "
+                    "opens (as 'reasoning_content', or in 'content' up to its end), use another "
+                    "template, or learn on-policy alone (lmbda: 1)"
+                )
+            notes += [] if follows else [Unread.ALONE.note()]
         prompt_ids = token_ids(self.tokenizer, prompt_text)
         if prompt_ids[: len(leading)] != leading:
             prompt_ids = leading + prompt_ids
         completion_ids = continuation_ids(self.tokenizer, prompt_text, completion_text)
-        return self._fit(prompt_ids, self._end(completion_ids))
+        inside = self.stops.inside(texts_in(row.completion)) & set(completion_ids)
+        notes += [Unread.STOP.note(self.stops.words[stop]) for stop in inside]
+        return *self._fit(prompt_ids, self.stops.cut(completion_ids, inside)), notes
 
-    def _render_turn(self, row: Row) -> tuple[str, str]:
-        prompt = render(self.tokenizer, row.prompt, generation_prompt=True)
-        whole = render(self.tokenizer, [*row.prompt, row.completion], generation_prompt=False)
-        if whole.startswith(prompt):
-            return prompt, whole[len(prompt) :]
-        # The template shows a finished turn differently from one being written: R1's opens <think>
-        # for the model and deletes the thinking afterwards. Then the turn is what the model would
-        # write: text, end of turn.
-        content = row.completion["content"]
-        if prompt.rstrip().endswith("<think>"):
-            content = content.lstrip().removeprefix("<think>").removeprefix("\n")
-        return prompt, content + self.end_of_turn
-
-    def _check_stops(self, content: str) -> None:
-        """A stop token written inside the answer would silently cut it there."""
-        known = [token_id for token_id in sorted(self.stop_ids) if token_id < len(self.tokenizer)]
-        for stop in self.tokenizer.convert_ids_to_tokens(known):
-            if stop in content.strip().removesuffix(stop):
-                raise InputError(
-                    f"the assistant's text has the stop token {quote(stop)} before its end"
-                )
-
-    def _end(self, completion_ids: list[int]) -> list[int]:
-        """Through the first stop token; what the template prints after it is never generated."""
-        for position, token in enumerate(completion_ids):
-            if token in self.stop_ids:
-                return completion_ids[: position + 1]
-        return [*completion_ids, self.tokenizer.eos_token_id]
-
-    def _fit(self, prompt_ids: list[int], completion_ids: list[int]) -> tuple[list[int], list[int]]:
+    def _fit(self, prompt_ids: list[int], completion_ids: list[int]) -> Sample:
+        """Both within `max_length`: the completion's end is cut, or the prompt's start
+        (`keep_end`), which leaves a token of it at least.
+        """
         if not prompt_ids:
             raise InputError("the prompt has no tokens")
         if self.max_length is None:
             return prompt_ids, completion_ids
+        if self.keep_end:
+            excess = max(0, len(prompt_ids) + len(completion_ids) - self.max_length)
+            from_prompt = min(excess, len(prompt_ids) - 1)
+            return prompt_ids[from_prompt:], completion_ids[excess - from_prompt :]
         room = self.max_length - len(prompt_ids)
         if room <= 0:
             raise InputError(
                 f"the prompt has {len(prompt_ids)} tokens, which leaves no room for a completion "
-                "within "
-                f"max_length={self.max_length}; raise max_length or remove the row"
+                f"within max_length={self.max_length}; raise max_length, set truncation_mode: "
+                "keep_end (it cuts the prompt's start), or leave such rows out with row_errors: "
+                "skip"
             )
         return prompt_ids, completion_ids[:room]
 
     def encode_batch(self, columns: dict[str, list]) -> dict[str, list]:
         """The same for `datasets.map`. `problem` has the sentence of each row that cannot be used,
-        and None for the others.
+        and None for the others; `notes` those about what has no effect.
         """
-        result: dict[str, list] = {"prompt_ids": [], "completion_ids": [], "problem": []}
+        result: dict[str, list] = {name: [] for name in ENCODED_FEATURES}
         for row in _rows(columns):
-            prompt_ids, completion_ids, problem = [], [], None
             try:
-                prompt_ids, completion_ids = self.encode(decode_json(row))
+                samples, notes = self._encode_row(decode_json(row))
+                values = [ids for ids, _ in samples], [ids for _, ids in samples], notes, None
             except InputError as error:
-                problem = str(error)
-            result["prompt_ids"].append(prompt_ids)
-            result["completion_ids"].append(completion_ids)
-            result["problem"].append(problem)
+                values = ([], [], [], str(error))
+            for column, value in zip(result.values(), values, strict=True):
+                column.append(value)
         return result
 
 
 BATCH_ROWS = 1000
 PARALLEL_ROWS = 10_000  # below this, starting worker processes takes longer than it saves
-TOKEN_LIST = datasets.Sequence(datasets.Value("int32"))
-ENCODED_FEATURES = datasets.Features(
-    {"prompt_ids": TOKEN_LIST, "completion_ids": TOKEN_LIST, "problem": datasets.Value("string")}
+TOKEN_LISTS = datasets.Sequence(datasets.Sequence(datasets.Value("int32")))
+ENCODED_FEATURES = datasets.Features(  # a row has as many samples as it has turns to train on
+    {
+        "prompts": TOKEN_LISTS,
+        "completions": TOKEN_LISTS,
+        "notes": datasets.Sequence(datasets.Value("string")),
+        "problem": datasets.Value("string"),
+    }
 )
 
 
@@ -191,25 +233,36 @@ def tokenize(
     config: Any,
     where: str,
     stop_ids: Iterable[int],
+    formatting_func: Callable[[Any], Any] | None = None,
+    stream_rows: int | None = None,
+    are_learned: bool = True,
 ) -> Examples:
     """Tokenise a whole dataset. `where` names it in error messages; `stop_ids` as stop_token_ids()
-    gives them.
+    gives them; `formatting_func` makes of each row one that can be read; of a stream the first
+    `stream_rows` are taken; `are_learned` says whether the run learns the completions: one that
+    is on-policy throughout uses the prompts alone, and an evaluation only measures.
 
     A row that cannot be used ends the run (config.row_errors="strict") or is left out and counted
     ("skip", up to config.max_skipped_rows). The tokenizer is prepared in place (prepare_tokenizer).
-    Uses config.max_length and config.dataset_num_proc; the result does not depend on the latter.
+    Uses config.max_length, truncation_mode, train_on, and dataset_num_proc, on which the result
+    does not depend.
     Raises InputError.
     """
     prepare_tokenizer(tokenizer, config)
-    dataset, places = _check_dataset(dataset, where)
-    encoder = RowEncoder.build(tokenizer, stop_ids, config.max_length)
+    dataset = _without_stream(dataset, where, stream_rows)
+    dataset, places, notes = _check_dataset(
+        dataset, where, every_column=formatting_func is not None
+    )
+    encoder = RowEncoder.build(tokenizer, stop_ids, config, formatting_func, are_learned)
     prompts, completions, problems = TokenLists(), TokenLists(), []
-    for index, (prompt_ids, completion_ids, problem) in enumerate(
+    for index, (prompt_ids, completion_ids, noted, problem) in enumerate(
         _encode_all(dataset, encoder, config)
     ):
+        notes.update(noted)
         if problem is None:
-            prompts.append(prompt_ids)
-            completions.append(completion_ids)
+            for ids, answer_ids in zip(prompt_ids, completion_ids, strict=True):
+                prompts.append(ids)
+                completions.append(answer_ids)
             continue
         problems.append(f"{where}, {places[index] if places else f'row index {index}'}: {problem}")
         if config.row_errors == "strict":
@@ -220,6 +273,8 @@ def tokenize(
                 "cannot be used, "
                 f"the first: {problems[0]}"
             )
+    if notes and config.process_index == 0:
+        logger.warning("%s: %s", where, sentence(notes))
     if problems:
         logger.warning(
             "%s: %d of %d rows skipped, the first: %s",
@@ -235,7 +290,8 @@ def tokenize(
 
 def _encode_all(
     dataset, encoder: RowEncoder, config: Any
-) -> Iterator[tuple[list[int], list[int], str | None]]:
+) -> Iterator[tuple[list[list[int]], list[list[int]], list[str], str | None]]:
+    """What `encode_batch` says of each row, in order."""
     workers = config.dataset_num_proc or 1
     if workers > 1 and isinstance(dataset, datasets.Dataset) and len(dataset) >= PARALLEL_ROWS:
         # In memory and under a name of its own: no cache file is written, none is picked up.
@@ -252,26 +308,37 @@ def _encode_all(
             desc="tokenizing",
         )
         for row in dataset:
-            yield row["prompt_ids"], row["completion_ids"], row["problem"]
+            yield tuple(row[name] for name in ENCODED_FEATURES)
         return
     for start in range(0, len(dataset), BATCH_ROWS):
         encoded = encoder.encode_batch(dataset[start : start + BATCH_ROWS])
-        yield from zip(
-            encoded["prompt_ids"], encoded["completion_ids"], encoded["problem"], strict=True
+        yield from zip(*encoded.values(), strict=True)
+
+
+def _without_stream(dataset: Any, where: str, rows: int | None) -> Any:
+    """A stream's first rows in memory. What a step trains on depends on the step alone, also after
+    a resume; a stream that came in another order then has another fingerprint, and is refused.
+    """
+    if not isinstance(dataset, datasets.IterableDataset):
+        return dataset
+    if rows is None:
+        raise InputError(
+            f"{where} is a streaming dataset, which has no length; set max_steps (eval_max_samples "
+            "for an evaluation set), so that as many rows are read as that takes, or make a copy "
+            "with datasets.Dataset.from_list(list(stream.take(n)))"
         )
+    return list(dataset.take(rows))
 
 
-def _check_dataset(dataset, where: str) -> tuple[Any, list[str] | None]:
-    """The dataset reduced to the columns we read, and a place ("line 3") per row if the reader knew
-    one.
+def _check_dataset(
+    dataset, where: str, every_column: bool = False
+) -> tuple[Any, list[str] | None, set[str]]:
+    """The dataset reduced to the columns we read (`every_column` keeps all of them), a place
+    ("line 3") per row if the reader knew one, and notes about the columns that are left out.
     """
     if isinstance(dataset, datasets.DatasetDict):
         raise InputError(
             f"{where} is a set of splits; pass one of them: {name_list(list(dataset))}"
-        )
-    if isinstance(dataset, datasets.IterableDataset):
-        raise InputError(
-            f"{where} is a streaming dataset, which has no length; load it without streaming"
         )
     if not isinstance(dataset, (datasets.Dataset, list, tuple)):
         raise InputError(
@@ -280,17 +347,20 @@ def _check_dataset(dataset, where: str) -> tuple[Any, list[str] | None]:
     if not len(dataset):
         raise InputError(f"{where} has no rows; give at least one")
     if not isinstance(dataset, datasets.Dataset):
-        return dataset, None
+        return dataset, None, set()
     dataset = dataset.with_format(None)
-    if JSON_COLUMN in dataset.column_names:
-        return dataset.select_columns([JSON_COLUMN]), dataset[PLACE_COLUMN][:]
-    if "messages" in dataset.column_names:
-        return dataset.select_columns(["messages"]), None
-    if "prompt" in dataset.column_names and "completion" in dataset.column_names:
-        return dataset.select_columns(["prompt", "completion"]), None
+    names = dataset.column_names
+    if JSON_COLUMN in names:
+        return dataset.select_columns([JSON_COLUMN]), dataset[PLACE_COLUMN][:], set()
+    if every_column:
+        return dataset, None, set()
+    if "messages" in names or {"prompt", "completion"} <= {*names}:
+        read = [name for name in COLUMNS if name in names]
+        left_out = {Unread.COLUMN.note(name) for name in names if name not in COLUMNS}
+        return dataset.select_columns(read), None, left_out
     raise InputError(
         f"{where} needs a column 'messages', or 'prompt' and 'completion'; "
-        f"its columns are: {name_list(dataset.column_names)}"
+        f"its columns are: {name_list(names)}"
     )
 
 

@@ -159,6 +159,9 @@ def _read_json(file: Path) -> Iterator[tuple[str, bytes]]:
         content = file.read_bytes()
     except OSError as error:
         raise InputError(f"'{file}' cannot be read ({first_line(error)})") from error
+    encoding = json.detect_encoding(content)
+    if not encoding.startswith("utf-8"):
+        raise InputError(f"'{file}' is {encoding[:6].upper()} text; save it as UTF-8")
     if file.suffix == ".json" and content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         try:
             rows = json.loads(content)
@@ -168,9 +171,49 @@ def _read_json(file: Path) -> Iterator[tuple[str, bytes]]:
             (f"row index {index}", json.dumps(row).encode()) for index, row in enumerate(rows)
         )
         return
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            yield f"line {number}", line.strip()
+    lines = [line.strip() for line in content.split(b"\n")]
+    _refuse_one_object(file, [line for line in lines if line])
+    for number, line in enumerate(lines, start=1):
+        if line:
+            yield f"line {number}", line
+
+
+def _refuse_one_object(file: Path, lines: list[bytes]) -> None:
+    """Raise InputError where all of a file is one JSON object that is no row: rows below a key,
+    columns, or something else written over several lines.
+    """
+    if len(lines) != 1 and (not lines or _is_json(lines[0])):
+        return
+    try:
+        whole = json.loads(b"\n".join(lines))
+    except (ValueError, RecursionError):
+        return  # the line that is wrong will be named
+    if not isinstance(whole, dict) or (len(lines) == 1 and _is_row(whole)):
+        return
+    raise InputError(
+        f"'{file}' holds one JSON object with the keys {name_list(list(whole))}; rows are a list, "
+        "or one object per line, each with 'messages', or with 'prompt' and 'completion'"
+    )
+
+
+def _is_row(found: dict) -> bool:
+    """Whether an object is a row, good or bad, rather than what holds rows or their columns."""
+    known = {name: found[name] for name in COLUMNS if name in found}
+    if not known:
+        return not any(isinstance(value, list | dict) for value in found.values())
+    firsts = {name: value[0] for name, value in known.items() if isinstance(value, list) and value}
+    return not any(
+        isinstance(first, list) or (isinstance(first, str) and name != "messages")
+        for name, first in firsts.items()
+    )
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def decode_json(row: object) -> object:
@@ -183,21 +226,25 @@ def decode_json(row: object) -> object:
 
 
 def _read_parquet(files: list[Path]) -> datasets.Dataset:
-    tables = []
+    """Our columns; of the others the names alone, since a warning will tell them."""
+    tables, others = [], {}
     for file in files:
         try:
             names = pyarrow.parquet.read_schema(file).names
             # With none of our columns, keep all: the complaint about it lists them.
-            tables.append(
-                pyarrow.parquet.read_table(file, columns=[n for n in COLUMNS if n in names] or None)
-            )
+            ours = [name for name in COLUMNS if name in names] or names
+            tables.append(pyarrow.parquet.read_table(file, columns=ours))
         except (OSError, pyarrow.ArrowException) as error:
             raise InputError(
                 f"'{file}' is not a readable Parquet file: {first_line(error)}"
             ) from error
+        others |= {name: None for name in names if name not in ours}
     try:
-        return datasets.Dataset(pyarrow.concat_tables(tables).replace_schema_metadata(None))
+        table = pyarrow.concat_tables(tables).replace_schema_metadata(None)
     except pyarrow.ArrowException as error:
         raise InputError(
             f"the Parquet files in '{files[0].parent}' differ in their columns"
         ) from error
+    for name in others:
+        table = table.append_column(name, pyarrow.nulls(len(table)))
+    return datasets.Dataset(table)

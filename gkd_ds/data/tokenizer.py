@@ -7,7 +7,9 @@ A template is a program that came with the tokenizer, so whatever it does become
 """
 
 import datetime
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -135,20 +137,27 @@ def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    generation_prompt: bool,
+    tools: list[dict] | None = None,
+    variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """`messages` as the chat template writes them. Raises InputError with a clause about the
-    template.
+    """`messages` as the chat template writes them; `variables` are further ones of the template.
+
+    Raises InputError with a clause about the template.
     """
     try:
-        template = tokenizer.get_chat_template()
+        template = tokenizer.get_chat_template(tools=tools)
         if "strftime_now" in template:
             template = PINNED_CLOCK + template
         return tokenizer.apply_chat_template(
             messages,
+            tools=tools,
             chat_template=template,
             tokenize=False,
             add_generation_prompt=generation_prompt,
+            **variables,
         )
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         # It may refuse these messages (roles that must alternate) or stumble over them in any of

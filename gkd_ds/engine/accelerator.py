@@ -66,6 +66,19 @@ def precision_name(config: GKDConfig) -> Precision:
     return str(precision(config)).removeprefix("torch.")
 
 
+def refuse_missing_precision(config: GKDConfig) -> None:
+    """Raise InputError where `config` asks for a precision that this accelerator does not have."""
+    here = get_accelerator()
+    supported = {"fp16": here.is_fp16_supported, "bf16": here.is_bf16_supported}
+    for name, is_supported in supported.items():
+        if getattr(config, name) and not is_supported():
+            raise InputError(
+                f"GKDConfig field '{name}' is set, and this machine's {here.device_name()} has no "
+                f"{name}; switch it off"
+                + (", or use bf16." if name == "fp16" and here.is_bf16_supported() else ".")
+            )
+
+
 def empty_cache_every(steps: int | None, step: int) -> None:
     """Give unused memory back after every so many updates; never for None."""
     if steps and step % steps == 0:

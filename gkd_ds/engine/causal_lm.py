@@ -1,25 +1,33 @@
 """What gkd_ds assumes about a transformers causal language model: a body, an output layer, a list
 of decoder layers.
 
-Assumptions are checked once at start-up (`check_head`), so that an architecture that breaks one is
-refused with a sentence instead of being trained on wrong logits.
+Assumptions are checked at start-up (`check_head`, rollout/ways.py, teacher/streamed.py), so that an
+architecture that breaks one is refused with a sentence instead of being trained on wrong logits.
+
+Shapes: B sequences, t new tokens of each, L positions so far with them, V the shared vocabulary.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.generation.utils import ALL_CACHE_NAMES
 
-from gkd_ds.runtime.errors import InputError
+from gkd_ds.records import Rollout, SequenceBatch, Source, packed_batch
+from gkd_ds.runtime.errors import InputError, first_line
 
-# (ids [B, t], mask [B, L + t] or None, positions [B, t], cache) -> logits of the last position [B,
-# V]
+# (ids [B, t], mask [B, L] or None, positions [B, t], cache) -> logits [B, V]
 Forward = Callable[[Tensor, "Tensor | None", Tensor, DynamicCache], Tensor]
+# (ids [B, t], positions [1, t], cache or None for the first) -> logits [B, V] and the cache with
+# the new tokens
+CachedForward = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
@@ -58,65 +66,158 @@ class LogitTransform:
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
 
-def body_forward(model: PreTrainedModel, input_ids_BT: Tensor | None = None, **kwargs) -> Tensor:
-    """Last hidden states `[B, T, D]` (after the final norm) of right-padded sequences."""
-    return model.base_model(input_ids=input_ids_BT, use_cache=False, **kwargs).last_hidden_state
+def body(model: PreTrainedModel) -> nn.Module:
+    """The part between token ids and the output layer: the child that holds the input embedding.
+
+    (transformers' `base_model` goes by a prefix, which for some architectures names no attribute.)
+    """
+    embedding = model.get_input_embeddings()
+    return next(child for child in model.children() if _holds(child, embedding))
+
+
+def body_forward(model: PreTrainedModel, input_ids_BT: Tensor, **extra: Tensor) -> Tensor:
+    """Last hidden states `[B, T, D]` (after the final norm) of right-padded sequences. `extra` goes
+    to the model.
+    """
+    return body(model)(input_ids=input_ids_BT, use_cache=False, **extra).last_hidden_state
+
+
+def logits(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
+    """The model's logits `[B, T, W]`, by way of body, output layer and transform."""
+    hidden_BTD = body_forward(model, input_ids_BT)
+    return LogitTransform.of(model.config).apply_(model.get_output_embeddings()(hidden_BTD))
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers: beside the input embedding, and as long as the model is deep.
+
+    A model may have other lists: the towers of other modalities, which stand further away; small
+    modules, one per layer. Where lengths do not decide, the list with the most modules inside does.
+    Raises InputError where there is none.
+    """
+    embedding = model.get_input_embeddings()
+    around = [m for m in body(model).modules() if m is not embedding and _holds(m, embedding)]
+    for module in reversed(around):  # the innermost first
+        if lists := list(_outermost_lists(module)):
+            depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+            return max(lists, key=lambda found: (len(found) == depth, len(list(found.modules()))))
+    raise InputError(
+        f"{type(model).__name__} has no list of decoder layers, which gkd_ds needs to stream a "
+        "teacher layer by layer; choose a decoder-only architecture."
+    )
+
+
+def _holds(module: nn.Module, wanted: nn.Module) -> bool:
+    return any(inside is wanted for inside in module.modules())
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _outermost_lists(child)
+
+
+# -- decoding --------------------------------------------------------------------------------------
+
+
+def batch_forward(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
+    """`body_forward` of a batch, padded or packed."""
+    return body_forward(model, batch.input_ids_BT, **batch.extra)
 
 
 def decoding_forward(model: PreTrainedModel, vocabulary: int) -> Forward:
-    """The decode loop's view of `model`: logits of the last position, over the shared vocabulary,
-    `[B, V]`.
-    """
-    body, head, transform = (
-        model.base_model,
-        model.get_output_embeddings(),
-        LogitTransform.of(model.config),
-    )
-    # transformers 5.24 renamed the argument; models from the hub that bring their own code may have
-    # the old name.
-    cache_name = (
-        "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
-    )
+    """Over a key-value cache of ours, with padding on the left."""
+    run, last_logits = body(model), _last_logits(model, vocabulary)
+    name = _cache_name(inspect.signature(run.forward).parameters)
 
     def forward(
         ids_Bt: Tensor, mask_BL: Tensor | None, positions_Bt: Tensor, cache: DynamicCache
     ) -> Tensor:
-        hidden_BtD = body(
+        output = run(
             input_ids=ids_Bt,
             attention_mask=mask_BL,
             position_ids=positions_Bt,
             use_cache=True,
-            **{cache_name: cache},
-        ).last_hidden_state
-        return transform.apply_(head(hidden_BtD[:, -1]))[:, :vocabulary]
+            **{name: cache},
+        )
+        return last_logits(output.last_hidden_state)
 
     return forward
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers inside the body.
-
-    Raises InputError where there is not exactly one.
+def cached_forward(model: PreTrainedModel, vocabulary: int) -> CachedForward:
+    """Over the model's own cache, whatever it is: the model makes it, and gets back what it
+    returned. No padding.
     """
-    depth = model.config.get_text_config().num_hidden_layers
-    lists = [
-        m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth
-    ]
-    if not lists:
-        raise InputError(
-            f"{type(model).__name__} has no list of its {depth} decoder layers, which gkd_ds needs "
-            "to stream a teacher "
-            "layer by layer; choose a decoder-only architecture."
-        )
-    return lists[0]
+    run, last_logits = body(model), _last_logits(model, vocabulary)
+    parameters = inspect.signature(run.forward).parameters
+    name = _cache_name(parameters)
+
+    def forward(ids_Bt: Tensor, positions_1t: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        past = {} if cache is None else {name: cache}
+        if "position_ids" in parameters:
+            past["position_ids"] = positions_1t.expand(ids_Bt.shape)
+        output = run(input_ids=ids_Bt, use_cache=True, **past)
+        return last_logits(output.last_hidden_state), output[name]
+
+    return forward
 
 
-def kv_elements_per_token(model: PreTrainedModel) -> int:
-    """Numbers in the keys and values of one token of one sequence, in all layers."""
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_dim
+@dataclass
+class Tokens:
+    """The cache of a model that is used without one: all tokens so far."""
+
+    ids_BL: Tensor
+
+    def reorder_cache(self, rows_B: Tensor) -> None:
+        """Keep these rows. (The name is transformers'.)"""
+        self.ids_BL = self.ids_BL[rows_B]
+
+
+def whole_forward(model: PreTrainedModel, vocabulary: int) -> CachedForward:
+    """Without any cache: the whole sequences again, for every token."""
+    run, last_logits = body(model), _last_logits(model, vocabulary)
+
+    def forward(
+        ids_Bt: Tensor, positions_1t: Tensor, cache: Tokens | None
+    ) -> tuple[Tensor, Tokens]:
+        cache = Tokens(ids_Bt if cache is None else torch.cat([cache.ids_BL, ids_Bt], 1))
+        output = run(input_ids=cache.ids_BL, use_cache=False)
+        return last_logits(output.last_hidden_state), cache
+
+    return forward
+
+
+def _cache_name(names: Iterable[str]) -> str:
+    """The argument that takes the cache: transformers' name for it, which 5.24 changed, unless the
+    model has another one.
+    """
+    known = (*ALL_CACHE_NAMES, "past_key_values")
+    return next((name for name in known if name in names), ALL_CACHE_NAMES[0])
+
+
+def _last_logits(model: PreTrainedModel, vocabulary: int) -> Callable[[Tensor], Tensor]:
+    """Hidden states `[B, t, D]` -> logits of the last position `[B, V]`."""
+    head: nn.Module = model.get_output_embeddings()
+    transform = LogitTransform.of(model.config)
+    return lambda hidden_BtD: transform.apply_(head(hidden_BtD[:, -1]))[:, :vocabulary]
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def set_learning_mode(model: nn.Module, dropout: bool) -> None:
+    """Training mode where there is dropout; otherwise evaluation mode, so that what learns is what
+    samples: without a router's noise, or whatever else only training mode has.
+
+    Gradient checkpointing happens in training mode only: a layer that does it is in it by itself,
+    without the modules inside.
+    """
+    model.train(dropout)
+    for module in model.modules():
+        module.training |= getattr(module, "gradient_checkpointing", False)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -124,11 +225,52 @@ def disable_dropout(model: nn.Module) -> None:
     or attention.
     """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        for name in _dropout_rates(module):
+            setattr(module, name, 0.0)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Inside, every rate is 0, also those that modules read from their configuration (Falcon)."""
+    owners = [*model.modules()]
+    owners += {id(m.config): m.config for m in owners if "config" in vars(m)}.values()
+    rates = [
+        (owner, name, value) for owner in owners for name, value in _dropout_rates(owner).items()
+    ]
+    for owner, name, _ in rates:
+        setattr(owner, name, 0.0)
+    try:
+        yield
+    finally:
+        for owner, name, value in rates:
+            setattr(owner, name, value)
+
+
+def _dropout_rates(owner: object) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in vars(owner).items()
+        if isinstance(value, float)
+        and ("drop" in name or (name == "p" and isinstance(owner, nn.Dropout)))
+    }
+
+
+# -- checks ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def refusing(problem: str, remedy: str) -> Iterator[None]:
+    """Around a start-up check: whatever an architecture's own code raises becomes an InputError.
+
+    A lack of memory and a dead rank are no fault of the architecture.
+    """
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError, torch.distributed.DistError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}".rstrip(".: ")
+        raise InputError(f"{problem} ({reason}); {remedy}.") from error
 
 
 @torch.no_grad()
@@ -139,16 +281,38 @@ def check_head(model: PreTrainedModel, role: str, device: torch.device) -> None:
     something other than the body's last hidden state. Collective where parameters are partitioned:
     call inside the engine's root.
     """
-    ids_BT = torch.arange(1, 9, device=device).remainder(model.config.get_text_config().vocab_size)[
-        None
+    problem = (
+        f"the {role} ({type(model).__name__}) computes its logits in a way gkd_ds does not know, "
+        "so its divergence would be wrong"
+    )
+    remedy = "use a model whose logits are its output layer, scaled or soft-capped"
+    vocabulary = model.config.get_text_config().vocab_size
+    ids_BT = torch.arange(1, 9, device=device).remainder(vocabulary)[None]
+    with refusing(problem, remedy):
+        theirs = model(input_ids=ids_BT, use_cache=False).logits.float()
+        ours = logits(model, ids_BT).float()
+        scale = theirs.abs().max().clamp(min=1.0)
+        if theirs.shape != ours.shape or (theirs - ours).abs().max() > 0.02 * scale:
+            raise InputError(f"{problem}; {remedy}.")
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, device: torch.device) -> None:
+    """Raise InputError where a sequence behind another one, without padding, is not as if alone.
+
+    An architecture may take positions from elsewhere, or carry a state from token to token.
+    Collective as check_head.
+    """
+    tokens = [t % model.config.get_text_config().vocab_size for t in range(1, 10)]
+    rollouts = [
+        Rollout(0, Source.DATA, tokens[:3], tokens[3:5], True),
+        Rollout(1, Source.DATA, tokens[4:6], tokens[6:9], True),
     ]
-    theirs = model(input_ids=ids_BT, use_cache=False).logits.float()
-    head, transform = model.get_output_embeddings(), LogitTransform.of(model.config)
-    ours = transform.apply_(head(body_forward(model, ids_BT))).float()
-    scale = theirs.abs().max().clamp(min=1.0)
-    if theirs.shape != ours.shape or (theirs - ours).abs().max() > 0.02 * scale:
+    packed_SD = batch_forward(model, packed_batch(rollouts, 0, device))[0]
+    alone = [batch_forward(model, packed_batch([one], 0, device))[0] for one in rollouts]
+    alone_SD = torch.cat(alone)
+    if (packed_SD - alone_SD).abs().max() > 0.02 * alone_SD.abs().max().clamp(min=1.0):
         raise InputError(
-            f"the {role} ({type(model).__name__}) computes its logits in a way gkd_ds does not "
-            "know, so its divergence "
-            "would be wrong; use a model whose logits are its output layer, scaled or soft-capped."
+            f"padding_free is not possible for {type(model).__name__}, whose sequences do not stay "
+            "apart in one line; set padding_free and packing to false."
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,27 +15,34 @@ from transformers import PreTrainedTokenizerBase
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.batches import Collator, collated
 from gkd_ds.data.examples import Examples, tokenize
+from gkd_ds.data.lengths import RowLengths
 from gkd_ds.data.tokenizer import stop_token_ids
-from gkd_ds.engine import loading
+from gkd_ds.engine import adapters, loading, sources
+from gkd_ds.engine.adapters import Adapter
+from gkd_ds.engine.positions import check_positions
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.provenance import library_versions
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """`student` and `teacher` are names or models. `evaluation` holds the evaluation sets by name;
-    a single one has the empty name. `vocabulary` is the number of token ids that both models score.
+    """`student` and `teacher` are names or models; of one with an adapter, its base. `evaluation`
+    holds the evaluation sets by name; a single one has the empty name. `vocabulary` is the number
+    of token ids that both models score.
     """
 
     config: GKDConfig
-    student: loading.Model
-    teacher: loading.Model
+    student: sources.Model
+    teacher: sources.Model
     tokenizer: PreTrainedTokenizerBase
     stop_ids: list[int]
     train: Examples | None
     evaluation: dict[str, Examples]
     vocabulary: int
+    student_adapter: Adapter | None = None
+    teacher_adapter: Adapter | None = None
     data_collator: Collator | None = None
+    formatting_func: Callable[[Any], Any] | None = None
 
     @classmethod
     def read(
@@ -46,58 +54,145 @@ class Inputs:
         eval_dataset: Any,
         processing_class: Any,
         data_collator: Collator | None = None,
+        peft_config: Any = None,
+        formatting_func: Callable[[Any], Any] | None = None,
     ) -> Inputs:
         """Tokenize the data (where there is a `data_collator`, through it) and check what can be
         checked. Raises InputError.
         """
         student = model if model is not None else config.model_name_or_path
         teacher = teacher_model if teacher_model is not None else config.teacher_model_name_or_path
-        _check_models(config, student, teacher)
+        if peft_config is None:
+            peft_config = adapters.of_fields(config)
+        student, student_adapter = adapters.split(
+            student, peft_config, "student", config.model_init_kwargs
+        )
+        teacher, teacher_adapter = adapters.split(
+            teacher, None, "teacher", config.teacher_model_init_kwargs
+        )
+        _check_models(config, student, teacher, may_share=student_adapter is not None)
         tokenizer = loading.load_tokenizer(student, processing_class, config)
         # Only whether it can be read.
         loading.generation_config(teacher, config.teacher_model_init_kwargs)
         own = loading.generation_config(student, config.model_init_kwargs)
-        stop_ids = stop_token_ids(tokenizer, own)
-        vocabulary = loading.shared_vocabulary(student, teacher, tokenizer, config)
         without_data = cls(
-            config, student, teacher, tokenizer, stop_ids, None, {}, vocabulary, data_collator
+            config,
+            student,
+            teacher,
+            tokenizer,
+            stop_token_ids(tokenizer, own),
+            train=None,
+            evaluation={},
+            vocabulary=loading.shared_vocabulary(student, teacher, tokenizer, config),
+            student_adapter=student_adapter,
+            teacher_adapter=teacher_adapter,
+            data_collator=data_collator,
+            formatting_func=formatting_func,
         )
-        return without_data.with_train(train_dataset).with_evaluation(eval_dataset)
+        inputs = dataclasses.replace(
+            without_data,
+            train=without_data._train_tokens(train_dataset),
+            evaluation=without_data._evaluation_tokens(eval_dataset),
+        )
+        inputs.check_rows()
+        return inputs
 
     def with_train(self, dataset: Any) -> Inputs:
         """The same with another training set, or none. Raises InputError."""
-        where = self.config.dataset_name or "the training data"
-        train = None if dataset is None else self._tokens(dataset, where)
-        return dataclasses.replace(self, train=train)
+        inputs = dataclasses.replace(self, train=self._train_tokens(dataset))
+        inputs.check_rows()
+        return inputs
 
     def with_evaluation(self, dataset: Any) -> Inputs:
-        """The same with another evaluation set, several by name, or none. Raises InputError."""
-        return dataclasses.replace(self, evaluation=self.tokenize_evaluation(dataset))
+        """The same with other evaluation sets, by name, with a single one, or with none. Raises
+        InputError.
+        """
+        inputs = dataclasses.replace(self, evaluation=self._evaluation_tokens(dataset))
+        inputs.check_rows()
+        return inputs
 
     def tokenize_evaluation(self, dataset: Any) -> dict[str, Examples]:
-        """Evaluation sets by name; a single one has the empty name. Raises InputError."""
+        """Further evaluation sets, as `evaluation` has them. Raises InputError."""
+        return self.with_evaluation(dataset).evaluation
+
+    def _train_tokens(self, dataset: Any) -> Examples | None:
+        if dataset is None:
+            return None
+        config = self.config
+        per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        needed = config.max_steps * per_rank * config.world_size
+        where = config.dataset_name or "the training data"
+        are_learned = config.lmbda < 1 and not config.seq_kd
+        return self._tokens(dataset, where, needed if config.max_steps > 0 else None, are_learned)
+
+    def _evaluation_tokens(self, dataset: Any) -> dict[str, Examples]:
         if dataset is None:
             return {}
         is_named = isinstance(dataset, dict) and "messages" not in dataset
+        most = self.config.eval_max_samples
         return {
-            name: self._tokens(rows, f"the evaluation data {name}".rstrip())
+            name: self._tokens(rows, f"the evaluation data {name}".rstrip(), most)
             for name, rows in (dataset if is_named else {"": dataset}).items()
         }
 
-    def _tokens(self, dataset: Any, where: str) -> Examples:
+    def _tokens(
+        self, dataset: Any, where: str, stream_rows: int | None, are_learned: bool = False
+    ) -> Examples:
         config = self.config
-        if self.data_collator is None:
-            examples = tokenize(dataset, self.tokenizer, config, where, self.stop_ids)
-        else:
-            examples = collated(dataset, self.data_collator, where, config.max_length)
-        loading.require_known_tokens(examples, self.vocabulary)
-        return examples
+        if self.data_collator is not None:
+            return collated(dataset, self.data_collator, where, config.max_length)
+        return tokenize(
+            dataset,
+            self.tokenizer,
+            config,
+            where,
+            self.stop_ids,
+            self.formatting_func,
+            stream_rows=stream_rows,
+            are_learned=are_learned,
+        )
+
+    def check_rows(self) -> None:
+        """Raise InputError for rows with unknown tokens, or longer than a model can be given."""
+        for examples in (self.train, *self.evaluation.values()):
+            loading.require_known_tokens(examples, self.vocabulary)
+        config, longest = self.config, self.lengths.longest
+        for model, role, init_kwargs in (
+            (self.student, "student", config.model_init_kwargs),
+            (self.teacher, "teacher", config.teacher_model_init_kwargs),
+        ):
+            check_positions(model, role, config, init_kwargs, longest)
+
+    @property
+    def lengths(self) -> RowLengths:
+        """How long the rows of the run can become."""
+        return RowLengths.of(self.config, self.train, self.evaluation)
 
     @property
     def pad_id(self) -> int:
         """Padding is told by position, so any token will do where the models have none for it."""
         pad_id = self.tokenizer.pad_token_id
         return pad_id if pad_id < self.vocabulary else 0
+
+    @property
+    def samples_from_student(self) -> bool:
+        """Whether the run needs completions by the student, as far as it is known at its start."""
+        in_training = self.train is not None and self.config.lmbda > 0
+        return in_training or (bool(self.evaluation) and self.config.eval_on_policy)
+
+    @property
+    def samples_from_teacher(self) -> bool:
+        """The same for the teacher."""
+        return self.train is not None and self.config.seq_kd and self.config.lmbda < 1
+
+    @property
+    def teacher_is_base(self) -> bool:
+        """Whether the teacher is what the student's adapter was put on: then one copy serves
+        both.
+        """
+        return adapters.is_base(
+            self.config, self.student, self.student_adapter, self.teacher, self.teacher_adapter
+        )
 
     def refuse_different_ranks(self) -> None:
         """Raise InputError, on all ranks, where they were started differently. A collective."""
@@ -117,15 +212,23 @@ class Inputs:
         )
 
 
-def _check_models(config: GKDConfig, student: Any, teacher: Any) -> None:
-    loading.require_causal_lm(student, "student")
-    loading.require_causal_lm(teacher, "teacher")
-    loading.refuse_ignored(
+def _check_models(config: GKDConfig, student: Any, teacher: Any, may_share: bool) -> None:
+    """`may_share`: the student's base does not change, so it may be the teacher, too."""
+    sources.require_causal_lm(student, "student")
+    sources.require_causal_lm(teacher, "teacher")
+    if not (may_share and student is teacher):
+        sources.refuse_shared_weights(student, teacher)
+    sources.refuse_ignored(
         student, "student", model_init_kwargs=config.model_init_kwargs, dtype=config.dtype
     )
-    loading.refuse_ignored(
+    sources.refuse_ignored(
         teacher, "teacher", teacher_model_init_kwargs=config.teacher_model_init_kwargs
     )
     config.validate_files()
-    loading.require_safetensors(student, config.model_init_kwargs)
-    loading.require_safetensors(teacher, config.teacher_model_init_kwargs)
+    for model, role, given in (
+        (student, "student", config.model_init_kwargs),
+        (teacher, "teacher", config.teacher_model_init_kwargs),
+    ):
+        sources.set_attention(model, role, config)
+        sources.require_safetensors(model, given)
+        sources.require_whole(model, role, config, given)

@@ -17,7 +17,7 @@ from gkd_ds.runtime.process_group import join
 
 
 def start(config: GKDConfig) -> None:
-    """Set the process up as `config` says, and join the process group."""
+    """Set the process up as `config` says, and join the process group. Raises InputError."""
     logging.getLogger("DeepSpeed").setLevel(config.deepspeed_log_level.upper())
     if config.deepspeed_log_level in ("error", "critical"):
         # DeepSpeed calls collectives by names that torch deprecates, and transformers renames its
@@ -32,6 +32,7 @@ def start(config: GKDConfig) -> None:
             "use_cpu is set but DeepSpeed has chosen an accelerator; set DS_ACCELERATOR=cpu as "
             "well."
         )
+    accelerator.refuse_missing_precision(config)
     if config.tf32 is not None:
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     if config.full_determinism:

@@ -27,7 +27,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from gkd_ds.engine import accelerator
 from gkd_ds.engine.counters import Counters
 from gkd_ds.runtime import ranks
-from gkd_ds.runtime.errors import InputError, first_line
+from gkd_ds.runtime.errors import InputError, reason
 from gkd_ds.runtime.files import claim_folder
 
 
@@ -43,6 +43,11 @@ def claim_swap_folders(ds_config: dict[str, Any]) -> None:
             block["nvme_path"] = claim_folder(block["nvme_path"], ranks.rank())
 
 
+# What transformers raises of weights that engine/sources.py has found to be loadable: they are
+# GGUF, or the architecture looks into weights that are partitioned.
+_NOT_BY_THIS_WAY = (AttributeError, ImportError, LookupError, TypeError, ValueError)
+
+
 class _Zero3Loading:
     """What transformers asks of its HfDeepSpeedConfig, which itself needs accelerate."""
 
@@ -54,10 +59,10 @@ class _Zero3Loading:
 
 
 def load(
-    source: str, ds_config: dict[str, Any], dtype: torch.dtype, **init_kwargs: Any
-) -> PreTrainedModel:
-    """`from_pretrained` under `ds_config`: at ZeRO-3 every parameter is partitioned as soon as it
-    exists.
+    source: str, ds_config: dict[str, Any], **init_kwargs: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """`from_pretrained` under `ds_config`, with its report of missing, other and unused weights: at
+    ZeRO-3 every parameter is partitioned as soon as it exists.
 
     Rank 0 maps the checkpoint's files and hands the ranks one module after the other; nobody holds
     the whole model.
@@ -66,16 +71,46 @@ def load(
     set_hf_deepspeed_config(loading)
     try:
         with accelerator.loading():
-            return AutoModelForCausalLM.from_pretrained(source, **{"dtype": dtype, **init_kwargs})
+            return AutoModelForCausalLM.from_pretrained(
+                source, output_loading_info=True, **init_kwargs
+            )
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"the weights of {source!r} cannot be read ({first_line(error)}); get them again."
+            f"the weights of {source!r} cannot be read ({reason(error)}); get them again."
+        ) from error
+    except _NOT_BY_THIS_WAY as error:
+        way = "under ZeRO stage 3" if loading.is_zero3() else "as they are"
+        raise InputError(
+            f"the weights of {source!r} cannot be loaded {way} ({reason(error)}); choose another "
+            "model, or for a student another stage."
         ) from error
     finally:
         # While it is alive the next from_pretrained would be partitioned, too.
         unset_hf_deepspeed_config()
         del loading
         gc.collect()
+
+
+@contextmanager
+def partitioning_known(model: nn.Module) -> Iterator[None]:
+    """While open, libraries that ask transformers hear that parameters are partitioned, if those of
+    `model` are: peft then gathers what it reads. Not for loading models.
+    """
+    if not any(is_partitioned(p) for p in model.parameters()):
+        yield
+        return
+    loading = _Zero3Loading({"zero_optimization": {"stage": 3}})
+    set_hf_deepspeed_config(loading)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+
+
+def keep_together(model: nn.Module, kinds: set[type[nn.Module]]) -> None:
+    """Let ZeRO-3 fetch and release modules of these kinds as one. Before the engine is built."""
+    if kinds:
+        deepspeed.utils.set_z3_leaf_modules(model, list(kinds))
 
 
 class EngineRoot(nn.Module):
@@ -94,6 +129,17 @@ class EngineRoot(nn.Module):
 
     def forward(self, *, run: Callable[[], Any]) -> Any:
         return run()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What DeepSpeed saves: all but frozen parameters, under whichever of their names. They are
+        where they were loaded from. (DeepSpeed's `exclude_frozen_parameters` keeps one that is
+        tied, by its second name.)
+        """
+        state = super().state_dict(*args, **kwargs)
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad:
+                state.pop(name, None)
+        return state
 
 
 def initialize(model: nn.Module, ds_config: dict[str, Any], **kwargs: Any):
@@ -121,9 +167,10 @@ def gathered_parameters(engine, counters: Counters) -> Iterator[None]:
         with _plain_linear():
             yield
         return
-    offload = _parameter_offload(engine)
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())), _plain_linear():
+    offload, parameters = _parameter_offload(engine), list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters), _plain_linear():
         counters.student_gathers += 1
+        counters.student_bytes += sum(full_numel(p) * p.element_size() for p in parameters)
         for hook in offload.forward_hooks + offload.backward_hooks:
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
@@ -203,12 +250,16 @@ def release_prefetched(engine) -> None:
 
 def forget_order(engine) -> None:
     """Partition everything, and let ZeRO-3 record the order of its modules anew in the next pass.
+    Does nothing below stage 3.
 
-    For an unusual first pass, such as a start-up check that runs the model twice. ZeRO-3 would go
+    For an unusual first pass, such as a start-up check that runs the model twice, and for one that
+    an exception has ended. ZeRO-3 would go
     on prefetching what it used and, worse, keep all that it used twice for reuse: which parameters
     a module releases at a step is cached for good (an lru_cache in DeepSpeed 0.19.8), so this must
     come before a second pass.
     """
+    if stage(engine) < 3:
+        return
     offload = _parameter_offload(engine)
     coordinator = offload.get_param_coordinator()
     if not coordinator.is_invalid_trace():
@@ -268,6 +319,24 @@ def is_only_on_nvme(parameter: nn.Parameter) -> bool:
     )
 
 
+@contextmanager
+def own_part(parameter: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """This rank's part of a partitioned parameter, flat, and the number of its first element in the
+    whole; all of a parameter or buffer that is not partitioned. Collective for one on NVMe.
+    """
+    if not is_partitioned(parameter):
+        yield parameter, 0
+        return
+    size = parameter.ds_tensor.ds_numel
+    begin = min(deepspeed.comm.get_rank() * size, parameter.ds_numel)
+    end = min(begin + size, parameter.ds_numel)  # the last part is padded
+    if is_only_on_nvme(parameter):
+        with gathered([parameter]):
+            yield parameter.flatten()[begin:end], begin
+    else:
+        yield parameter.ds_tensor[: end - begin], begin
+
+
 def full_numel(parameter: nn.Parameter) -> int:
     """Elements of the whole parameter, partitioned or not."""
     return parameter.ds_numel if "ds_numel" in parameter.__dict__ else parameter.numel()
@@ -285,7 +354,7 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(parameter.ds_shape) if "ds_shape" in parameter.__dict__ else parameter.shape
 
 
-def state_names(model: PreTrainedModel) -> set[str]:
+def state_names(model: nn.Module) -> set[str]:
     """The names in the model's state_dict, also while its parameters are partitioned."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -298,9 +367,11 @@ def state_names(model: PreTrainedModel) -> set[str]:
     return names
 
 
-def full_state_dict(model: PreTrainedModel) -> dict[str, Tensor] | None:
-    """The model's whole weights on the CPU of rank 0 (None on the others), under the names that
-    it gives them.
+def full_state_dict(
+    model: nn.Module, wanted: Callable[[nn.Parameter], bool] = lambda parameter: True
+) -> dict[str, Tensor] | None:
+    """The whole weights that are `wanted` on the CPU of rank 0 (None on the others), under the
+    names `model` gives them.
 
     Collective, one parameter at a time, so that no device holds more than one whole parameter
     beyond its shard.
@@ -308,6 +379,8 @@ def full_state_dict(model: PreTrainedModel) -> dict[str, Tensor] | None:
     keep = deepspeed.comm.get_rank() == 0
     state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not wanted(parameter):
+            continue
         with gathered([parameter]):
             if keep:
                 state[name] = parameter.detach().to("cpu", copy=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,14 +18,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from gkd_ds.config.config import GKDConfig
+from gkd_ds.data.lengths import RowLengths
 from gkd_ds.engine import accelerator, causal_lm, liger, zero
 from gkd_ds.engine.causal_lm import LogitTransform
-from gkd_ds.engine.compilation import compile_engine
 from gkd_ds.engine.counters import Counters
 from gkd_ds.engine.lending import Loan, guard
+from gkd_ds.engine.startup_checks import refuse_both_sides, try_rows
 from gkd_ds.learn.head import LossHead, LossInputs
-from gkd_ds.records import SequenceBatch
+from gkd_ds.records import SequenceBatch, Source
 from gkd_ds.runtime import ranks
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class Student:
@@ -32,9 +37,11 @@ class Student:
 
     Args: `vocabulary` is the number V of token ids that the student and the teacher share;
     `optimizer` a torch optimizer, or None where the DeepSpeed file has one; `scheduler` a
-    learning-rate scheduler, or a function that makes one for the engine's torch optimizer;
-    `prepare` changes what the engine is made of, before it exists (RolloutEngine.prepare). Raises
-    InputError when the architecture's logits cannot be reproduced.
+    learning-rate scheduler, or a function that makes one for the engine's torch optimizer; `passed`
+    says which of "optimizer" and "schedule" are the caller's, and not the configuration's;
+    `prepare` changes what the engine is made of, before it exists (RolloutEngine.prepare);
+    `adapter` is what peft has put into `model`, of which only that is trained. Raises InputError
+    when the architecture's logits cannot be reproduced.
     """
 
     def __init__(
@@ -46,8 +53,11 @@ class Student:
         counters: Counters,
         optimizer: Optimizer | None,
         scheduler: LRScheduler | Callable[[Optimizer], LRScheduler],
+        passed: tuple[str, ...] = (),
         prepare: Callable[[dict[str, Any], zero.EngineRoot, PreTrainedModel], None] | None = None,
+        adapter: PeftModel | None = None,
     ):
+        self.adapter, self.passed = adapter, passed
         self.model, self.config, self.vocabulary, self.counters = (
             model,
             config,
@@ -57,6 +67,8 @@ class Student:
         self.device = accelerator.device()
         self._loan = Loan(model)
         guard(model)
+        if adapter is not None:
+            guard(adapter)
         self._whole_norm = 0.0
         if config.use_liger_kernel:
             liger.use(model, config.liger_kernel_config)
@@ -78,10 +90,41 @@ class Student:
             self.engine.enable_backward_allreduce = False
         model.eval()
         self.run_pass(lambda: causal_lm.check_head(model, "student", self.device))
-        # from_pretrained leaves a model in evaluation mode: neither dropout nor gradient
-        # checkpointing would happen.
-        model.train()
-        compile_engine(self.engine, config)
+        if config.packs(evaluating=False) or config.packs(evaluating=True):
+            self.run_pass(lambda: causal_lm.check_packing(model, self.device))
+        # Rows up to this length and longer ones must not share a batch; None: all of them may.
+        self.switch: int | None = None
+        self.to_learn()
+
+    def to_learn(self) -> None:
+        """Put the model into the mode of the learn phase, in which it always is between phases."""
+        causal_lm.set_learning_mode(self.model, dropout=not self.config.disable_dropout)
+
+    def try_rows(self, lengths: RowLengths) -> None:
+        """Try rows of these lengths before training (engine/startup_checks.py). Collective; raises
+        InputError where a row's result would be random, or depend on others.
+        """
+
+        def run(batches: list[SequenceBatch]) -> list[Tensor]:
+            """The first as when sampling, the others as when learning: it must be the same."""
+            hidden = []
+            for batch in batches:
+                if hidden:
+                    self.to_learn()
+                else:
+                    self.model.eval()
+                hidden.append(self.run_pass(partial(self._hidden, batch)))
+            return hidden
+
+        advice = "use another model"
+        if self.config.gradient_checkpointing:
+            advice = "set gradient_checkpointing to false"  # its layers are in training mode
+        if not self.config.disable_dropout:
+            advice = "set disable_dropout to true"
+        with causal_lm.without_dropout(self.model):
+            self.switch = try_rows("student", self.model, run, lengths, advice)
+        advice = "lmbda to 0 and eval_on_policy to false"
+        refuse_both_sides("student", Source.STUDENT, self.switch, lengths, advice)
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -91,7 +134,7 @@ class Student:
             with self._room_for_rollout():
                 yield
         finally:
-            self.model.train()
+            self.to_learn()
 
     def _room_for_rollout(self) -> AbstractContextManager[None]:
         if self.config.offload_optimizer_states:
@@ -104,15 +147,20 @@ class Student:
         """The objective on a micro-batch: what `LossHead` returns for it. Collective."""
 
         def run():
-            hidden_BTD = causal_lm.body_forward(self.model, batch.input_ids_BT)
-            hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.index_N)
-            return self.model.get_output_embeddings()(hidden_ND, loss=inputs)
+            return self.model.get_output_embeddings()(self._hidden(batch), loss=inputs)
 
         return self.engine(run=run)
 
-    def logits(self, input_ids_BT: Tensor) -> Tensor:
-        """The model's own logits `[B, T, W]` of right-padded sequences. Collective."""
-        return self.engine(run=lambda: self.model(input_ids=input_ids_BT, use_cache=False).logits)
+    def logits(self, batch: SequenceBatch) -> Tensor:
+        """The model's own logits `[B, T, W]`. Collective."""
+        return self.engine(
+            run=lambda: self.model(input_ids=batch.input_ids_BT, use_cache=False).logits
+        )
+
+    def _hidden(self, batch: SequenceBatch) -> Tensor:
+        """The last hidden states that predict the completions of `batch`, `[N, D]`."""
+        hidden_BTD = causal_lm.body_forward(self.model, batch.input_ids_BT, **batch.extra)
+        return hidden_BTD.flatten(0, 1).index_select(0, batch.index_N)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradient of `loss`; on the window's last micro-batch, make it ready for
@@ -168,7 +216,7 @@ class Student:
                 yield
         finally:
             zero.release_prefetched(self.engine)  # for a backward that does not come
-            self.model.train()
+            self.to_learn()
 
     def run_pass(self, run: Callable[[], Any]) -> Any:
         """One pass over the partitioned parameters, without gradients. Collective."""

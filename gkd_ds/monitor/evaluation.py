@@ -7,7 +7,9 @@ on-policy distillation removes. The caller's own metrics (predictions.py) come o
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from transformers.trainer_utils import EvalLoopOutput, speed_metrics
@@ -133,12 +135,34 @@ def refuse_impossible_evaluation(
         metric_for_best_model(config, known)
 
 
+def best_evaluation(
+    config: GKDConfig, history: list[dict[str, Any]], counts: Callable[[int], bool]
+) -> tuple[int, float] | None:
+    """Step and value of the best evaluation in a TrainerState's history, of those whose step
+    `counts`; of equal ones the first. None where there is none.
+    """
+    key = key_of_best(config)
+    found = [
+        (entry["step"], entry[key])
+        for entry in history
+        if key in entry and math.isfinite(entry[key]) and counts(entry["step"])
+    ]
+    pick = max if config.greater_is_better else min
+    return pick(found, key=lambda evaluation: evaluation[1], default=None)
+
+
 def metric_for_best_model(config: GKDConfig, metrics: dict[str, Any]) -> Any:
     """The one of `metrics` that metric_for_best_model names. Raises InputError for another name."""
-    name = config.metric_for_best_model
-    key = name if name.startswith("eval_") else f"eval_{name}"
+    key = key_of_best(config)
     if key not in metrics:
         raise InputError(
-            f"metric_for_best_model {name!r} is none of {', '.join(metrics)}; name one of them."
+            f"metric_for_best_model {config.metric_for_best_model!r} is none of "
+            f"{', '.join(metrics)}; name one of them."
         )
     return metrics[key]
+
+
+def key_of_best(config: GKDConfig) -> str:
+    """The metric that decides which evaluation is best, as evaluations have it."""
+    name = str(config.metric_for_best_model)
+    return name if name.startswith("eval_") else f"eval_{name}"

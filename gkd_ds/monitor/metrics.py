@@ -67,6 +67,7 @@ def update_record(
         "perf/micro_batches": learned.micro_batches,
         "perf/padded_tokens": learned.padded_tokens,
         "perf/student_gathers": counters.student_gathers - before.student_gathers,
+        "perf/student_bytes": counters.student_bytes - before.student_bytes,
         "perf/teacher_passes": counters.teacher_passes - before.teacher_passes,
         "perf/teacher_decode_passes": counters.teacher_decode_passes - before.teacher_decode_passes,
         "perf/teacher_bytes": counters.teacher_bytes - before.teacher_bytes,

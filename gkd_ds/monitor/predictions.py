@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.trainer_pt_utils import EvalLoopContainer, nested_concat
 from transformers.trainer_utils import EvalPrediction, denumpify_detensorize
@@ -109,13 +110,9 @@ def logits_of(
     def make(rows: range) -> Batch:
         mine = [reference(examples, row) for row in rows[ranks.rank() * size :][:size]]
         (width,) = ranks.all_reduce_max([max(map(len, mine), default=1)])
-        with pipeline.student.evaluating(), pipeline.phase("evaluation"):
-            batch = sequence_batch(mine, pipeline.sampling.pad_id, pipeline.student.device)
-            logits_BTW = pipeline.student.logits(batch.input_ids_BT)
+        logits = _logits(pipeline, mine, width)
         part = None
         if mine:
-            lengths = [len(rollout) for rollout in mine]
-            logits = _on_the_right(logits_BTW, lengths, width)
             labels = [[IGNORED] * len(r.prompt_ids) + r.completion_ids for r in mine]
             labels = _padded(labels, IGNORED, width).to(logits.device)
             if wanted.preprocess is not None:
@@ -155,12 +152,23 @@ def _padded(sequences: list[list[int]], value: int, width: int | None = None) ->
     return torch.tensor([ids + [value] * (longest - len(ids)) for ids in sequences])
 
 
-def _on_the_right(logits_BTW: Tensor, lengths: list[int], width: int) -> Tensor:
-    """The logits of right-padded sequences where those of left-padded ones would be."""
-    moved = logits_BTW.new_zeros(len(lengths), width, logits_BTW.shape[-1])
-    for row, length in enumerate(lengths):
-        moved[row, width - length :] = logits_BTW[row, :length]
-    return moved
+def _logits(pipeline: Pipeline, rollouts: list[Rollout], width: int) -> Tensor:
+    """The student's logits, `[B, width, W]`, of sequences that are padded on the left."""
+    student = pipeline.student
+    # Short rows and long ones do not share a batch where they would change each other.
+    sides: list[list[int]] = [[], []]
+    for row, rollout in enumerate(rollouts):
+        sides[student.switch is not None and len(rollout) > student.switch].append(row)
+    logits: list[Tensor | None] = [None] * len(rollouts)
+    with student.evaluating(), pipeline.phase("evaluation"):
+        for side in sides if student.switch is not None else sides[:1]:
+            some = [rollouts[row] for row in side]
+            batch = sequence_batch(some, pipeline.sampling.pad_id, student.device)
+            logits_BTW = student.logits(batch)
+            for row, logits_TW in zip(side, logits_BTW):
+                length = len(rollouts[row])
+                logits[row] = F.pad(logits_TW[:length], (0, 0, width - length, 0))
+    return torch.stack(logits) if logits else logits_BTW[:0]
 
 
 def _on_cpu(tree: Any) -> Any:

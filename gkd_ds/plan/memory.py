@@ -38,10 +38,11 @@ def count_memory(plan: Plan) -> list[Memory]:
 def student_states(plan: Plan) -> list[Memory]:
     """Parameters, gradients and optimizer states of the student's engine."""
     engine, b, n = plan.student_engine, plan.weight_bytes, plan.student.total
-    shard = math.ceil(n / plan.ranks)
-    params = shard if engine.stage == 3 else n
-    grads = shard if engine.stage >= 2 else n
-    states = shard if engine.stage >= 1 else n
+    trained = plan.student.trained
+    params = math.ceil(n / plan.ranks) if engine.stage == 3 else n
+    shard = math.ceil(trained / plan.ranks)
+    grads = shard if engine.stage >= 2 else trained
+    states = shard if engine.stage >= 1 else trained
     # ZeRO copies fp32 parameters too: it compares their device with a name, which is never equal.
     master = 0 if b == 4 and engine.stage == 0 else 4
     fp32_grad = 4 * (states if engine.optimizer_on == "cpu" else min(states, engine.sub_group))
@@ -65,7 +66,7 @@ def student_states(plan: Plan) -> list[Memory]:
     ]
     if engine.stage > 0:
         # A GPU allocates the bucket; on the CPU only the pages that are written become memory.
-        bucket = min(engine.bucket, n) if plan.on_cpu else engine.bucket
+        bucket = min(engine.bucket, trained) if plan.on_cpu else engine.bucket
         lines.append(
             Memory(
                 "always",
@@ -112,6 +113,8 @@ def student_states(plan: Plan) -> list[Memory]:
 
 
 def teacher_states(plan: Plan) -> list[Memory]:
+    if plan.teacher_is_base:
+        return []
     engine, b, teacher = plan.teacher_engine, plan.weight_bytes, plan.teacher
     shard = math.ceil((teacher.total - teacher.glue) / plan.ranks) * b
     remedy = '"offload_param" in the teacher\'s DeepSpeed file'
@@ -142,7 +145,7 @@ def rollout_memory(plan: Plan) -> list[Memory]:
     if plan.config.lmbda == 0:
         return []
     rows = plan.rollout_rows
-    kv = rows * plan.longest * student.kv_per_token * b
+    kv = rows * (plan.longest * student.kv_per_token + student.states_per_row) * b
     # The cache grows by so many positions at a time, beginning at the prompt's end.
     ahead = rows * (-plan.longest_completion % kv_cache.ROOM) * student.kv_per_token * b
     logits = 2 * rows * student.vocabulary * 4
@@ -155,7 +158,9 @@ def rollout_memory(plan: Plan) -> list[Memory]:
     if (
         plan.config.offload_optimizer_states
     ):  # at stage 0 or 3, in the place of their room among what stays
-        moved = 8 * math.ceil(student.total / (plan.ranks if plan.student_engine.stage == 3 else 1))
+        moved = 8 * math.ceil(
+            student.trained / (plan.ranks if plan.student_engine.stage == 3 else 1)
+        )
         lines.append(Memory("rollout", "optimizer states, moved", device=-moved, host=moved))
     if plan.config.rollout_engine == "sharded":
         live = min(
@@ -167,6 +172,8 @@ def rollout_memory(plan: Plan) -> list[Memory]:
         lines.append(
             Memory("rollout", "student, gathered", device=whole, remedy="rollout_engine: sharded")
         )
+    if student.adapted and plan.config.rollout_engine != "sharded":
+        lines.append(Memory("rollout", "adapted matrices, merged", device=student.adapted * b))
     if plan.on_cpu and b == 4 and plan.config.rollout_engine != "sharded":
         copied = (student.layers_total + student.embedding) * b
         lines.append(Memory("rollout", "student, in another layout", device=copied))
@@ -226,7 +233,8 @@ def learn_memory(plan: Plan) -> list[Memory]:
     smaller = "learn_tokens_per_micro_batch, or gradient_checkpointing: true"
     chunk = min(config.loss_memory_mb * MIB, 2 * tokens * student.vocabulary * b)
     head = 0 if plan.is_whole(plan.teacher_engine) else teacher.vocabulary * teacher.hidden * b
-    head_gradient = student.vocabulary * student.hidden * 4
+    is_trained = student.trained == student.total  # else an adapter is, and the head is not
+    head_gradient = student.vocabulary * student.hidden * 4 if is_trained else 0
     lines = [
         Memory("learn", "activations", device=kept + one, remedy=smaller),
         Memory("learn", "logits chunk", device=2 * chunk, remedy="loss_memory_mb"),

@@ -10,7 +10,7 @@ No weight is read: models are built on torch's meta device.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.config.deepspeed import BUILT_IN_TEACHER, is_number, resolve_auto
 from gkd_ds.data.schedule import StepScheduler
-from gkd_ds.engine.causal_lm import decoder_layers, kv_elements_per_token
+from gkd_ds.engine import adapters
+from gkd_ds.engine.adapters import Adapter
+from gkd_ds.engine.cache_size import estimated, head_size, largest
+from gkd_ds.engine.causal_lm import decoder_layers
 from gkd_ds.runtime.errors import InputError
 
 MIB = 2**20
@@ -46,9 +49,12 @@ class ModelCounts:
     intermediate: int
     vocabulary: int
     kv_per_token: int  # keys and values of one token of one row, in all layers
+    states_per_row: int  # what the layers keep of a row beside them: recurrent states
     attention_width: int  # heads x head size
     layer_matrices: tuple[int, ...]  # each matrix of one layer
     largest_matrix: int
+    trained: int  # what has gradients and optimizer states: all of it, or the adapter
+    adapted: int  # the matrices that have an adapter
 
     @property
     def matrices(self) -> tuple[int, ...]:
@@ -57,9 +63,13 @@ class ModelCounts:
 
 
 def count_model(
-    source: str, init_kwargs: dict[str, Any] | None = None, trust_remote_code: bool = False
+    source: str,
+    init_kwargs: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    adapter: Adapter | None = None,
 ) -> ModelCounts:
-    """Count a model from its configuration: a directory, a hub name, or a config.json file.
+    """Count a model from its configuration: a directory, a hub name, or a config.json file. With an
+    `adapter` on it, only that is trained.
 
     Raises:
         InputError: the configuration cannot be read, or is not one of a causal language model.
@@ -78,23 +88,32 @@ def count_model(
         raise InputError(
             f"The model configuration of '{source}' cannot be used ({reason}); check the path."
         ) from None
-    return count_parameters(model)
+    if adapter is None:
+        return count_parameters(model)
+    plain = count_parameters(model)
+    adapter.attach(model, trainable=True)
+    tuned = [layer.get_base_layer() for _, layer in adapters.layers(model)]
+    return replace(
+        plain,
+        total=sum(p.numel() for p in model.parameters()),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        adapted=sum(p.numel() for layer in tuned for p in layer.parameters()),
+    )
 
 
 def count_parameters(model: torch.nn.Module) -> ModelCounts:
-    """Count a causal language model of transformers, on any device."""
+    """Count a causal language model of transformers, on any device. All of it is trained."""
     text = model.config.get_text_config()
     layers = decoder_layers(model)
     per_layer = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     experts = sum(p.numel() for name, p in layers.named_parameters() if ".experts." in name)
-    used = getattr(text, "num_experts_per_tok", None) or 0
-    of = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
+    used = largest(text, "num_experts_per_tok")
+    of = largest(text, "num_local_experts") or largest(text, "num_experts")
     idle = round(experts * (1 - used / of)) if used and of else 0
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     total = sum(p.numel() for p in model.parameters())
     untied = 0 if head is embedding else head.numel()
-    heads = text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    cache = estimated(model)
     return ModelCounts(
         total=total,
         layers_total=sum(per_layer),
@@ -105,15 +124,18 @@ def count_parameters(model: torch.nn.Module) -> ModelCounts:
         glue=total - sum(per_layer) - embedding.numel() - untied,
         layers=len(per_layer),
         hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        intermediate=largest(text, "intermediate_size") or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
-        kv_per_token=kv_elements_per_token(model),
-        attention_width=heads * head_size,
+        kv_per_token=cache.per_token,
+        states_per_row=cache.states,
+        attention_width=largest(text, "num_attention_heads") * head_size(text),
         layer_matrices=max(
             (tuple(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in layers),
             key=len,
         ),
         largest_matrix=max(p.numel() for p in model.parameters()),
+        trained=total,
+        adapted=0,
     )
 
 
@@ -219,6 +241,7 @@ class Plan:
     ranks: int
     weight_bytes: int  # 2 for bf16 and fp16, else 4
     on_cpu: bool = False
+    teacher_is_base: bool = False  # the student's weights without its adapter: no second copy
 
     @property
     def rows(self) -> int:
@@ -246,7 +269,9 @@ class Plan:
         """Rows that are decoded at a time."""
         if self.config.rollout_memory_mb is None:
             return self.rows
-        per_row = self.longest * self.student.kv_per_token * self.weight_bytes
+        student = self.student
+        kept = self.longest * student.kv_per_token + student.states_per_row
+        per_row = max(1, kept * self.weight_bytes)
         return max(1, min(self.rows, self.config.rollout_memory_mb * MIB // per_row))
 
     @property
@@ -270,20 +295,32 @@ def make_plan(config: GKDConfig, ranks: int, weight_bytes: int, on_cpu: bool = F
         InputError: one of them is missing or wrong.
     """
     student_file, teacher_file = config.read_deepspeed_files()
-    models = {
-        "student": (config.model_name_or_path, config.model_init_kwargs),
-        "teacher": (config.teacher_model_name_or_path, config.teacher_model_init_kwargs),
-    }
+    student, adapter = adapters.split(
+        config.model_name_or_path, adapters.of_fields(config), "student", config.model_init_kwargs
+    )
+    teacher, teacher_adapter = adapters.split(
+        config.teacher_model_name_or_path, None, "teacher", config.teacher_model_init_kwargs
+    )
     counts = {
-        role: count_model(source, init_kwargs, config.trust_remote_code)
-        for role, (source, init_kwargs) in models.items()
+        "student": count_model(
+            student, config.model_init_kwargs, config.trust_remote_code, adapter
+        ),
+        "teacher": count_model(
+            teacher, config.teacher_model_init_kwargs, config.trust_remote_code, teacher_adapter
+        ),
     }
     engines = {
         "student_engine": Engine.of(student_file, counts["student"].hidden),
         "teacher_engine": Engine.of(teacher_file, counts["teacher"].hidden),
     }
     return Plan(
-        config=config, ranks=ranks, weight_bytes=weight_bytes, on_cpu=on_cpu, **counts, **engines
+        config=config,
+        ranks=ranks,
+        weight_bytes=weight_bytes,
+        on_cpu=on_cpu,
+        teacher_is_base=adapters.is_base(config, student, adapter, teacher, teacher_adapter),
+        **counts,
+        **engines,
     )
 
 

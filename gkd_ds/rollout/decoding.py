@@ -1,101 +1,38 @@
 """The decode loop: it draws tokens, sees where a completion stops, and drops what has finished, so
 that work follows the number of real tokens.
 
-It drives any causal language model of transformers through its body and a full-length key-value
+It drives any causal language model with attention through its body and a full-length key-value
 cache. Prompts are padded on the left. Sequences that have stopped leave the batch and the cache;
-prompts that are still waiting take the freed places.
+prompts that are still waiting take the freed places. Models that keep something else, or cannot be
+padded, have a batch of another kind (lockstep.py); the loop is the same.
 
-Shapes: B sequences in the batch, R prompts of the call, L positions in the cache, P positions of a
-completion, V vocabulary.
+Shapes: B sequences in the batch, L positions in the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from gkd_ds.engine.causal_lm import Forward
 from gkd_ds.records import Completions
+from gkd_ds.rollout.batch import PREFILL_TOKENS, SYNC_EVERY, Batch
 from gkd_ds.rollout.kv_cache import empty_cache
-from gkd_ds.rollout.sampling import Sampling, draw, uniforms
-
-# Reading which sequences have stopped is the loop's only wait for the device. A finished sequence
-# is computed for one and a half steps in vain on average: under 2 % of a hundred tokens.
-SYNC_EVERY = 4
-# Padded prompt tokens that are prefilled at a time.
-PREFILL_TOKENS = 16_384
+from gkd_ds.rollout.sampling import Sampling, draw
 
 
-@torch.no_grad()
-def decode(
-    forward: Forward,
-    prompts: list[list[int]],
-    sample_ids: list[int],
-    sampling: Sampling,
-    device: torch.device,
-    max_sequences: int | None = None,
-    agree: Callable[[bool], bool] = bool,
-    heartbeat: Callable[[], None] = lambda: None,
-) -> Completions:
-    """Complete every prompt.
+class PaddedBatch(Batch):
+    """Sequences at different positions, aligned on the right; `forward` is a Forward."""
 
-    Args: `forward` runs the model on new tokens and extends the cache; `max_sequences` bounds the
-    sequences decoded at a time (None: all); `agree` is the logical *or* over the ranks that must
-    run `forward` in step (parameters that stay partitioned), and the identity where each rank
-    decodes on its own; `heartbeat` is called every few steps.
-    """
-    batch = _Batch(
-        forward, prompts, sample_ids, sampling, device, max_sequences or max(len(prompts), 1)
-    )
-    while agree(batch.live > 0 or bool(batch.waiting)):
-        if agree(batch.wants_refill()):
-            batch.refill()
-        batch.advance(SYNC_EVERY)
-        batch.drop_finished()
-        heartbeat()
-    return batch.completions()
-
-
-class _Batch:
-    """The sequences being decoded. Tensors `[R]` and `[R, P]` cover all prompts, `[B]` the
-    sequences now in the batch.
-    """
-
-    def __init__(
-        self, forward, prompts, sample_ids, sampling: Sampling, device, max_sequences: int
-    ):
-        self.forward, self.prompts, self.sampling, self.device, self.max_sequences = (
-            forward, prompts, sampling, device, max_sequences)  # fmt: skip
-        # Longest first: neighbours are padded little, and the long ones start early.
-        self.waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        limits = [sampling.limit(prompt) for prompt in prompts]
-        self.limit_R = torch.tensor(limits, dtype=torch.long, device=device)
-        # Positions beyond the limit take what a sequence is given between its end and its leaving.
-        self.uniform_RP = uniforms(
-            sampling.seed, sample_ids, max(limits, default=1) + SYNC_EVERY, device
-        )
-        self.tokens_RP = torch.zeros_like(self.uniform_RP, dtype=torch.long)
-        self.count_R = torch.zeros_like(self.limit_R)
-        self.stopped_R = torch.zeros_like(self.limit_R, dtype=torch.bool)
-        self.stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device)
-        self.decoded_sequences = self.prefilled_tokens = 0
-        self.prompt_length_R = torch.tensor(
-            [len(p) for p in prompts], dtype=torch.long, device=device
-        )
-        # The prompt that each sequence of the batch completes, as an index into the call's prompts.
-        self.prompt_B = torch.empty(0, dtype=torch.long, device=device)
-        self.token_B = self.prompt_B  # its newest token, which the model has not seen yet
-        self.mask_BL = torch.empty(0, 0, dtype=torch.long, device=device)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.mask_BL = torch.empty(0, 0, dtype=torch.long, device=self.device)
         self.padded = False  # without any padding the model needs no mask
         self.cache = empty_cache()
-
-    @property
-    def live(self) -> int:
-        return self.prompt_B.numel()
 
     def wants_refill(self) -> bool:
         """Prefilling few prompts at a time is slow: wait until a quarter of the places is free."""
@@ -179,37 +116,6 @@ class _Batch:
         for layer in self.cache.layers:
             layer.replace(layer.keys[keep_B, :, cut:], layer.values[keep_B, :, cut:])
 
-    def completions(self) -> Completions:
-        counts = self.count_R.tolist()
-        tokens = self.tokens_RP.tolist()
-        token_ids = [ids[:count] for ids, count in zip(tokens, counts)]
-        return Completions(
-            token_ids, self.stopped_R.tolist(), self.decoded_sequences, self.prefilled_tokens
-        )
-
-    def _note(self, prompt_B: Tensor, tokens_Bs: Tensor) -> None:
-        """Append newly drawn tokens to the completions, up to a sequence's first stop token and its
-        limit.
-        """
-        place_Bs = self.count_R[prompt_B, None] + torch.arange(
-            tokens_Bs.shape[1], device=self.device
-        )
-        stop_Bs = torch.isin(tokens_Bs, self.stop_ids)
-        before_stop_Bs = stop_Bs.cumsum(-1) - stop_Bs.long() == 0
-        counts_Bs = (
-            before_stop_Bs
-            & (place_Bs < self.limit_R[prompt_B, None])
-            & ~self.stopped_R[prompt_B, None]
-        )
-        self.tokens_RP[prompt_B[:, None], place_Bs] = (
-            tokens_Bs  # what does not count is behind the completion's end
-        )
-        self.count_R[prompt_B] += counts_Bs.sum(-1)
-        self.stopped_R[prompt_B] |= (counts_Bs & stop_Bs).any(-1)
-
-    def _finished(self, prompt_B: Tensor) -> Tensor:
-        return self.stopped_R[prompt_B] | (self.count_R[prompt_B] >= self.limit_R[prompt_B])
-
     def _join(self, cache: DynamicCache, mask_BL: Tensor, padded: bool) -> None:
         """Append freshly prefilled sequences to the batch, aligning both caches on the right."""
         if not self.live:
@@ -239,5 +145,33 @@ class _Batch:
         one_11 = self._tensor([[self.sampling.pad_id]])
         self.forward(one_11, None, torch.zeros_like(one_11), empty_cache())
 
-    def _tensor(self, values: list) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+@torch.no_grad()
+def decode(
+    forward: Callable,
+    prompts: list[list[int]],
+    sample_ids: list[int],
+    sampling: Sampling,
+    device: torch.device,
+    max_sequences: int | None = None,
+    agree: Callable[[bool], bool] = bool,
+    heartbeat: Callable[[], None] = lambda: None,
+    batch_class: Callable[..., Batch] = PaddedBatch,
+) -> Completions:
+    """Complete every prompt.
+
+    Args: `forward` runs the model on new tokens and extends the cache, as `batch_class` calls it;
+    `max_sequences` bounds the sequences decoded at a time (None: all); `agree` is the logical *or*
+    over the ranks that must run `forward` in step (parameters that stay partitioned), and the
+    identity where each rank decodes on its own; `heartbeat` is called every few steps.
+    """
+    batch = batch_class(
+        forward, prompts, sample_ids, sampling, device, max_sequences or max(len(prompts), 1)
+    )
+    while agree(batch.live > 0 or bool(batch.waiting)):
+        if agree(batch.wants_refill()):
+            batch.refill()
+        batch.advance(SYNC_EVERY)
+        batch.drop_finished()
+        heartbeat()
+    return batch.completions()

@@ -43,4 +43,7 @@ class RolloutEngine(ABC):
     ) -> Completions:
         """Complete `samples`, in their order; call `heartbeat` often. Called inside of `window`,
         also on a rank without samples.
+
+        Raises InputError, on all ranks, where the student cannot be sampled from: when there are no
+        samples at all, too, so that it is known before training.
         """

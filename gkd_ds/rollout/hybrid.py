@@ -23,10 +23,10 @@ from deepspeed.module_inject.replace_policy import replace_policies
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from gkd_ds.engine import accelerator, causal_lm, zero
+from gkd_ds.engine import accelerator, zero
 from gkd_ds.learn.student import Student
 from gkd_ds.records import Completions, Sample, Source
-from gkd_ds.rollout.decoding import decode
+from gkd_ds.rollout.decoder import of_student
 from gkd_ds.rollout.engine import RolloutEngine
 from gkd_ds.rollout.sampling import Sampling, draw, uniforms
 from gkd_ds.runtime.errors import InputError
@@ -48,12 +48,11 @@ class Hybrid(RolloutEngine):
         super().__init__(student)
         probe = [Sample(0, [1, 2, 3, 4, 5, 6], [], Source.STUDENT)]
         greedy = Sampling(8, 0.0, 0, (), 0, student.vocabulary)
-        forward = causal_lm.decoding_forward(student.model, student.vocabulary)
         with zero.gathered_parameters(student.engine, student.counters):
             ours = self.generate(probe, greedy, lambda: None)
             student.model.eval()  # the engine has left it in training mode
-            plain = decode(forward, [probe[0].prompt_ids], [0], greedy, student.device)
-        student.model.train()
+            plain = of_student(student).complete(probe, greedy, lambda: None)
+        student.to_learn()
         check(ours, plain)
 
     @staticmethod

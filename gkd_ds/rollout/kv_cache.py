@@ -9,13 +9,8 @@ room, D head width.
 from __future__ import annotations
 
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-
-from gkd_ds.config.config import GKDConfig
-from gkd_ds.engine.causal_lm import kv_elements_per_token
-from gkd_ds.records import Sample
-from gkd_ds.rollout.sampling import Sampling
 
 # Positions that are added when the room is used up: the cache is copied once in so many steps.
 ROOM = 64
@@ -65,15 +60,3 @@ def _with_room(tensor_BHLD: Tensor, capacity: int | None) -> tuple[Tensor, Tenso
     room_BHCD = tensor_BHLD.new_empty(B, H, capacity or L + ROOM, D)
     room_BHCD[:, :, :L] = tensor_BHLD
     return room_BHCD, room_BHCD[:, :, :L]
-
-
-def sequences_that_fit(
-    model: PreTrainedModel, samples: list[Sample], sampling: Sampling, config: GKDConfig
-) -> int | None:
-    """How many sequences' keys and values fit `rollout_memory_mb`; None: as many as there are."""
-    if config.rollout_memory_mb is None or not samples:
-        return None
-    longest = max(len(sample.prompt_ids) for sample in samples) + sampling.max_new_tokens
-    element_size = next(model.parameters()).element_size()
-    bytes_each = longest * kv_elements_per_token(model) * element_size
-    return max(1, config.rollout_memory_mb * 2**20 // bytes_each)

@@ -33,6 +33,11 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
+def reason(error: BaseException) -> str:
+    """The first sentence of what a library says, to stand in brackets in one of ours."""
+    return first_line(error).split(". ")[0].rstrip(".:")
+
+
 def show(value: object) -> str:
     """The value as a user would recognise it, on one line and short."""
     text = ascii(value)

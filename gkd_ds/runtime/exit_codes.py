@@ -8,6 +8,6 @@ FAILED = 1  # an unexpected error, with a traceback; also what Python and the la
 WRONG_INPUT = 2  # InputError: one sentence on stderr
 DIVERGED = 65  # EX_DATAERR: too many bad updates in a row (guards.TrainingStopped)
 STUCK = 70  # EX_SOFTWARE: the watchdog ended a rank that made no progress
-NOT_SAVED = 74  # EX_IOERR: stopped, or finished, but the last checkpoint could not be written
+NOT_SAVED = 74  # EX_IOERR: stopped, or finished, but what is left is not what was asked for
 # EX_TEMPFAIL: stopped early with a checkpoint; the same command with resume 'auto' continues.
 STOPPED = 75

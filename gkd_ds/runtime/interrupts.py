@@ -32,9 +32,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from gkd_ds.runtime import ranks
+from gkd_ds.runtime import launcher, ranks
 from gkd_ds.runtime.files import check_stop_file
-from gkd_ds.runtime.launcher import Launcher
 
 SIGNALS = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
 
@@ -53,14 +52,18 @@ class Interrupts:
     thread only; elsewhere Python allows none) and the previous ones restored at its end. Leave the
     block only after a barrier: the launcher sends SIGTERM to the other ranks as soon as one has
     exited.
+
+    Where the process itself ends with the run, set `afterwards` to signal.SIG_IGN: it is put in
+    place of the previous handlers, so that one more signal cannot replace the exit code meanwhile.
     """
+
+    afterwards: signal.Handlers | None = None
 
     def __init__(
         self, stop_file: str | Path | None = None, max_runtime: float | None = None
     ) -> None:
         self.stop_file = Path(stop_file) if stop_file is not None else None
         self.max_runtime = max_runtime
-        self._launcher = Launcher()
         self._started = time.monotonic()
         self._previous_point: float | None = None
         self._longest_gap = 0.0  # seconds between two points between windows so far
@@ -83,7 +86,7 @@ class Interrupts:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if self.afterwards is None else self.afterwards)
         self._handlers = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -120,7 +123,7 @@ class Interrupts:
         """
         if self._received:
             return 3 + self._received
-        if self._launcher.is_gone():
+        if launcher.is_gone():
             return 3
         if ranks.rank() != 0:
             return 0

@@ -10,13 +10,17 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from gkd_ds.runtime import rendezvous
+
 
 def join(backend: str | None, timeout: int) -> None:
     """Join the launcher's process group, or make one of a single process where there is no
     launcher. Does nothing the second time.
 
     `backend` is torch.distributed's (None: the accelerator's), `timeout` that of a collective, in
-    seconds. A CPU run must not spend three minutes building DeepSpeed's shared-memory communication
+    seconds. Raises InputError where the ranks cannot meet.
+
+    A CPU run must not spend three minutes building DeepSpeed's shared-memory communication
     op; gloo does without.
     """
     if torch.distributed.is_initialized() and deepspeed.comm.is_initialized():
@@ -34,6 +38,7 @@ def join(backend: str | None, timeout: int) -> None:
             "MASTER_PORT": port,
         }
         os.environ.update({name: str(value) for name, value in alone.items()})
+    place = None if torch.distributed.is_initialized() else rendezvous.meet(timeout)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(
@@ -42,3 +47,4 @@ def join(backend: str | None, timeout: int) -> None:
         auto_mpi_discovery=False,
         verbose=False,
     )
+    del place

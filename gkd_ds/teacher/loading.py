@@ -8,11 +8,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.engine import accelerator, loading
+from gkd_ds.engine import accelerator, loading, sources
 from gkd_ds.teacher import nvme
 
 
-def load(model: loading.Model, config: GKDConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load(model: sources.Model, config: GKDConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The teacher's model and the DeepSpeed configuration for its engine. Collective.
 
     The read buffers of a teacher on NVMe are made while it is loaded, so they are fitted before.
@@ -21,7 +21,8 @@ def load(model: loading.Model, config: GKDConfig) -> tuple[PreTrainedModel, dict
     while_loading = copy.deepcopy(ds_config)
     if nvme.is_used(ds_config):
         element_size = accelerator.precision(config).itemsize
-        nvme.fit_buffers(while_loading, loading.teacher_shapes(model, config), element_size)
+        shapes = loading.shapes(model, config, config.teacher_model_init_kwargs)
+        nvme.fit_buffers(while_loading, shapes, element_size)
     loaded = loading.load_teacher(model, config, while_loading)
     # The init kwargs may have asked for another dtype than the run's.
     nvme.fit_buffers(ds_config, loaded, loaded.get_output_embeddings().weight.dtype.itemsize)

@@ -8,9 +8,7 @@ buffers, or a file that is gone, are assertions deep inside it, long after the w
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +16,11 @@ from typing import Any
 
 from deepspeed.runtime.swap_tensor.utils import MIN_AIO_BYTES
 from torch import nn
-from torch.utils import cpp_extension
 from transformers import PreTrainedModel
 
 from gkd_ds.engine import causal_lm, zero
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
-
-logger = logging.getLogger(__name__)
-_LONGEST_BUILD_SECONDS = 1800
 
 
 class SwapFileError(RuntimeError):
@@ -44,12 +38,10 @@ def fit_buffers(ds_config: dict[str, Any], model: PreTrainedModel, element_size:
 
     `model` may be on the meta device; `element_size` is in bytes. A whole layer is in the buffers
     at a time, and one buffer more is the least; "auto" has room for the next layer, too, which is
-    read meanwhile (`read_ahead`). Raises InputError where the numbers given are too small. A
-    collective.
+    read meanwhile (`read_ahead`). Raises InputError where the numbers given are too small.
     """
     if not is_used(ds_config):
         return
-    check_build_lock()
     block = ds_config["zero_optimization"]["offload_param"]
     units = [
         *causal_lm.decoder_layers(model),
@@ -85,28 +77,6 @@ def read_ahead(parameters: Iterable[nn.Parameter]) -> None:
     if away:
         swapper = away[0].nvme_swapper
         swapper.swap_in(away[: swapper.available_swap_in_buffers()], async_op=True)
-
-
-def check_build_lock() -> None:
-    """Raise InputError on all ranks where a build of DeepSpeed's reader was killed on some host. A
-    collective.
-
-    DeepSpeed builds it at its first use, which takes minutes. A killed build leaves a lock file,
-    and torch waits without a word until somebody removes it.
-    """
-    lock = Path(cpp_extension._get_build_directory("async_io", verbose=False)) / "lock"
-    try:
-        age = time.time() - lock.stat().st_mtime
-    except FileNotFoundError:
-        age = 0.0
-    if ranks.any_rank(age > _LONGEST_BUILD_SECONDS):
-        raise InputError(
-            f"a build of DeepSpeed's NVMe reader was interrupted; remove {lock} and start again."
-        )
-    if age:
-        logger.warning(
-            "Waiting for a build of DeepSpeed's NVMe reader; if there is none, remove %s.", lock
-        )
 
 
 def _swapped(parameters: Iterable[nn.Parameter], element_size: int) -> Iterable[int]:

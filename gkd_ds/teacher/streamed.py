@@ -3,19 +3,20 @@
 Its layers may live in CPU memory or on NVMe. Every decoder layer becomes one unit of fetching;
 while it is here it runs over *all* chunks of the window before the next layer comes:
 
-    embed the window -> for each chunk: let the model prepare (masks, rotations); no layer runs yet
-                     -> for each layer: fetch it, run it over every chunk, release it
-                     -> for each chunk: let the model finish (final norm)
+    for each chunk: run the model's own forward up to its first layer
+    for each layer: fetch it, run it over every chunk, release it
+                    for each chunk: go on with the model's own forward up to the next layer, or to
+                    the end
 
-The model's own forward does the preparing and finishing, so any architecture of transformers works
-unchanged. Shapes: E teacher width, N completion tokens of the window.
+The model's own forward (suspended.py) does all but the layers, so any architecture of transformers
+works unchanged. Shapes: E teacher width, N completion tokens of the window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import deepspeed
@@ -24,10 +25,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_ds.config.config import GKDConfig
+from gkd_ds.data.lengths import RowLengths
 from gkd_ds.engine import accelerator, causal_lm, zero
+from gkd_ds.engine.cache_size import largest
 from gkd_ds.engine.causal_lm import LogitTransform
 from gkd_ds.engine.counters import Counters
 from gkd_ds.engine.lending import Loan, guard
+from gkd_ds.engine.startup_checks import refuse_both_sides, try_rows
 from gkd_ds.learn.batching import length_groups
 from gkd_ds.learn.head import TeacherHead
 from gkd_ds.records import (
@@ -39,12 +43,12 @@ from gkd_ds.records import (
     TeacherTargets,
     sequence_batch,
 )
-from gkd_ds.rollout.decoding import decode
-from gkd_ds.rollout.kv_cache import sequences_that_fit
+from gkd_ds.rollout.decoder import Decoder
 from gkd_ds.rollout.sampling import Sampling
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.teacher import nvme
+from gkd_ds.teacher.suspended import Call, Slot, SuspendedForward
 
 # One more chunk costs about as much as this many tokens: the weights are here already, only the
 # calls are repeated.
@@ -75,20 +79,23 @@ class StreamedTeacher:
         self._loan = Loan(model)
         guard(model)
         model.eval().requires_grad_(False)
-        self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
-        layers = causal_lm.decoder_layers(model)
+        self.head = model.get_output_embeddings()
+        embedding, layers = model.get_input_embeddings(), causal_lm.decoder_layers(model)
+        self.embedding = _Streamed(embedding, nn.Module(), counters)
         following = [*layers[1:], nn.Module()]
-        self.slots = [_LayerSlot(*neighbours, counters) for neighbours in zip(layers, following)]
-        for index, slot in enumerate(self.slots):
-            layers[index] = slot
-        streamed = nn.ModuleList(slot.streamed for slot in self.slots)
-        deepspeed.utils.set_z3_leaf_modules(streamed, [_StreamedLayer])
+        streamed = nn.ModuleList(_Streamed(*pair, counters) for pair in zip(layers, following))
+        model.set_input_embeddings(Slot(self.embedding))
+        for index, layer in enumerate(streamed):
+            layers[index] = Slot(layer)
         self._keep_glue_whole(streamed)
         root = zero.EngineRoot(embedding=self.embedding, layers=streamed, head=self.head)
+        deepspeed.utils.set_z3_leaf_modules(root, [_Streamed])
         self.engine = zero.initialize(root, ds_config)
         self.engine.eval()
         self._check()
         self.swap_files = nvme.SwapFiles(model)
+        # Rows up to this length and longer ones must not share a batch; None: all of them may.
+        self.switch: int | None = None
 
     def _keep_glue_whole(self, streamed: nn.ModuleList) -> None:
         """Norms, position tables and the like stay whole on every rank: small, and used once per
@@ -108,7 +115,7 @@ class StreamedTeacher:
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
 
     def release(self) -> None:
-        """Take the engine down: `model` is a model again. One process only."""
+        """End the engine: `model` is a model again. One process only."""
         self._loan.end(self.engine)
         del self.engine
 
@@ -153,14 +160,16 @@ class StreamedTeacher:
         """
         text = self.model.config.get_text_config()
         per_token = text.hidden_size * self.head.weight.dtype.itemsize
-        widest = max(4 * text.hidden_size, getattr(text, "intermediate_size", None) or 0)
+        widest = max(4 * text.hidden_size, largest(text, "intermediate_size"))
         chunk_tokens = max(
             1, self.config.score_memory_mb * 2**20 // (4 * widest * self.head.weight.dtype.itemsize)
         )
         pass_tokens = max(1, self.config.targets_memory_mb * 2**20 // per_token)
         passes: list[list[list[int]]] = []
         room = 0
-        for chunk in length_groups(lengths, min(chunk_tokens, pass_tokens), CHUNK_OVERHEAD_TOKENS):
+        for chunk in length_groups(
+            lengths, min(chunk_tokens, pass_tokens), CHUNK_OVERHEAD_TOKENS, self.switch
+        ):
             tokens = len(chunk) * lengths[chunk[0]]
             if tokens > room:
                 passes.append([])
@@ -171,7 +180,6 @@ class StreamedTeacher:
 
     def _pass(self, batches: list[SequenceBatch], heartbeat: Callable[[], None]) -> list[Tensor]:
         self.counters.teacher_passes += 1
-        self.counters.teacher_bytes += _bytes([self.embedding.weight])
         return zero.run_pass(self.engine, lambda: self._stream(batches, heartbeat))
 
     def _stream(
@@ -180,45 +188,26 @@ class StreamedTeacher:
         """One pass over the layers for all batches; per batch the hidden states at its completion
         positions.
         """
-        sizes = [batch.input_ids_BT.numel() for batch in batches]
-        embedded_1SE = self.embedding(
-            torch.cat([batch.input_ids_BT.flatten() for batch in batches])[None]
-        )
-        chunks = [
-            _Chunk(embeds_SE.view(*batch.input_ids_BT.shape, -1))
-            for batch, embeds_SE in zip(batches, embedded_1SE[0].split(sizes))
-        ]
-        for chunk in chunks:
-            with self._doors(chunk.note_call):
-                causal_lm.body_forward(self.model, inputs_embeds=chunk.hidden_BTE)
-            chunk.hidden_BTE = chunk.calls[0].hidden  # what the first layer was given
-        for index, slot in enumerate(self.slots):
-            outputs = slot.streamed(
-                calls=[chunk.calls[index].with_hidden(chunk.hidden_BTE) for chunk in chunks]
+        forwards = [
+            SuspendedForward(
+                partial(causal_lm.body_forward, self.model, batch.input_ids_BT, **batch.extra)
             )
-            for chunk, output_BTE in zip(chunks, outputs):
-                chunk.hidden_BTE = output_BTE
-                chunk.calls[index] = None
-            heartbeat()
-        selected = []
-        for chunk, batch in zip(chunks, batches):
-            with self._doors(lambda slot, call, chunk=chunk: chunk.hidden_BTE):
-                last_BTE = causal_lm.body_forward(self.model, inputs_embeds=chunk.embeds_BTE)
-            selected.append(last_BTE.flatten(0, 1).index_select(0, batch.index_N))
-        return selected
-
-    @contextmanager
-    def _doors(self, answer) -> Iterator[None]:
-        """While open, a layer that the model calls does not run: `answer(slot index, call)` is its
-        output.
-        """
-        for index, slot in enumerate(self.slots):
-            slot.answer = lambda call, index=index: answer(index, call)
+            for batch in batches
+        ]
         try:
-            yield
+            stops = [forward.go_on() for forward in forwards]
+            while isinstance(stops[0], Call):
+                assert len({id(call.slot) for call in stops}) == 1, "all chunks go the same way"
+                answers = stops[0].slot.streamed(calls=stops)
+                stops = [forward.go_on(answer) for forward, answer in zip(forwards, answers)]
+                heartbeat()
         finally:
-            for slot in self.slots:
-                slot.answer = None
+            for forward in forwards:
+                forward.abandon()
+        return [
+            last_BTE.flatten(0, 1).index_select(0, batch.index_N)
+            for last_BTE, batch in zip(stops, batches)
+        ]
 
     def _targets(self, rollouts: list[Rollout], hidden: list[Tensor]) -> TeacherTargets:
         offsets = [0]
@@ -263,114 +252,77 @@ class StreamedTeacher:
         The teacher may be too large to gather, so its parameters stay where they are, and all ranks
         decode in step.
         """
-        forward = causal_lm.decoding_forward(self.model, self.vocabulary)
-        prompts = [sample.prompt_ids for sample in samples]
-        sample_ids = [sample.sample_id for sample in samples]
-        room = sequences_that_fit(self.model, samples, sampling, self.config)
+        with self.swap_files.in_use():
+            return self._decoder.complete(samples, sampling, heartbeat)
 
-        def stepwise(*args) -> Tensor:
-            self.counters.teacher_decode_passes += 1
-            return zero.run_pass(self.engine, lambda: forward(*args))
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(
+            self.model,
+            "teacher",
+            "use another teacher, or set seq_kd to false",
+            self.vocabulary,
+            self.device,
+            self.config.rollout_memory_mb,
+            one_pass=self._decode_pass,
+            agree=ranks.any_rank,
+            recover=partial(zero.forget_order, self.engine),
+        )
+
+    def _decode_pass(self, run: Callable[[], Any]) -> Any:
+        self.counters.teacher_decode_passes += 1
+        return zero.run_pass(self.engine, run)
+
+    @torch.no_grad()
+    def try_rows(self, lengths: RowLengths) -> None:
+        """Try rows of these lengths beside each other, in one pass. Collective; raises InputError
+        where a row's result would depend on others.
+        """
+
+        def run(batches: list[SequenceBatch]) -> list[Tensor]:
+            return zero.run_pass(self.engine, lambda: self._stream(batches))
 
         with self.swap_files.in_use():
-            return decode(
-                stepwise,
-                prompts,
-                sample_ids,
-                sampling,
-                self.device,
-                room,
-                ranks.any_rank,
-                heartbeat,
-            )
+            self.switch = try_rows("teacher", self.model, run, lengths, "use another model")
+        refuse_both_sides("teacher", Source.TEACHER, self.switch, lengths, "seq_kd to false")
 
     @torch.no_grad()
     def _check(self) -> None:
         """Streaming must give the hidden states of the model's own forward, and the head its
         logits.
         """
+        problem = f"the teacher ({type(self.model).__name__}) cannot be run layer by layer"
+        remedy = "use a plain decoder-only architecture"
         probe = sequence_batch(
             [Rollout(0, Source.DATA, [1, 2, 3, 4], [5, 6, 7], True)], self.pad_id, self.device
         )
         zero.run_pass(self.engine, lambda: causal_lm.check_head(self.model, "teacher", self.device))
         zero.forget_order(self.engine)
-        plain_BTE = zero.run_pass(
-            self.engine, lambda: causal_lm.body_forward(self.model, probe.input_ids_BT)
-        )
-        plain_NE = plain_BTE.flatten(0, 1).index_select(0, probe.index_N)
-        (streamed_NE,) = zero.run_pass(self.engine, lambda: self._stream([probe]))
-        if (plain_NE - streamed_NE).abs().max() > 0.02 * plain_NE.abs().max().clamp(min=1.0):
-            raise InputError(
-                f"the teacher ({type(self.model).__name__}) does more between its decoder layers "
-                "than gkd_ds can "
-                "stream; use a plain decoder-only architecture."
+        with causal_lm.refusing(problem, remedy):
+            plain_BTE = zero.run_pass(
+                self.engine, lambda: causal_lm.body_forward(self.model, probe.input_ids_BT)
             )
+            plain_NE = plain_BTE.flatten(0, 1).index_select(0, probe.index_N)
+            (streamed_NE,) = zero.run_pass(self.engine, lambda: self._stream([probe]))
+            if (plain_NE - streamed_NE).abs().max() > 0.02 * plain_NE.abs().max().clamp(min=1.0):
+                raise InputError(f"{problem}; {remedy}.")
 
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(zero.full_numel(p) * p.element_size() for p in parameters)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """How the model called one of its layers: everything but the hidden states is kept as it
-    was.
+class _Streamed(nn.Module):
+    """The embedding or a decoder layer over all chunks: the unit that ZeRO-3 fetches and releases
+    (a leaf module to it).
     """
 
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def with_hidden(self, hidden: Tensor) -> _Call:
-        return replace(self, hidden=hidden)
-
-
-class _Chunk:
-    """Some rollouts of the window on their way through the layers."""
-
-    def __init__(self, embeds_BTE: Tensor):
-        self.embeds_BTE = self.hidden_BTE = embeds_BTE
-        self.calls: list[_Call | None] = []
-
-    def note_call(self, index: int, call: _Call) -> Tensor:
-        assert index == len(self.calls), "the model calls its decoder layers once each, in order"
-        self.calls.append(call)
-        return call.hidden
-
-
-class _StreamedLayer(nn.Module):
-    """One decoder layer over all chunks: the unit that ZeRO-3 fetches and releases (a leaf module
-    to it).
-    """
-
-    def __init__(self, layer: nn.Module, following: nn.Module, counters: Counters):
+    def __init__(self, module: nn.Module, following: nn.Module, counters: Counters):
         super().__init__()
-        self.layer, self.counters = layer, counters
+        self.module, self.counters = module, counters
         self.ahead = list(following.parameters())
 
-    def forward(self, *, calls: list[_Call]) -> list[Tensor]:
-        self.counters.teacher_bytes += _bytes(self.layer.parameters())
+    def forward(self, *, calls: list[Call]) -> list[Any]:
+        self.counters.teacher_bytes += _bytes(self.module.parameters())
         nvme.read_ahead(self.ahead)
-        return [self.layer(call.hidden, *call.args, **call.kwargs) for call in calls]
-
-
-class _LayerSlot(nn.Module):
-    """Stands in the model's layer list: runs its layer, or gives the answer that streaming has put
-    at its door.
-    """
-
-    def __init__(self, layer: nn.Module, following: nn.Module, counters: Counters):
-        super().__init__()
-        self.streamed = _StreamedLayer(layer, following, counters)
-        self.answer = None
-
-    def __getattr__(self, name: str):
-        # The model may ask its layers for attributes such as `attention_type`.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("streamed").layer, name)
-
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        call = _Call(hidden_states, args, kwargs)
-        return self.answer(call) if self.answer else self.streamed(calls=[call])[0]
+        return [self.module(*call.args, **call.kwargs) for call in calls]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from gkd_ds.data.lengths import RowLengths
 from gkd_ds.learn.head import TeacherHead
 from gkd_ds.records import Completions, Rollout, Sample, TeacherTargets
 from gkd_ds.rollout.sampling import Sampling
@@ -28,5 +29,11 @@ class Teacher(Protocol):
     ) -> Completions:
         """Complete `samples`, for sequence-level distillation."""
 
+    def try_rows(self, lengths: RowLengths) -> None:
+        """Before training: raise InputError where a row's targets would depend on others."""
+
     def whole_head(self) -> AbstractContextManager[TeacherHead]:
         """Around a learn phase: what turns hidden states into logits, whole on every rank."""
+
+    def release(self) -> None:
+        """In a single process: end its engine, so that its model is a model again."""

@@ -5,14 +5,20 @@ PYTHONPATH=. python -m tests.dist.materials DIRECTORY
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
-from tests.tiny import FAMILIES, MIXTURES, make_model, make_tokenizer
+from tests.tiny import FAMILIES, MIXTURES, UNUSUAL, make_model, make_tokenizer
 
 # Student family -> teacher family: every family takes each part once.
 FAMILY_PAIRS = dict(zip(FAMILIES, FAMILIES[1:] + FAMILIES[:1]))
+UNUSUAL_PAIRS = dict(zip(UNUSUAL, UNUSUAL[1:] + UNUSUAL[:1]))
 PADDED = 416  # rows of an embedding for 384 tokens
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40}
+LONGROPE |= {"factor": 4.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 
 
 def make_materials(directory: Path) -> Path:
@@ -32,7 +38,7 @@ def make_materials(directory: Path) -> Path:
     make("qwen2", "qwen2-teacher", seed=2, layers=3, hidden=96, vocab_size=PADDED)
     for family in MIXTURES:
         make(family, family, seed=1)
-    for number, family in enumerate(FAMILIES):
+    for number, family in enumerate(FAMILIES + UNUSUAL):
         # Both heads are tied or not in turn, and the vocabulary is padded on one side in turn.
         tied, padded = number % 2 == 0, number % 3 == 0
         make(
@@ -56,6 +62,18 @@ def make_materials(directory: Path) -> Path:
         # taken to use the student's.
         for file in (directory / f"{family}-t").glob("tokenizer*"):
             file.unlink()
+
+    def variant(of: str, name: str, **settings) -> None:
+        shutil.copytree(directory / of, directory / name)
+        file = directory / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+    lengths = {"max_position_embeddings": 160, "original_max_position_embeddings": 40}
+    for role, pairs in (("s", 8), ("t", 12)):  # of the numbers of a head
+        factors = {"short_factor": [1.0] * pairs, "long_factor": [4.0] * pairs}
+        variant(f"phi3-{role}", f"longrope-{role}", rope_parameters=LONGROPE | factors, **lengths)
+    variant("student", "dynamic", rope_parameters=DYNAMIC, max_position_embeddings=40)
+    variant("mixtral", "jitter", router_jitter_noise=0.1)
     return directory
 
 

@@ -44,7 +44,8 @@ def window_loss(
     """Sum of the divergence over all completion tokens / their number. Differentiable in the
     student.
     """
-    vocabulary = min(model.config.vocab_size for model in (student, teacher))
+    sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
+    vocabulary = min(sizes)
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for rollout in rollouts:
         prompt, completion = rollout["prompt_ids"], rollout["completion_ids"]

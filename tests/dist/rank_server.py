@@ -163,11 +163,18 @@ def serve() -> None:
     for module in IMPORTS:
         importlib.import_module(module)
     import deepspeed
+    from deepspeed.module_inject.replace_policy import replace_policies
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    assert (
-        deepspeed.ops.__compatible_ops__ and get_checkpoint_conversion_mapping("llama") is None
-    )  # both are slow once
+    # All of these are slow once.
+    assert deepspeed.ops.__compatible_ops__ and get_checkpoint_conversion_mapping("llama") is None
+    for policy in replace_policies:
+        policy(None)  # imports the layer class that it replaces
+    from gkd_ds import train
+    from gkd_ds.runtime import rendezvous
+
+    # There is no launcher whose look at its ranks would have to be outlasted, and no network.
+    train.SECONDS_BEFORE_EXIT, rendezvous.PATIENCE = 0.1, 5.0
     gc.freeze()  # children need not look at what is here already
     for line in sys.stdin:
         order = json.loads(line)
@@ -191,11 +198,11 @@ def _fork(rank: int, order: dict[str, Any], port: int, answers) -> int:
         for descriptor, target in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
             os.dup2(descriptor, target)
         world = len(order["recipes"])
-        os.environ.update(order["env"])
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world)
         )
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(order["env"])
         code = importlib.import_module(order["module"]).main(["--config", order["recipes"][rank]])
     except SystemExit as request:
         code = request.code if isinstance(request.code, int) else 1

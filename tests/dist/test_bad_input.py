@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.dist.rank_server import Job, Server
+from tests.taken_port import HTTP, taken_port
+from tests.tiny import make_model, make_tokenizer
 
 
 def change_json(file: Path, change) -> None:
@@ -47,10 +50,43 @@ def data(*rows: Any):
     return change
 
 
+def changed_settings(field: str, **settings: Any):
+    """The model that `field` names, with other fields in its config.json."""
+
+    def change(recipe: dict[str, Any], place: Path) -> dict[str, Any]:
+        shutil.copytree(recipe[field], place)
+        change_json(place / "config.json", lambda config: config.update(settings))
+        return {field: str(place)}
+
+    return change
+
+
+def no_head(recipe: dict[str, Any], place: Path) -> dict[str, Any]:
+    """Its configuration ties nothing any more, and its file has no head."""
+    return changed_settings("teacher_model_name_or_path", tie_word_embeddings=False)(recipe, place)
+
+
+def adapter(recipe: dict[str, Any], place: Path) -> dict[str, Any]:
+    shutil.copytree(recipe["model_name_or_path"], place)
+    (place / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return {"model_name_or_path": str(place)}
+
+
 def occupied(recipe: dict[str, Any], place: Path) -> dict[str, Any]:
     place.mkdir()
     (place / "metrics.jsonl").write_text("")
     return {"output_dir": str(place)}
+
+
+def few_positions(role: str):
+    """A GPT-2 whose positions end before the rows do."""
+
+    def change(recipe: dict[str, Any], place: Path) -> dict[str, Any]:
+        make_model("gpt2", place, tokenizer=make_tokenizer(vocab_size=300))
+        change_json(place / "config.json", lambda config: config.update(n_positions=20))
+        return {f"{role}model_name_or_path": str(place)}
+
+    return change
 
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -71,29 +107,46 @@ CASES = {
         "leaves no room for a completion within max_length=8",
     ),
     "occupied": (occupied, "already holds a run (metrics.jsonl)"),
+    "student's positions": (few_positions(""), "tokens, but the student has 20 learned positions"),
+    "teacher's positions": (
+        few_positions("teacher_"),
+        "tokens, but the teacher has 20 learned positions; set max_length to 20 or less",
+    ),
+    "no head": (no_head, "1 weight is missing ('lm_head.weight')"),
+    "other shapes": (changed_settings("model_name_or_path", vocab_size=500), "of another shape"),
+    "an encoder": (changed_settings("model_name_or_path", is_encoder_decoder=True), "-decoder"),
+    "quantized": (
+        changed_settings("teacher_model_name_or_path", quantization_config={"quant_method": "awq"}),
+        "AWQ",
+    ),
+    "adapter": (adapter, "holds an adapter"),
+    "attention": (lambda recipe, place: {"attn_implementation": "nonsense"}, "nonsense"),
     "no model": (
         lambda recipe, place: {"model_name_or_path": str(place)},
         "neither a model's directory that exists nor a hub name",
     ),
+    "taken port": (lambda recipe, place: {}, "cannot open MASTER_PORT"),
 }
 
 
 @pytest.fixture(scope="module")
 def jobs(
     server: Server, recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Job]:
+) -> Iterator[dict[str, Job]]:
     """All at once: most of the time they wait for each other."""
     started = {}
-    for name, (change, _) in CASES.items():
-        home = tmp_path_factory.mktemp("bad")
-        mine = {
-            **recipe,
-            "max_steps": 1,
-            "output_dir": str(home / "run"),
-            **change(recipe, home / "place"),
-        }
-        started[name] = server.start(2, mine)
-    return started
+    with taken_port(HTTP) as port:
+        for name, (change, _) in CASES.items():
+            home = tmp_path_factory.mktemp("bad")
+            mine = {
+                **recipe,
+                "max_steps": 1,
+                "output_dir": str(home / "run"),
+                **change(recipe, home / "place"),
+            }
+            env = {"MASTER_PORT": str(port)} if name == "taken port" else {}
+            started[name] = server.start(2, mine, env=env)
+        yield started
 
 
 @pytest.mark.parametrize("name", CASES)

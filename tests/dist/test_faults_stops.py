@@ -88,6 +88,28 @@ def test_signals_during_the_save_do_not_tear_it(server: Server, settings, tmp_pa
     assert the_checkpoint(run_dir).step == 2
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_a_rank_that_leaves_does_not_replace_its_exit_code(
+    server: Server, settings, tmp_path: Path, rank: int
+) -> None:
+    """The first signal was obeyed; the second comes between the end of the run and of the process."""
+    faults = f"term:update:2:0,term:leave:1:{rank}"
+    job = server.start(2, {**settings, "output_dir": str(tmp_path / "run")}, fault=faults)
+    assert job.wait() == [STOPPED, STOPPED], job.said()
+    assert "GKD_FAULT: term at leave" in job.said(rank)
+
+
+def test_ranks_whose_launcher_ended_before_they_looked_do_not_begin(
+    server: Server, settings, tmp_path: Path
+) -> None:
+    """They have what launch.py gives its ranks, and it is not there."""
+    run_dir = tmp_path / "run"
+    job = server.start(2, {**settings, "output_dir": str(run_dir)}, env={"CROSS_SIZE": "1"})
+    assert job.wait(30) == [STOPPED, STOPPED], job.said()
+    assert "the deepspeed launcher was ended before the first update" in job.said(0)
+    assert job.said(1) == "" and not run_dir.exists()
+
+
 def test_a_stop_saves_more_than_the_model(server: Server, settings, tmp_path: Path) -> None:
     """With save_only_model, too: also where a checkpoint of the model alone has just been written
     for this step.
@@ -146,12 +168,12 @@ def test_time_budget_and_what_comes_after(server: Server, settings, tmp_path: Pa
     assert_same(run_dir, tmp_path / "whole")
 
 
-def launch(run_dir: Path, settings: dict[str, Any]) -> subprocess.Popen:
-    """Two ranks under the real launcher; their output goes to `<run_dir>.log`."""
+def launch(run_dir: Path, settings: dict[str, Any], ranks: int = 2) -> subprocess.Popen:
+    """Ranks under the real launcher; their output goes to `<run_dir>.log`."""
     flags = [f"--{name}={value}" for name, value in {**settings, "output_dir": run_dir}.items()]
     with open(f"{run_dir}.log", "w") as log:
         return subprocess.Popen(
-            [DEEPSPEED, "--num_accelerators", "2", "--module", "gkd_ds.train", *flags],
+            [DEEPSPEED, "--num_accelerators", str(ranks), "--module", "gkd_ds.train", *flags],
             cwd=ROOT,
             env=environment(),
             stdout=log,
@@ -194,15 +216,39 @@ def test_a_signal_to_the_launcher(settings, tmp_path: Path) -> None:
     assert f"stopped after update {steps[1]}: SIGTERM was received by rank" in log.read_text()
 
 
-def local_sh(tmp_path: Path, settings: dict[str, Any], *flags: object) -> subprocess.Popen:
-    """launch/local.sh with two ranks; their output goes to `tmp_path`/log, the run to
-    `tmp_path`/run.
-    """
+def test_a_launcher_that_is_killed_while_its_rank_imports(settings, tmp_path: Path) -> None:
+    """The rank ends by itself, long before it could have trained."""
+    log = tmp_path / "run.log"
+    launcher = launch(tmp_path / "run", settings, ranks=1)
+    found: list[psutil.Process] = []
+
+    def there() -> bool:
+        found[:] = psutil.Process(launcher.pid).children(recursive=True)
+        return len(found) == 2
+
+    poll(there, "the rank never came", LAUNCHED)
+    launcher.kill()
+    launcher.wait()
+    found[0].kill()
+    _, left = psutil.wait_procs(found, LIMIT)
+    for process in left:
+        process.kill()
+    assert not left, "a rank goes on without a launcher"
+    assert "the deepspeed launcher was ended before the first update" in log.read_text()
+    assert "Traceback" not in log.read_text() and not (tmp_path / "run").exists()
+
+
+def local_sh(
+    tmp_path: Path, settings: dict[str, Any], *flags: object, ranks: int = 2
+) -> subprocess.Popen:
+    """launch/local.sh; its ranks' output goes to `tmp_path`/log, the run to `tmp_path`/run."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in settings.items()))
     command = ["bash", ROOT / "launch/local.sh", recipe, "--output_dir", tmp_path / "run", *flags]
     with open(tmp_path / "log", "w") as log:
-        return subprocess.Popen(command, env=environment() | {"RANKS": "2"}, stdout=log, stderr=log)
+        return subprocess.Popen(
+            command, env=environment() | {"RANKS": str(ranks)}, stdout=log, stderr=log
+        )
 
 
 def launcher_of(script: subprocess.Popen) -> list[psutil.Process]:
@@ -246,8 +292,5 @@ def test_local_sh_does_not_call_a_killed_launcher_a_success(settings, tmp_path: 
     assert script.wait(30) == 128 + signal.SIGKILL
     assert not psutil.wait_procs(everybody, LIMIT)[1], "ranks go on without a launcher"
     assert the_checkpoint(tmp_path / "run").step >= 1
-    assert (
-        local_sh(tmp_path, settings, "--overwrite_output_dir", "true", "--dry_run").wait(LAUNCHED)
-        == 0
-    )
+    assert local_sh(tmp_path, settings, "--dry_run", ranks=1).wait(LAUNCHED) == 0
     assert "update" in (tmp_path / "log").read_text()

@@ -26,7 +26,16 @@ from gkd_ds import GKDConfig
 from gkd_ds.engine import process
 from gkd_ds.runtime import ranks
 from gkd_ds.train import leave
-from tests.dist.scenarios import bad_updates, engines, fields, nvme, parity, surface, windows
+from tests.dist.scenarios import (
+    bad_updates,
+    engines,
+    fields,
+    neighbours,
+    nvme,
+    parity,
+    surface,
+    windows,
+)
 from tests.dist.scenarios.common import ARGUMENTS, FIELDS, RESULTS
 
 
@@ -45,6 +54,7 @@ SCENARIOS = [
     parity.rollouts,
     parity.hybrid_engine,
     parity.families,
+    parity.unusual_families,
     engines.counts,
     engines.teacher_places,
     engines.scale_features,
@@ -64,6 +74,7 @@ SCENARIOS = [
     windows.resume,
     windows.generation_that_raises,
     engines.precision,
+    neighbours.neighbours,
     windows.callbacks,
     bad_updates.faults,
     blocked_imports,

@@ -21,6 +21,7 @@ LAYERS = [
     ["trainer"],
     ["surface"],
     ["loop"],
+    ["logs"],
     ["saving"],
     ["checkpoint"],
     ["monitor"],

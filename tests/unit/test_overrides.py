@@ -12,6 +12,7 @@ from transformers import Trainer
 from gkd_ds import GKDTrainer
 from gkd_ds.overrides import INSTEAD, ONLY_READ
 from gkd_ds.runtime.errors import InputError
+from tests import ROOT
 from tests.scripts.subclasses import CALLED_BY_A_RUN
 
 # Of trl 1.16.0, which is no dependency of the tests: GKDTrainer, SFTTrainer and their base.
@@ -95,6 +96,23 @@ def test_what_is_not_there_says_where_it_is(name: str) -> None:
     trainer = GKDTrainer.__new__(GKDTrainer)
     with pytest.raises(AttributeError, match=f"trainer.{name} does not exist in gkd_ds, where "):
         getattr(trainer, name)
+
+
+def test_the_counted_reasons_are_counted() -> None:
+    """gkd_ds/MIGRATING.md says how many of transformers' functions a subclass would use."""
+    as_they_are = set(
+        """get_learning_rates get_optimizer_group log_metrics metrics_format save_metrics save_state
+        add_callback pop_callback remove_callback is_local_process_zero is_world_process_zero
+        num_examples get_optimizer_cls_and_kwargs _load_callback_state""".split()
+    )
+    functions = [name for name, value in vars(Trainer).items() if inspect.isroutine(value)]
+    overridden = {name for name in functions if name in dir(GKDTrainer)} - as_they_are
+    dead = set(functions) - as_they_are - overridden
+    text = (ROOT / "gkd_ds" / "MIGRATING.md").read_text()
+    assert f"Of the {len(functions)} functions" in text
+    assert f"- {len(as_they_are)} would be right as they are" in text
+    assert f"- {len(overridden)} would be overridden" in text
+    assert f"- {len(dead)} would be dead or wrong" in text
 
 
 def test_another_attribute_is_unknown_as_usual() -> None:

@@ -134,6 +134,12 @@ def test_what_trl_s_flags_ask_for_and_is_not_done_is_refused(flags, part, capsys
         (["--config"], ["--config needs a value"]),
         (["--lmbda", "--beta", "1"], ["--lmbda needs a value"]),
         (["recipe.yaml"], ["'recipe.yaml'", "--name value"]),
+        (["--lora_r", "8"], ["'lora_r'", "use_peft"]),
+        (["--load_in_4bit"], ["'load_in_4bit'", "use_peft"]),
+        (["--bnb_4bit_quant_type", "fp4"], ["'bnb_4bit_quant_type'"]),
+        (["--dataset_streaming"], ["read whole"]),
+        (["--evaluation_strategy", "no"], ["use eval_strategy"]),
+        (["--max_seq_length", "5"], ["use max_length"]),
         (["-lr", "1"], ["'-lr'"]),
         (["--"], ["'--'"]),
         (["--=3"], ["Unknown name '--'"]),
@@ -206,6 +212,7 @@ BAD_RECIPES = {
         ["'learning_rte'", "line 1", "did you mean learning_rate?"],
     ),
     "unknown": (b"beta: 0.5\nqqqq: 1", ["'qqqq'", "line 2"]),
+    "TRL's": (b"beta: 0.5\nmax_seq_length: 7", ["'max_seq_length'", "line 2", "use max_length"]),
     "twice": (b"beta: 0.5\nbeta: 0.6", ["'beta'", "twice", "line 2"]),
     "empty": (b"", ["flat YAML mapping"]),
     "only a comment": (b"# nothing", ["flat YAML mapping"]),
@@ -414,6 +421,17 @@ def test_dry_run_prints_the_plan_and_writes_nothing(material, capsys):
     assert "beta: 0.125" in text and "samples per window 6 (2 x 3 x 1 ranks)" in text
     assert "windows per epoch  4" in text and "updates            12" in text and "KV cache" in text
     assert not (material / "out").exists()
+
+
+def test_dry_run_needs_no_free_output_dir(material, tmp_path, capsys):
+    """Somebody asks what a run would take while another one is there; but not in one of the inputs."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    flags = ["--config", str(material / "recipe.yaml"), "--output_dir", str(tmp_path)]
+    assert train.main([*flags, "--dry_run"]) == 0
+    assert run_main(capsys, *flags)[0] == 2
+    flags[-1] = str(material / "student")
+    code, error = run_main(capsys, *flags, "--dry_run")
+    assert code == 2 and "the same directory as model_name_or_path" in error
 
 
 def run_module(*arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess, float]:

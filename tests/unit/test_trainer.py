@@ -2,6 +2,7 @@
 be ignored.
 """
 
+import copy
 import json
 import logging
 import re
@@ -115,6 +116,24 @@ def test_an_index_beside_a_whole_model_is_not_asked(build, models, tmp_path):
     shutil.copytree(models / "student", tmp_path / "student")
     garble(tmp_path / "student" / "model.safetensors.index.json")
     assert build(student=tmp_path / "student") == "all input was accepted"
+
+
+@pytest.mark.parametrize("own_file", [True, False])
+@pytest.mark.parametrize("stops", [100, [2, 100], None])
+def test_stop_tokens_are_transformers_own_by_name_and_as_an_object(
+    models, tmp_path, own_file, stops
+):
+    """Where there is no generation_config.json, config.json names them."""
+    shutil.copytree(models / "student", tmp_path / "student")
+    file, other = tmp_path / "student" / "config.json", tmp_path / "student/generation_config.json"
+    if not own_file:
+        other.unlink()
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": stops}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    known = loading.generation_config(str(tmp_path / "student"), None).eos_token_id
+    assert known == model.generation_config.eos_token_id
+    assert known == loading.generation_config(model, None).eos_token_id
+    assert own_file or known == stops
 
 
 def test_a_cached_model_without_generation_config_says_nothing_of_its_stop_tokens():
@@ -245,3 +264,39 @@ def test_a_field_that_was_set_after_the_configuration_was_made_is_checked(
             config,
             train_dataset=make_chat_rows(2),
         )
+
+
+def test_the_callers_tokenizer_stays_as_it_is(models, tmp_path):
+    """What the run needs of it is set in a copy."""
+    given = AutoTokenizer.from_pretrained(models / "student", padding_side="right")
+    given.pad_token, given.chat_template = None, None
+    before = copy.deepcopy(vars(given))
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    other = next(token for token in given.get_vocab() if token != given.eos_token)
+    config = GKDConfig(chat_template_path=str(tmp_path / "chat.jinja"), eos_token=other)
+    used = loading.load_tokenizer(str(models / "student"), given, config)
+    assert used.padding_side == "left" and used.pad_token and used.chat_template
+    assert used.eos_token == other
+    assert given.padding_side == "right" and given.pad_token is None
+    changed = [name for name, value in vars(given).items() if repr(value) != repr(before[name])]
+    assert changed == []
+
+
+# ---- the log
+
+
+@pytest.mark.parametrize("rank, level, shown", [
+    (0, "passive", False), (0, "warning", False), (0, "info", True), (0, "debug", True),
+    (1, "info", False),
+])  # fmt: skip
+def test_log_level_shows_the_steps_of_the_start(build, monkeypatch, capsys, rank, level, shown):
+    log = logging.getLogger("gkd_ds")
+    monkeypatch.setattr(log, "level", log.level)
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(
+        log, "hasHandlers", lambda: bool(log.handlers)
+    )  # pytest has some at the root
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))  # the first of each node logs
+    assert build(log_level=level) == "all input was accepted"
+    assert ("data have been checked" in capsys.readouterr().err) == shown

@@ -82,11 +82,13 @@ def bandwidth_nvme(case: Case, pace: Pace) -> None:
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
+    from gkd_ds.engine import builds
+
     file = case.output_dir.with_suffix(".bin")
     buffer = torch.randn(BANDWIDTH_BYTES // 4)
     buffer.numpy().tofile(file)
     # DeepSpeed's defaults for the "aio" block of a configuration.
-    handle = AsyncIOBuilder().load().aio_handle(1048576, 8, False, True, 1)
+    handle = builds.load(AsyncIOBuilder()).aio_handle(1048576, 8, False, True, 1)
     pinned = handle.new_cpu_locked_tensor(buffer.numel(), buffer)
     pace.ready()
     while True:

@@ -18,7 +18,7 @@ from gkd_ds.rollout.gathered import Gathered
 from gkd_ds.rollout.sharded import Sharded
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
-from tests.dist.materials import FAMILY_PAIRS
+from tests.dist.materials import FAMILY_PAIRS, UNUSUAL_PAIRS
 from tests.dist.scenarios.common import MATERIALS, RESULTS, as_json, build, rows_of, train
 from tests.tiny import make_chat_rows
 
@@ -181,6 +181,22 @@ def families() -> dict:
         )
         for student, teacher in FAMILY_PAIRS.items()
     }
+
+
+def unusual_families() -> dict:
+    """Layers that return tuples and caches with recurrent states: greedy windows of the student,
+    whole and partitioned, and of the teacher.
+    """
+    results = {}
+    for student, teacher in UNUSUAL_PAIRS.items():
+        pair = {"student": f"{student}-s", "teacher": f"{teacher}-t", "temperature": 0.0}
+        for who, how in {
+            "gather": {"lmbda": 1.0},
+            "sharded": {"lmbda": 1.0, "rollout_engine": "sharded"},
+            "teacher": {"lmbda": 0.0, "seq_kd": True},
+        }.items():
+            results[f"{student}/{who}"] = train(f"unusual-{student}-{who}", **pair, **how)
+    return results
 
 
 def evaluation() -> dict:

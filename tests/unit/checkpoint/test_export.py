@@ -10,6 +10,7 @@ import shutil
 import threading
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -463,7 +464,7 @@ def test_push_to_hub_takes_what_trl_takes_for_the_model_card(hub, run_dir):
     trainer = GKDTrainer.__new__(GKDTrainer)  # no engine takes part in a push
     config = GKDConfig(output_dir=str(run_dir), hub_model_id="org/made", hub_token="hf_mine")
     inputs = Inputs(config, "org/base", "org/teacher", None, [], None, {}, 0)
-    trainer.publisher = Publisher(inputs, model=None, state=TrainerState())
+    trainer.publisher = Publisher(inputs, models=None, state=TrainerState())
     card = {
         "model_name": "My student",
         "dataset_name": "org/chats",
@@ -482,6 +483,29 @@ def test_push_to_hub_takes_what_trl_takes_for_the_model_card(hub, run_dir):
         yaml.safe_load((run_dir / "README.md").read_text().split("---\n")[1])["base_model"]
         == "org/other"
     )
+
+
+class Quantizer:
+    def __init__(self, serializable: bool):
+        self.is_serializable = lambda: serializable
+
+
+@pytest.mark.parametrize(
+    "quantizer, fine", [(None, 1), (Quantizer(True), 1), (Quantizer(False), 0)]
+)
+def test_a_student_that_transformers_cannot_write_is_refused_before_training(
+    run_dir, quantizer, fine
+):
+    """It would have raised when the last update was done: a GGUF file is read, not written."""
+    config = GKDConfig(output_dir=str(run_dir))
+    inputs = Inputs(config, "org/base", "org/teacher", None, [], None, {}, 0)
+    models = SimpleNamespace(student=SimpleNamespace(hf_quantizer=quantizer))
+    publisher = Publisher(inputs, models, state=TrainerState())
+    if fine:
+        publisher.refuse_unwritable()
+        return
+    with pytest.raises(InputError, match="'org/base' is in a form that transformers reads and"):
+        publisher.refuse_unwritable()
 
 
 @pytest.mark.parametrize("arguments, sentence", [

@@ -50,6 +50,7 @@ def found(config: GKDConfig, **changes: Any) -> Manifest:
         "progress": dataclasses.asdict(PROGRESS),
         "tracker_run_id": "abc",
         "config": {**config.to_dict(), **changes},
+        "adapter": None,
         "schedule": {
             **{
                 name: 4
@@ -108,9 +109,8 @@ def test_a_state_of_another_kind_is_refused_by_name(
     if damage == "missing":
         del part[place[-1]]
     else:
-        part[place[-1]] = (
-            {"of": "another kind"} if not isinstance(part[place[-1]], dict) else "of another kind"
-        )
+        may_be_dict = isinstance(part[place[-1]], dict) or place == ("adapter",)
+        part[place[-1]] = "of another kind" if may_be_dict else {"of": "another kind"}
     with pytest.raises(InputError) as caught:
         check_state(manifest)
     sentence = str(caught.value)

@@ -81,7 +81,7 @@ def byte_level_tokenizer(template=None, **special):
 
 def encoder_for(tokenizer, config):
     prepare_tokenizer(tokenizer, config)
-    return RowEncoder.build(tokenizer, stop_token_ids(tokenizer, None), config.max_length)
+    return RowEncoder.build(tokenizer, stop_token_ids(tokenizer, None), config)
 
 
 ROWS = [{"prompt": f"fox {index}", "completion": "dog"} for index in range(6)]

@@ -178,7 +178,7 @@ def test_a_stop_token_inside_an_answer_is_refused(config):
 def test_a_stop_id_beyond_the_tokenizer_is_harmless(config):
     tokenizer = byte_level_tokenizer(QWEN2)
     prepare_tokenizer(tokenizer, config)
-    RowEncoder.build(tokenizer, [2, 50256], None).encode({"messages": CHAT})
+    RowEncoder.build(tokenizer, [2, 50256], GKDConfig(max_length=None)).encode({"messages": CHAT})
 
 
 # -- Lengths
@@ -383,3 +383,78 @@ def test_any_row_gives_tokens_or_an_input_error(encoders, row):
         assert all(type(token) is int for token in prompt_ids + completion_ids)
         assert len(prompt_ids) + len(completion_ids) <= encoder.max_length
         assert not encoder.stop_ids & set(completion_ids[:-1])
+
+
+# -- which turns, which rows, which part of a long one ----------------------------------------------
+
+TURNS = [
+    {"role": "system", "content": "Be brief"},
+    {"role": "user", "content": "One"},
+    {"role": "assistant", "content": "first"},
+    {"role": "user", "content": "Two"},
+    {"role": "assistant", "content": "second"},
+]
+
+
+def test_every_turn_is_a_sample_with_its_own_prompt(chat_tokenizer, config):
+    """As if each had been a row of its own; TRL calls it assistant_only_loss."""
+    apart = tokenize(
+        [{"messages": TURNS[:3]}, {"messages": TURNS}], chat_tokenizer, config, "a", [0, 2]
+    )
+    for fields in ({"train_on": "every_turn"}, {"assistant_only_loss": True}):
+        every = GKDConfig(**fields)
+        together = tokenize([{"messages": TURNS}], chat_tokenizer, every, "a", [0, 2])
+        assert together.fingerprint == apart.fingerprint and len(together) == 2
+        halves = [{"prompt": TURNS[:3], "completion": TURNS[3:]}]
+        assert len(tokenize(halves, chat_tokenizer, every, "a", [0, 2])) == 1
+
+
+def test_an_empty_turn_in_between_is_named(chat_tokenizer, config):
+    turns = [*TURNS[:2], {"role": "assistant", "content": " "}, *TURNS[3:]]
+    with pytest.raises(InputError, match=r"assistant message is empty \(messages\[2\]\)"):
+        tokenize([{"messages": turns}], chat_tokenizer, GKDConfig(train_on="every_turn"), "a", [2])
+    assert len(tokenize([{"messages": turns}], chat_tokenizer, config, "a", [2])) == 1
+
+
+@pytest.mark.parametrize("max_length", range(2, 40, 5))
+def test_keep_end_keeps_the_last_tokens(chat_tokenizer, max_length):
+    """What TRL's collator keeps; a prompt is never empty."""
+    row = [{"messages": TURNS}]
+    whole = tokenize(row, chat_tokenizer, GKDConfig(max_length=None), "a", [0, 2])
+    ids = whole.prompt_ids[0] + whole.completion_ids[0]
+    short = GKDConfig(max_length=max_length, truncation_mode="keep_end")
+    cut = tokenize(row, chat_tokenizer, short, "a", [0, 2])
+    prompt_ids, completion_ids = cut.prompt_ids[0], cut.completion_ids[0]
+    assert prompt_ids and (prompt_ids + completion_ids)[1:] == ids[-max_length:][1:]
+    if max_length > len(whole.completion_ids[0]):
+        assert completion_ids == whole.completion_ids[0]
+
+
+def test_a_prompt_without_room_names_the_ways_out(chat_tokenizer):
+    with pytest.raises(InputError, match="truncation_mode: keep_end .* row_errors: skip"):
+        tokenize([{"messages": TURNS}], chat_tokenizer, GKDConfig(max_length=4), "a", [0, 2])
+
+
+def test_formatting_func_makes_rows_of_any_columns(chat_tokenizer, config):
+    rows = datasets.Dataset.from_dict({"question": ["One", "Two"], "answer": ["first", "second"]})
+
+    def chat(row):
+        answer = {"role": "assistant", "content": row["answer"]}
+        return {"messages": [{"role": "user", "content": row["question"]}, answer]}
+
+    expected = tokenize([chat(row) for row in rows], chat_tokenizer, config, "a", [0, 2])
+    examples = tokenize(rows, chat_tokenizer, config, "a", [0, 2], formatting_func=chat)
+    assert examples.fingerprint == expected.fingerprint
+    with pytest.raises(InputError, match="formatting_func returned str; it must return a row"):
+        tokenize(rows, chat_tokenizer, config, "a", [0, 2], lambda row: row["answer"])
+
+
+def test_of_a_stream_the_first_rows_are_taken(chat_tokenizer, config):
+    rows = rows_of(9)
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    expected = tokenize(rows[:4], chat_tokenizer, config, "a", [0, 2])
+    for _ in range(2):  # a stream can be read again, as a resume does
+        examples = tokenize(stream, chat_tokenizer, config, "a", [0, 2], stream_rows=4)
+        assert examples.fingerprint == expected.fingerprint
+    with pytest.raises(InputError, match="streaming dataset.*set max_steps.*take"):
+        tokenize(stream, chat_tokenizer, config, "a", [0, 2])

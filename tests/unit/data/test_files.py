@@ -108,6 +108,62 @@ def test_bad_lines(tmp_path, config, line, complaint):
         fingerprint(read_dataset(str(path), "train"), config, "data")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_text_that_is_not_utf_8_is_named_as_what_it_is(tmp_path, encoding, name):
+    text = json.dumps(ROWS) if name == "rows.json" else "\n".join(map(json.dumps, ROWS))
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    with pytest.raises(
+        InputError, match=rf"{name}' is {encoding[:6].upper()} text; save it as UTF-8"
+    ):
+        read_dataset(str(tmp_path / name), "train")
+
+
+ONE_OBJECT = {
+    "rows below a key": {"data": ROWS},
+    "and more": {"version": "1.0", "info": {"author": "x"}, "rows": ROWS},
+    "splits": {"train": ROWS, "test": ROWS},
+    "deeper": {"data": {"train": ROWS}},
+    "columns": {"prompt": ["a", "b"], "completion": ["c", "d"]},
+    "columns of conversations": {"messages": [[{"role": "user", "content": "Hi"}]] * 2},
+    "rows by number": {"0": ROWS[0], "1": ROWS[0]},
+}
+
+
+@pytest.mark.parametrize("kind", ONE_OBJECT)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_object_instead_of_rows_is_named_as_what_it_is(tmp_path, kind, indent):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ONE_OBJECT[kind], indent=indent))
+    first = next(iter(ONE_OBJECT[kind]))
+    with pytest.raises(
+        InputError, match=f"rows.json' holds one JSON object with the keys '{first}'"
+    ):
+        read_dataset(str(path), "train")
+
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    "row", [ROWS[0], {"messages": CHAT}, {"prompt": CHAT[:1], "completion": CHAT[1:]}]
+)
+def test_a_file_of_one_row(tmp_path, config, row):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    assert fingerprint(read_dataset(str(path), "train"), config)
+    path.write_text(json.dumps({"text": "Hi"}))
+    with pytest.raises(InputError, match="line 1: .*'messages', or 'prompt'.*'text'"):
+        fingerprint(read_dataset(str(path), "train"), config)
+
+
+def test_a_row_over_several_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[0], indent=2))
+    with pytest.raises(InputError, match="holds one JSON object .* one object per line"):
+        read_dataset(str(path), "train")
+
+
 def test_bad_sources(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "mixed").mkdir()

@@ -15,6 +15,10 @@ def test_content_in_text_parts_is_joined():
     assert row == Row([{"role": "user", "content": "Hello there"}], CHAT[1])
 
 
+DEEP: list = []
+for _ in range(60):
+    DEEP = [DEEP]
+
 BAD_ROWS = [
     (None, "must be an object"),
     (7, "not int"),
@@ -69,7 +73,16 @@ BAD_ROWS = [
         {"messages": [USER, {"role": "assistant", "content": " \n"}]},
         "the last assistant message is empty",
     ),
-    ({"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f"}]}]}, "'tool_calls'"),
+    ({"messages": [USER, ANSWER], "tools": "no JSON"}, "'tools' is text that is not valid JSON"),
+    ({"messages": [USER, ANSWER], "tools": {"name": "f"}}, "'tools' must be a list of .* not dict"),
+    ({"messages": [USER, ANSWER], "tools": [{"name": "\0"}]}, "'tools' contains a NUL"),
+    ({"messages": [USER, ANSWER], "chat_template_kwargs": [1]}, "must be an object .* not list"),
+    (
+        {"messages": [USER, ANSWER], "chat_template_kwargs": {"tokenize": True}},
+        "sets 'tokenize', which is no variable of the template",
+    ),
+    ({"messages": [USER, {**ANSWER, "extra": {"a": "\0"}}]}, "field 'extra', contains a NUL"),
+    ({"messages": [USER, {**ANSWER, "extra": DEEP}]}, "nested more than 50 levels deep"),
     (
         {"messages": [USER, {"role": "assistant", "content": "a\0"}]},
         r"messages\[1\].*NUL character",

@@ -63,3 +63,24 @@ def test_every_sequence_is_in_one_group_longest_first(
 )
 def test_small_cases(lengths: list[int], expected: list[list[int]]) -> None:
     assert length_groups(lengths, 6, 1) == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 12), max_size=7), st.integers(1, 60), st.integers(0, 40))
+def test_no_group_is_on_both_sides_of_the_switch(
+    lengths: list[int], limit: int, overhead: int
+) -> None:
+    """And none is cheaper among those that are not."""
+    switch = 6
+
+    def on_one_side(groups: list[list[int]]) -> bool:
+        return all(len({lengths[i] > switch for i in group}) == 1 for group in groups)
+
+    groups = length_groups(lengths, limit, overhead, switch)
+    assert allowed(groups, lengths, limit) and on_one_side(groups)
+    best = min(
+        cost(p, lengths, overhead)
+        for p in partitions(list(range(len(lengths))))
+        if allowed(p, lengths, limit) and on_one_side(p)
+    )
+    assert cost(groups, lengths, overhead) == best

@@ -19,6 +19,7 @@ from gkd_ds.records import Completions
 from gkd_ds.rollout.decoding import SYNC_EVERY, decode
 from gkd_ds.rollout.sampling import Sampling, draw, uniforms
 from tests.tiny import make_model
+from tests.unit.rollout.reference import one_by_one, prompts
 
 CPU = torch.device("cpu")
 
@@ -136,12 +137,6 @@ def test_temperature_zero_takes_the_most_likely_token() -> None:
 # ---------------------------------------------------------------------------------------- decoding
 
 
-def prompts(count: int, seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 30, (count,), generator=generator).tolist()
-    return [torch.randint(3, 384, (length,), generator=generator).tolist() for length in lengths]
-
-
 # A random model seldom writes one particular token: with these it stops after thirty tokens on
 # average.
 STOPS = tuple(range(20, 33))
@@ -157,25 +152,9 @@ def run(model, prompts, sampling=SAMPLING, sample_ids=None, max_sequences=None) 
     )
 
 
-def one_by_one(model, prompts, sampling=SAMPLING) -> list[list[int]]:
-    """No batch, no padding, no cache: the whole sequence through the model for every token."""
-    results = []
-    for sample_id, prompt in enumerate(prompts):
-        uniform = uniforms(sampling.seed, [sample_id], sampling.max_new_tokens)[0]
-        tokens: list[int] = []
-        while len(tokens) < sampling.limit(len(prompt)) and not (
-            tokens and tokens[-1] in sampling.stop_ids
-        ):
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + tokens])).logits[:, -1, : sampling.vocabulary]
-            tokens.append(int(draw(logits, uniform[[len(tokens)]], sampling.temperature)))
-        results.append(tokens)
-    return results
-
-
 @pytest.fixture(scope="module")
 def expected(model) -> list[list[int]]:
-    lengths = (tokens := one_by_one(model, prompts(24))) and [len(t) for t in tokens]
+    lengths = (tokens := one_by_one(model, prompts(24), SAMPLING)) and [len(t) for t in tokens]
     assert max(lengths) == 60 and min(lengths) <= 3 and len(set(lengths)) > 10, "the case is ragged"
     return tokens
 
@@ -318,7 +297,7 @@ def test_pad_may_equal_the_stop_token(model, expected) -> None:
     pad = next(tokens[-1] for tokens in expected[:8] if tokens[-1] in STOPS)
     given = [[*prompt[:1], pad, *prompt[1:]] for prompt in prompts(8)]
     same = replace(SAMPLING, pad_id=pad)
-    assert run(model, given, same, max_sequences=3).token_ids == one_by_one(model, given)
+    assert run(model, given, same, max_sequences=3).token_ids == one_by_one(model, given, SAMPLING)
     assert run(model, prompts(24)[:8], same, max_sequences=3).token_ids == expected[:8]
 
 

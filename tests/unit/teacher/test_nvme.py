@@ -2,9 +2,6 @@
 small.
 """
 
-import os
-import time
-
 import pytest
 import torch
 
@@ -50,16 +47,3 @@ def test_larger_numbers_and_other_devices_are_left_alone(teacher):
         before = repr(config)
         fit_buffers(config, teacher, 4)
         assert repr(config) == before
-
-
-def test_a_build_that_was_killed_is_not_waited_for(teacher, tmp_path, monkeypatch, caplog):
-    """Its lock stays, and torch would wait for it silently and for ever."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    lock = tmp_path / "async_io" / "lock"
-    lock.parent.mkdir()
-    lock.touch()
-    fit_buffers(offload(), teacher, 4)
-    assert f"remove {lock}" in caplog.text
-    os.utime(lock, (0, time.time() - 3600))
-    with pytest.raises(InputError, match=f"interrupted; remove {lock}"):
-        fit_buffers(offload(), teacher, 4)
