@@ -52,7 +52,8 @@ TABLE = {
         lmbda seq_kd rollout_engine num_train_epochs max_steps max_grad_norm tf32
         gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing
         activation_checkpointing_kwargs packing packing_strategy eval_packing padding_free
-        use_liger_kernel liger_kernel_config rollout_memory_mb
+        use_liger_kernel liger_kernel_config torch_compile torch_compile_backend
+        torch_compile_mode rollout_memory_mb
         offload_optimizer_states score_memory_mb targets_memory_mb loss_memory_mb
         learn_tokens_per_micro_batch teacher_deepspeed use_cpu ddp_backend ddp_timeout
         eval_strategy eval_steps eval_delay per_device_eval_batch_size eval_on_policy
