@@ -72,7 +72,7 @@ def _judge(place: Path, form: str, job: Job) -> Outcome:
         return Outcome("crashed", _last_error(job))
     if (slowest := max(result["seconds"] for result in results)) > EARLY:
         return Outcome("crashed", f"refused only after {slowest:.0f} s")
-    return Outcome("refused", results[0]["refused"])
+    return Outcome("refused", results[0]["refused"].replace(f"{place.parent}/", ""))
 
 
 def _compare(right: dict, results: list[dict]) -> Outcome:
