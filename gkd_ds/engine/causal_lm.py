@@ -281,19 +281,36 @@ def check_head(model: PreTrainedModel, role: str, device: torch.device) -> None:
     something other than the body's last hidden state. Collective where parameters are partitioned:
     call inside the engine's root.
     """
-    problem = (
-        f"the {role} ({type(model).__name__}) computes its logits in a way gkd_ds does not know, "
-        "so its divergence would be wrong"
-    )
-    remedy = "use a model whose logits are its output layer, scaled or soft-capped"
+    problem, remedy = _head_problem(model, role)
     vocabulary = model.config.get_text_config().vocab_size
     ids_BT = torch.arange(1, 9, device=device).remainder(vocabulary)[None]
     with refusing(problem, remedy):
-        theirs = model(input_ids=ids_BT, use_cache=False).logits.float()
+        theirs = model(input_ids=ids_BT, use_cache=False).logits
+        theirs_dtype, theirs = theirs.dtype, theirs.float()
         ours = logits(model, ids_BT).float()
         scale = theirs.abs().max().clamp(min=1.0)
-        if theirs.shape != ours.shape or (theirs - ours).abs().max() > 0.02 * scale:
+        # The same products in both: what differs is a transform, but for half precision's rounding.
+        tolerance = 2e-4 if theirs_dtype == torch.float32 else 0.02
+        if theirs.shape != ours.shape or (theirs - ours).abs().max() > tolerance * scale:
             raise InputError(f"{problem}; {remedy}.")
+
+
+def require_plain_head(model: PreTrainedModel, role: str) -> None:
+    """Raise InputError unless the output layer is a matrix and perhaps a bias, which is all of it
+    that the loss reads.
+    """
+    head = model.get_output_embeddings()
+    if head is None or type(head).forward is not nn.Linear.forward:
+        problem, remedy = _head_problem(model, role)
+        raise InputError(f"{problem}; {remedy}.")
+
+
+def _head_problem(model: PreTrainedModel, role: str) -> tuple[str, str]:
+    return (
+        f"the {role} ({type(model).__name__}) computes its logits in a way gkd_ds does not know, "
+        "so its divergence would be wrong",
+        "use a model whose logits are its output layer, scaled or soft-capped",
+    )
 
 
 @torch.no_grad()

@@ -236,4 +236,10 @@ def _has_tokenizer(
 
 
 def _hidden_size(model: Model, config: GKDConfig, init_kwargs: dict | None) -> int:
-    return sources.model_config(model, config, init_kwargs).get_text_config().hidden_size
+    text = sources.model_config(model, config, init_kwargs).get_text_config()
+    if "hidden_size" not in {*text.to_dict(), *text.attribute_map}:
+        raise InputError(
+            f"the configuration of {sources.name_of(model)!r} ({text.model_type}) has no "
+            "hidden_size, so it is no plain decoder; choose another model."
+        )
+    return text.hidden_size

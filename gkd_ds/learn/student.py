@@ -27,6 +27,7 @@ from gkd_ds.engine.startup_checks import refuse_both_sides, try_rows
 from gkd_ds.learn.head import LossHead, LossInputs
 from gkd_ds.records import SequenceBatch, Source
 from gkd_ds.runtime import ranks
+from gkd_ds.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -72,11 +73,17 @@ class Student:
         self._whole_norm = 0.0
         if config.use_liger_kernel:
             liger.use(model, config.liger_kernel_config)
+        causal_lm.require_plain_head(model, "student")
         transform = LogitTransform.of(model.config)
         model.set_output_embeddings(LossHead(model.get_output_embeddings(), transform))
         if config.disable_dropout:
             causal_lm.disable_dropout(model)
         if config.gradient_checkpointing:
+            if not model.supports_gradient_checkpointing:
+                raise InputError(
+                    f"the student ({type(model).__name__}) has no gradient checkpointing; set "
+                    "gradient_checkpointing to false."
+                )
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
         root = zero.EngineRoot(model=model)
         if prepare is not None:

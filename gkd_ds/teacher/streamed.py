@@ -296,6 +296,7 @@ class StreamedTeacher:
         probe = sequence_batch(
             [Rollout(0, Source.DATA, [1, 2, 3, 4], [5, 6, 7], True)], self.pad_id, self.device
         )
+        causal_lm.require_plain_head(self.model, "teacher")
         zero.run_pass(self.engine, lambda: causal_lm.check_head(self.model, "teacher", self.device))
         zero.forget_order(self.engine)
         with causal_lm.refusing(problem, remedy):

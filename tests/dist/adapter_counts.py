@@ -20,6 +20,7 @@ def main(argv: list[str]) -> int:
     student, pipeline = trainer.student, trainer.pipeline
     frozen = lambda parameter: not parameter.requires_grad  # noqa: E731
     before = zero.full_state_dict(student.model, frozen)
+    gathered = student.counters.student_bytes  # while it was tried out
     samples, sources = trainer.windows.samples(0, ranks.rank())
     rollouts = pipeline.rollout(samples, sources)
     pipeline.learn(rollouts, pipeline.score(rollouts), 8)
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
     if ranks.rank() == 0:
         counted = {
             "optimizer": sum(t.nbytes for s in states for t in s.values() if torch.is_tensor(t)),
-            "gathered": student.counters.student_bytes,
+            "gathered": student.counters.student_bytes - gathered,
             "teacher": student.counters.teacher_bytes,
             "base_is_the_same": all(torch.equal(t, before[name]) for name, t in after.items()),
             "frozen": sum(t.nbytes for t in before.values()),

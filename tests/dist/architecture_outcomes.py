@@ -1,6 +1,7 @@
 """What becomes of every architecture: equal to the dense reference, refused at the start, or wrong.
 
 PYTHONPATH=. python -m tests.dist.architecture_outcomes            # writes gkd_ds/ARCHITECTURES.md
+PYTHONPATH=. python -m tests.dist.architecture_outcomes --all      # all of transformers' models
 PYTHONPATH=. python -m tests.dist.architecture_outcomes bloom rwkv # says what becomes of these
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 import transformers
 
 from tests import ROOT
-from tests.architectures import LEFT_OUT, NAMES
+from tests.architectures import LEFT_OUT, NAMES, SUITE
 from tests.dist.rank_server import Job, Server
 
 LIST = ROOT / "gkd_ds" / "ARCHITECTURES.md"
@@ -44,7 +45,7 @@ class Outcome:
 Outcomes = dict[str, dict[str, Outcome]]  # by architecture, then by form
 
 
-def find_out(server: Server, directory: Path, names: Sequence[str] = NAMES) -> Outcomes:
+def find_out(server: Server, directory: Path, names: Sequence[str] = SUITE) -> Outcomes:
     """Run every architecture in every form."""
     found: Outcomes = {}
     for batch in (names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE)):
@@ -71,7 +72,7 @@ def _judge(place: Path, form: str, job: Job) -> Outcome:
         return Outcome("crashed", _last_error(job))
     if (slowest := max(result["seconds"] for result in results)) > EARLY:
         return Outcome("crashed", f"refused only after {slowest:.0f} s")
-    return Outcome("refused", results[0]["refused"])
+    return Outcome("refused", results[0]["refused"].replace(f"{place.parent}/", ""))
 
 
 def _compare(right: dict, results: list[dict]) -> Outcome:
@@ -114,7 +115,7 @@ def as_text(found: Outcomes) -> str:
         kinds = " | ".join(outcome.kind for outcome in forms.values())
         reasons = dict.fromkeys(outcome.detail for outcome in forms.values() if outcome.detail)
         lines.append(f"| `{name}` | {kinds} | {' / '.join(reasons)} |")
-    lines += ["", "Not tried:", ""]
+    lines += ["", "Cannot be tried:", ""]
     lines += [f"- `{name}`: {reason}" for name, reason in sorted(LEFT_OUT.items())]
     return "\n".join(lines) + "\n"
 
@@ -137,7 +138,8 @@ Plain is one process at ZeRO stage 0, ZeRO-3 two ranks with both models partitio
 
 def main(names: list[str]) -> None:
     with Server() as server, tempfile.TemporaryDirectory() as directory:
-        found = find_out(server, Path(directory), names or NAMES)
+        chosen = NAMES if names == ["--all"] else names or SUITE
+        found = find_out(server, Path(directory), chosen)
     for name, forms in found.items():
         print(name, *(f"{form}: {o.kind} {o.detail}" for form, o in forms.items()), sep=" | ")
     if not names:

@@ -136,6 +136,7 @@ def run(directory: Path, form: str, student: Any, teacher: Any) -> int:
     started = time.monotonic()
     try:
         trainer = build(directory, form, student, teacher)
+        assert trainer.pipeline is not None  # engines are built, and tried out, when asked for
     except InputError as error:
         seconds = time.monotonic() - started
         result.write_text(json.dumps({"refused": str(error), "seconds": seconds}))

@@ -1,4 +1,4 @@
-"""Every causal language model of transformers, tiny: it gives the dense float64 model's loss,
+"""Causal language models of transformers, tiny: each gives the dense float64 model's loss,
 gradient norm and greedy tokens, or is refused at the start. `gkd_ds/ARCHITECTURES.md` says which.
 """
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.architectures import NAMES
+from tests.architectures import SUITE
 from tests.dist import architecture_outcomes
 from tests.dist.architecture_outcomes import Outcomes
 from tests.dist.rank_server import Server
@@ -19,7 +19,7 @@ def outcomes(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Outcom
     return architecture_outcomes.find_out(server, tmp_path_factory.mktemp("architectures"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SUITE)
 def test_an_architecture_is_right_or_refused(outcomes: Outcomes, name: str) -> None:
     wrong = {form: outcome for form, outcome in outcomes[name].items() if not outcome.is_right}
     assert not wrong, wrong

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.dist.rank_server import Job, Server
 from tests.taken_port import HTTP, taken_port
@@ -84,6 +85,10 @@ def few_positions(role: str):
     def change(recipe: dict[str, Any], place: Path) -> dict[str, Any]:
         make_model("gpt2", place, tokenizer=make_tokenizer(vocab_size=300))
         change_json(place / "config.json", lambda config: config.update(n_positions=20))
+        weights = load_file(place / "model.safetensors")
+        table = next(name for name in weights if name.endswith("wpe.weight"))
+        weights[table] = weights[table][:20].clone()
+        save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
         return {f"{role}model_name_or_path": str(place)}
 
     return change

@@ -29,7 +29,8 @@ def neighbours() -> dict:
     results["refused"] = {}
     for name, case in REFUSED.items():
         try:
-            build(f"rows-{name.replace(' ', '-')}", **{**fields, **case})
+            trainer = build(f"rows-{name.replace(' ', '-')}", **{**fields, **case})
+            assert trainer.pipeline is not None  # built, and tried out, when it is asked for
         except InputError as error:
             results["refused"][name] = str(error)
     return results

@@ -63,9 +63,9 @@ def read(models: Path, tmp_path: Path) -> Callable[..., str]:
     """
 
     def read(student: Any = models / "student", teacher: Any = models / "teacher", **fields) -> str:
-        config = GKDConfig(output_dir=str(tmp_path / "run"), use_cpu=True, **fields)
         names = [str(model) if isinstance(model, Path) else model for model in (student, teacher)]
         try:
+            config = GKDConfig(output_dir=str(tmp_path / "run"), use_cpu=True, **fields)
             Inputs.read(config, *names, make_chat_rows(4), None, None)
         except InputError as error:
             assert_one_sentence(str(error))
