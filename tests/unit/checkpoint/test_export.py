@@ -430,7 +430,7 @@ def test_a_hub_that_cannot_be_reached(run_dir, monkeypatch):
 def test_a_push_that_finds_another_unfinished_is_left_out_unless_always(
     run_dir, monkeypatch, always
 ):
-    started, pushes = [Future(), Future(), Future()], []
+    started, pushes = [Future() for _ in range(4)], []
 
     def push(directory, config, message, blocking, checkpoint, on_start):
         pushes.append(message)
@@ -440,7 +440,7 @@ def test_a_push_that_finds_another_unfinished_is_left_out_unless_always(
     monkeypatch.setattr("gkd_ds.checkpoint.export.push_to_hub", push)
     config = GKDConfig(output_dir=str(run_dir), hub_always_push=always)
     inputs = Inputs(config, "org/base", "org/teacher", None, [], None, {}, 0)
-    publisher = Publisher(inputs, model=None, state=TrainerState())
+    publisher = Publisher(inputs, models=None, state=TrainerState())
     publisher.push("first", blocking=False)
     publisher.push("second", blocking=False)
     assert pushes == (["first", "second"] if always else ["first"])
