@@ -47,9 +47,11 @@ def is_gone() -> bool:
     changed: so a launcher counts that ended before anybody looked, while this process imported.
     """
     # launch.py sets the variable, for its ranks alone: torchrun, Slurm, and whoever starts one
-    # process in the background and leaves, do not. Where the session is that of a process which
-    # cannot be seen, we are in a container of our own, and the launcher could not be seen either.
-    if "CROSS_SIZE" not in os.environ or not os.path.exists("/proc/self/stat") or not os.getsid(0):
+    # process in the background and leaves, do not. Where even the first process has it, launch.py
+    # has started a container around the rank, and cannot be seen from inside.
+    if "CROSS_SIZE" not in os.environ or not os.path.exists("/proc/self/stat"):
+        return False
+    if b"CROSS_SIZE" in _variables(1):
         return False
     for pid in _ancestors():
         words = _command_line(pid)
@@ -109,6 +111,15 @@ def _command_line(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:  # no /proc, or the process has ended
         return []
+
+
+def _variables(pid: int) -> list[bytes]:
+    """The names of its environment variables."""
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # as above, or it is somebody else's
+        return []
+    return [variable.partition(b"=")[0] for variable in variables]
 
 
 def _program(pid: int) -> str | None:

@@ -137,8 +137,8 @@ class Meter:
             self.sweep()  # everything that the forward has gathered is still here
             backward(*given, **options)
 
-        for slot in trainer.teacher.slots:  # while its weights are here
-            slot.streamed.layer.register_forward_hook(lambda *_: self.sweep())
+        for layer in trainer.teacher.engine.module.layers:  # while its weights are here
+            layer.module.register_forward_hook(lambda *_: self.sweep())
 
         def measured_score(rollouts):
             targets = score(rollouts)
@@ -265,10 +265,11 @@ def train_and_note(config: GKDConfig, rows: list[dict], note: Path) -> None:
         args=config,
         train_dataset=datasets.Dataset.from_list(rows),
     )
-    meter.watch(trainer)
-    trainer.train()
-    if distributed.get_rank() == 0:
-        note.write_text(json.dumps(measure(trainer, meter)))
+    with trainer.engines():  # one process gives them back when nobody uses them
+        meter.watch(trainer)
+        trainer.train()
+        if distributed.get_rank() == 0:
+            note.write_text(json.dumps(measure(trainer, meter)))
 
 
 # ---- Prediction ----

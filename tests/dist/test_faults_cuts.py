@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gkd_ds.checkpoint import manifest
 from tests.dist.rank_server import Job, Server
 from tests.dist.runs import assert_same, rows
 
@@ -141,7 +142,9 @@ def test_killed_at_every_write_step_of_a_save(
             for step in ("begin", "manifest", "latest_text", "rename", "latest", "done")
         }
     assert set(killed_at) == expected
-    assert killed_at.count("save.file") == killed_at.count("save.hash") == 2, (
-        "model and optimizer states"
-    )
     finish_and_compare(server, mine, whole)
+    saved = manifest.verify(tmp_path / "run" / "checkpoint-12").files
+    beside = [name for name in saved if not name.startswith("engine/")]  # rank 0's: a whole model
+    assert killed_at.count("save.file") == 2, "model and optimizer states"
+    assert killed_at.count("save.hash") == 2 + (len(beside) if rank == 0 else 0)
+    assert {"model.safetensors", "tokenizer.json", "trainer_state.json"} <= set(beside)

@@ -62,7 +62,7 @@ def teacher_on_nvme() -> dict:
         results[name] = score_with(damage, meanwhile=False)
     try:
         small = shipped("teacher_nvme.json", **place, buffer_count=2)
-        build("nvme-small", teacher="teacher-large", teacher_deepspeed=small)
+        build("nvme-small", teacher="teacher-large", teacher_deepspeed=small).evaluate()
     except InputError as error:
         results["too few buffers"] = str(error)
     least = shipped("teacher_nvme.json", **place, buffer_count=4)
@@ -79,7 +79,7 @@ def shards_away(
     the drive.
     """
     seen: list[list[int]] = []
-    layers = [slot.streamed.layer for slot in trainer.teacher.slots]
+    layers = [layer.module for layer in trainer.teacher.engine.module.layers]
 
     def look() -> None:
         seen.append([sum(map(zero.is_only_on_nvme, layer.parameters())) for layer in layers])

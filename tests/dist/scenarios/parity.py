@@ -137,7 +137,7 @@ def hybrid_engine() -> dict:
     logging.getLogger("gkd_ds.rollout.choose").removeHandler(said)
     results = {"auto": type(auto.pipeline.rollout_engine).__name__, "said": said.messages}
     try:
-        build("hybrid-refused", rollout_engine="hybrid")
+        build("hybrid-refused", rollout_engine="hybrid").evaluate()
     except InputError as error:
         results["refused"] = str(error)
     for engine in ("gather", "hybrid"):

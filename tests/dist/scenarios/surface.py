@@ -57,7 +57,7 @@ def own_metrics() -> dict:
         )
         metrics = trainer.evaluate()
         results[way] = {
-            "given": given,
+            "given": list(given),
             "steps": len(steps),
             "loss": metrics["eval_loss"],
             "calls": metrics["eval_calls"],

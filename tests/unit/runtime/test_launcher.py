@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -139,3 +140,19 @@ def test_where_the_launcher_cannot_be_seen_it_is_not_missed(tmp_path: Path) -> N
     commands = [LAUNCH, [*apart, *RANK]]
     with chain(tmp_path, commands, CROSS_SIZE="1") as processes:
         assert not processes.is_gone()
+
+
+def test_in_a_container_that_has_no_session_of_its_own_the_launcher_is_missed(
+    tmp_path: Path,
+) -> None:
+    """Its session's id reads 0 there, also for processes that the launcher's end has orphaned."""
+    apart = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("unshare needs root")
+    # In the text of the command, not among the shell's own words.
+    launch = " ".join('"$0"' if word == "MORE" else shlex.quote(word) for word in LAUNCH)
+    shell = ["sh", "-c", f"CROSS_SIZE=1 {launch}; sleep 60", "MORE"]
+    with chain(tmp_path, [[*apart, *shell], RANK]) as processes:
+        assert not processes.is_gone()
+        processes.kill(2)  # unshare, shell, launch.py
+        assert processes.is_gone()
