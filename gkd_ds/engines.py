@@ -110,6 +110,23 @@ class Engines(ABC):
         self._own = tuple(one if before is None else None for one, before in zip(made, given))
         return pipeline
 
+    def renew_engines(self) -> None:
+        """Engines that have learned, if there are any, begin again: without moments, and with the
+        schedule of what the configuration asks for now. The weights stay.
+        """
+        if self._pipeline is None:
+            return
+        engine, (own_optimizer, own_scheduler) = self.student.engine, self._own
+        self.student.forget_moments()
+        if own_scheduler is not None:
+            is_ours = "optimizer" not in self.student.passed and not self._file_has_optimizer()
+            for group in engine.basic_optimizer.param_groups:
+                before = group.pop("initial_lr")  # the next schedule notes the rate as its own
+                group["lr"] = self.args.learning_rate if is_ours else before
+            self.lr_scheduler = None
+            engine.lr_scheduler = self._make_scheduler(engine.basic_optimizer)
+            self._own = (own_optimizer, self.lr_scheduler)
+
     @property
     def student(self) -> Student:
         """The student's engine."""

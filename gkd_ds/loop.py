@@ -6,7 +6,6 @@ GKDTrainer (trainer.py) is this loop under TRL's name and with TRL's methods.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
 from abc import abstractmethod
@@ -80,6 +79,7 @@ class WindowLoop(Logs):
 
     def _restart(self) -> None:
         """Begin at the first window of what the configuration asks for now."""
+        self._begins_anew = False
         self.windows = Windows.of(self.args, self.inputs.train, ranks.world_size())
         self.state = initial_state(self.args, self.windows.scheduler.windows_per_epoch)
         self.publisher = Publisher(self.inputs, self.models, self.state)
@@ -89,11 +89,12 @@ class WindowLoop(Logs):
 
         Called again, it begins at the first window once more, with the weights as they are now.
         """
-        changed = self._read_fields()
+        self._read_fields()
         refuse_occupied(self.args, resume)
         self.publisher.refuse_unwritable()
-        if self.session is not None or changed:
+        if self.session is not None or self._begins_anew:
             self._restart()
+            self.renew_engines()
         self._rollouts, self._learned = [], None
         self.is_in_train = True
         try:
@@ -179,25 +180,35 @@ class WindowLoop(Logs):
         self._act()
         self.interrupts.raise_if_stop_requested()
 
-    def _read_fields(self) -> dict[str, Any]:
-        """Let act what was assigned to fields since this was done last; what has changed. Raises
-        InputError, on all ranks, for what cannot act. A collective.
+    def _read_fields(self) -> None:
+        """Let act what was assigned to fields since this was done last. Raises InputError, on all
+        ranks, for what cannot act. A collective.
         """
-        if not ranks.any_rank(self.fields.touched()):
-            return {}
-        read = functools.partial(self.fields.changed, self.is_in_train)
-        changed, *others = ranks.run_on_all_ranks(read, catch=InputError)
+        if not ranks.any_rank(self._are_touched()):
+            return
+        changed, *others = ranks.run_on_all_ranks(self._changed_fields, catch=InputError)
         if any(other != changed for other in others):
             names = ", ".join(f"args.{name}" for name in sorted(set(changed).union(*others)))
             raise InputError(f"{names} was not changed alike on all ranks; change it on all.")
-        if self.is_in_train:
-            if changed.keys() & {"lmbda", "seq_kd", "max_new_tokens", "eval_on_policy"}:
-                self.inputs.check_rows()
+        other_lengths = changed.keys() & {"lmbda", "seq_kd", "max_new_tokens", "eval_on_policy"}
+        if other_lengths:
+            self.inputs.check_rows()
+        if self._pipeline is not None:
+            if other_lengths:
                 self.pipeline.try_rows(self.inputs.lengths)
+            self.pipeline.read_fields()
+        if self.is_in_train:
             self.state.compute_steps(self.args, self.state.max_steps)
             self.windows.read_fields(self.args)
-            self.pipeline.read_fields()
-        return changed
+        else:
+            self._begins_anew = True
+
+    def _are_touched(self) -> bool:
+        return self.fields.touched()
+
+    def _changed_fields(self) -> dict[str, Any]:
+        """As Fields.changed; on one rank alone."""
+        return self.fields.changed(self.is_in_train, self._pipeline is not None)
 
     def _window(self, step: int) -> None:
         """rollout -> score -> learn -> update, and one record of metrics.

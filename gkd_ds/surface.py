@@ -57,6 +57,7 @@ class Surface(WindowLoop):
         self.inputs = self.inputs.with_train(dataset)
         self._train_dataset = dataset
         self._restart()
+        self._begins_anew = True  # also the schedule of engines that there may be
 
     @property
     def eval_dataset(self) -> Any:
@@ -229,10 +230,15 @@ class Surface(WindowLoop):
         self._generation_config = config
         self._read_generation_config()
 
-    def _read_fields(self) -> dict[str, Any]:
+    def _are_touched(self) -> bool:
+        config = self._generation_config
+        changed = config is not None and config.to_dict() != self._generation_seen
+        return changed or super()._are_touched()
+
+    def _changed_fields(self) -> dict[str, Any]:
         if self._generation_config is not None:
             self._read_generation_config()
-        return super()._read_fields()
+        return super()._changed_fields()
 
     def _read_generation_config(self) -> None:
         now, before = self._generation_config.to_dict(), self._generation_seen

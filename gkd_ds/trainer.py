@@ -30,7 +30,7 @@ from gkd_ds.engine import process
 from gkd_ds.engine.compilation import require_backend
 from gkd_ds.engine.inputs import Inputs
 from gkd_ds.learn import trl
-from gkd_ds.learn.optim import require_optimizer
+from gkd_ds.learn.optim import require_optimizer, require_pair
 from gkd_ds.monitor import evaluation
 from gkd_ds.monitor.callbacks import callbacks_of
 from gkd_ds.monitor.predictions import Wanted
@@ -79,6 +79,7 @@ class GKDTrainer(Surface):
         config = args if args is not None else GKDConfig()
         config.validate()  # fields may have been set since it was made
         require_optimizer(config)
+        require_pair(optimizers)
         require_backend(config)
         _show_log(config)
         callbacks = [*callbacks_of(config), *(callbacks or [])]
@@ -147,6 +148,7 @@ class GKDTrainer(Surface):
         Returns `<prefix>_loss`, `<prefix>_on_policy_loss`, ...; with several sets
         `<prefix>_<name>_loss`.
         """
+        self._read_fields()
         sets = self.inputs.evaluation
         if isinstance(eval_dataset, str):
             sets = {"": sets[eval_dataset]}
@@ -186,6 +188,7 @@ class GKDTrainer(Surface):
         `predict_with_generate`, what it writes. Collective.
         """
         self._memory_tracker.start()
+        self._read_fields()
         sets = self.inputs.tokenize_evaluation({"": test_dataset})
         with self.engines() as pipeline:
             pipeline.try_rows(self.inputs.lengths.with_sets(self.args, sets))

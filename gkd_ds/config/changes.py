@@ -38,6 +38,14 @@ AT_ANY_TIME = {
     *("save_weights_in_checkpoints", *INACTIVE),
     *(option.name for group in ("Evaluation", "Hub") for option in GROUPS[group]),
 }
+# What is read when training begins, beside what the engines are made with.
+BEFORE_TRAINING = {
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps"),
+    *("max_steps", "num_train_epochs", "seed", "data_seed", "max_bad_updates", "watchdog_timeout"),
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name", "project"),
+    *("restore_callback_states_from_checkpoint", "logging_dir", "disable_tqdm"),
+    *("trackio_bucket_id", "trackio_space_id", "trackio_static_space_id"),
+}
 
 
 class Fields:
@@ -50,7 +58,7 @@ class Fields:
         """Whether any field was assigned another value since `changed` was called last."""
         return _values(self._config) != self._seen
 
-    def changed(self, while_training: bool) -> dict[str, Any]:
+    def changed(self, while_training: bool, engines_are_made: bool) -> dict[str, Any]:
         """The fields that were assigned since the last call, with their values; validated.
 
         Raises InputError where a value is wrong, or comes too late to act.
@@ -67,6 +75,11 @@ class Fields:
                 raise InputError(
                     f"args.{name} was changed while training, which had read it already; set it "
                     "before train()."
+                )
+            if engines_are_made and name not in AT_ANY_TIME | BEFORE_TRAINING:
+                raise InputError(
+                    f"args.{name} was changed after the engines were made, and several ranks keep "
+                    "theirs; set it before the first train() or evaluate()."
                 )
         if names:
             self._config.validate()

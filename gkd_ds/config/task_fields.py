@@ -97,7 +97,9 @@ class Adapters:
     lora_alpha: InitVar[Annotated[int, Bounds(low=1)]] = option(
         32, "Adapters are scaled by lora_alpha / lora_r."
     )
-    lora_dropout: InitVar[Share] = option(0.05, "Dropout in front of the adapters.")
+    lora_dropout: InitVar[Share] = option(
+        0.05, "Dropout in front of the adapters, where disable_dropout is false."
+    )
     lora_target_modules: InitVar[list[str] | str | None] = option(
         None, "Names of the layers that get adapters (default: peft's for the architecture)."
     )

@@ -46,6 +46,11 @@ class Adapter:
         """
         wrapped = self.model if self.model is not None else self._inject(base, trainable)
         _check(wrapped, base)
+        if trainable and not any(p.requires_grad for p in wrapped.parameters()):
+            raise InputError(
+                "the student's adapter is frozen, so there is nothing to train; load it with "
+                "PeftModel.from_pretrained(..., is_trainable=True)."
+            )
         # One gather for a matrix and what belongs to it: DoRA reads them together.
         zero.keep_together(base, {type(layer) for _, layer in layers(base)})
         return wrapped

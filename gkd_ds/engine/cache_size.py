@@ -85,6 +85,6 @@ def _tensors(held: Any, seen: set[int]) -> Iterator[Tensor]:
     elif isinstance(held, list | tuple):
         inside = list(held)
     else:
-        inside = list(vars(held).values()) if hasattr(held, "__dict__") else []
+        inside = list(getattr(held, "__dict__", {}).values())
     for part in inside:
         yield from _tensors(part, seen)

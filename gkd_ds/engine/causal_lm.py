@@ -1,8 +1,8 @@
 """What gkd_ds assumes about a transformers causal language model: a body, an output layer, a list
 of decoder layers.
 
-Assumptions are checked at start-up (`check_head`, rollout/ways.py, teacher/streamed.py), so that an
-architecture that breaks one is refused with a sentence instead of being trained on wrong logits.
+Assumptions are checked at start-up (`check_head`, rollout/decoder.py, teacher/streamed.py), so that
+an architecture that breaks one is refused with a sentence instead of being trained on wrong logits.
 
 Shapes: B sequences, t new tokens of each, L positions so far with them, V the shared vocabulary.
 """
@@ -82,6 +82,12 @@ def body_forward(model: PreTrainedModel, input_ids_BT: Tensor, **extra: Tensor) 
     return body(model)(input_ids=input_ids_BT, use_cache=False, **extra).last_hidden_state
 
 
+def completion_hidden(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
+    """The last hidden states `[N, D]` that predict the completions of `batch`, padded or packed."""
+    hidden_BTD = body_forward(model, batch.input_ids_BT, **batch.extra)
+    return hidden_BTD.flatten(0, 1).index_select(0, batch.index_N)
+
+
 def logits(model: PreTrainedModel, input_ids_BT: Tensor) -> Tensor:
     """The model's logits `[B, T, W]`, by way of body, output layer and transform."""
     hidden_BTD = body_forward(model, input_ids_BT)
@@ -120,11 +126,6 @@ def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
 
 
 # -- decoding --------------------------------------------------------------------------------------
-
-
-def batch_forward(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
-    """`body_forward` of a batch, padded or packed."""
-    return body_forward(model, batch.input_ids_BT, **batch.extra)
 
 
 def decoding_forward(model: PreTrainedModel, vocabulary: int) -> Forward:
@@ -325,10 +326,10 @@ def check_packing(model: PreTrainedModel, device: torch.device) -> None:
         Rollout(0, Source.DATA, tokens[:3], tokens[3:5], True),
         Rollout(1, Source.DATA, tokens[4:6], tokens[6:9], True),
     ]
-    packed_SD = batch_forward(model, packed_batch(rollouts, 0, device))[0]
-    alone = [batch_forward(model, packed_batch([one], 0, device))[0] for one in rollouts]
-    alone_SD = torch.cat(alone)
-    if (packed_SD - alone_SD).abs().max() > 0.02 * alone_SD.abs().max().clamp(min=1.0):
+    packed_ND = completion_hidden(model, packed_batch(rollouts, 0, device))
+    alone = [completion_hidden(model, packed_batch([one], 0, device)) for one in rollouts]
+    alone_ND = torch.cat(alone)
+    if (packed_ND - alone_ND).abs().max() > 0.02 * alone_ND.abs().max().clamp(min=1.0):
         raise InputError(
             f"padding_free is not possible for {type(model).__name__}, whose sequences do not stay "
             "apart in one line; set padding_free and packing to false."

@@ -21,6 +21,7 @@ from gkd_ds.engine import adapters, loading, sources
 from gkd_ds.engine.adapters import Adapter
 from gkd_ds.engine.positions import check_positions
 from gkd_ds.runtime import ranks
+from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.provenance import library_versions
 
 
@@ -70,6 +71,7 @@ class Inputs:
         teacher, teacher_adapter = adapters.split(
             teacher, None, "teacher", config.teacher_model_init_kwargs
         )
+        _refuse_unread(config, student_adapter, data_collator, formatting_func)
         _check_models(config, student, teacher, may_share=student_adapter is not None)
         tokenizer = loading.load_tokenizer(student, processing_class, config)
         # Only whether it can be read.
@@ -209,6 +211,30 @@ class Inputs:
         data = {"training data": self.train, **self.evaluation}
         ranks.refuse_differences(
             {name: rows.fingerprint for name, rows in data.items() if rows is not None}, "data"
+        )
+
+
+def _refuse_unread(
+    config: GKDConfig,
+    student_adapter: Adapter | None,
+    data_collator: Collator | None,
+    formatting_func: Callable[[Any], Any] | None,
+) -> None:
+    """Raise InputError for what would have no effect beside the other arguments."""
+    if config.merge_on_export and student_adapter is None:
+        raise InputError("merge_on_export is for a student with an adapter; leave it out.")
+    if data_collator is None:
+        return
+    unread = {
+        "formatting_func": formatting_func is not None,
+        "train_on=every_turn": config.train_on == "every_turn",
+        "truncation_mode=keep_end": config.truncation_mode == "keep_end",
+        "row_errors=skip": config.row_errors == "skip",
+    }
+    for name in [name for name, is_given in unread.items() if is_given]:
+        raise InputError(
+            f"{name} has no effect beside a data_collator, which makes the tokens of every row; "
+            "leave out one of the two."
         )
 
 

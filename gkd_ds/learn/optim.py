@@ -44,6 +44,18 @@ def make_optimizer(model: PreTrainedModel, config: GKDConfig, decayed: list[str]
     return optimizer(**{"params": [group for group in groups if group["params"]], **settings})
 
 
+def require_pair(optimizers: tuple[Optimizer | None, LRScheduler | None]) -> None:
+    """Raise InputError for a scheduler of the caller's that is not for the caller's optimizer: it
+    would have no effect.
+    """
+    optimizer, scheduler = optimizers
+    if isinstance(scheduler, LRScheduler) and scheduler.optimizer is not optimizer:
+        raise InputError(
+            "the scheduler in optimizers belongs to another optimizer, so it would have no effect; "
+            "pass (optimizer, scheduler) with the optimizer that it was made for."
+        )
+
+
 def make_scheduler(optimizer: Optimizer, config: GKDConfig, total_updates: int) -> LRScheduler:
     """The learning rate over `total_updates` updates, by the fields `lr_scheduler_*` and
     `warmup_*`.

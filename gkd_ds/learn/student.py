@@ -120,7 +120,8 @@ class Student:
                     self.to_learn()
                 else:
                     self.model.eval()
-                hidden.append(self.run_pass(partial(self._hidden, batch)))
+                run_batch = partial(causal_lm.completion_hidden, self.model, batch)
+                hidden.append(self.run_pass(run_batch))
             return hidden
 
         advice = "use another model"
@@ -154,7 +155,8 @@ class Student:
         """The objective on a micro-batch: what `LossHead` returns for it. Collective."""
 
         def run():
-            return self.model.get_output_embeddings()(self._hidden(batch), loss=inputs)
+            hidden_ND = causal_lm.completion_hidden(self.model, batch)
+            return self.model.get_output_embeddings()(hidden_ND, loss=inputs)
 
         return self.engine(run=run)
 
@@ -163,11 +165,6 @@ class Student:
         return self.engine(
             run=lambda: self.model(input_ids=batch.input_ids_BT, use_cache=False).logits
         )
-
-    def _hidden(self, batch: SequenceBatch) -> Tensor:
-        """The last hidden states that predict the completions of `batch`, `[N, D]`."""
-        hidden_BTD = causal_lm.body_forward(self.model, batch.input_ids_BT, **batch.extra)
-        return hidden_BTD.flatten(0, 1).index_select(0, batch.index_N)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradient of `loss`; on the window's last micro-batch, make it ready for
@@ -236,6 +233,17 @@ class Student:
         """
         parameters = [p for p in self.model.parameters() if zero.is_partitioned(p)]
         zero.keep_whole([p for p in parameters if p.ds_tensor.device == self.device])
+
+    def forget_moments(self) -> None:
+        """Leave the optimizer without what it has gathered about the weights, as a new one. Raises
+        InputError where that is on NVMe.
+        """
+        if self.engine.zero_nvme_offload_optimizer():
+            raise InputError(
+                "train() was called again, but the optimizer's states on NVMe cannot begin anew; "
+                "start the script again, or keep them in memory."
+            )
+        self.engine.basic_optimizer.state.clear()
 
     def release(self) -> None:
         """Take the engine down: `model` is a model again, with its weights. One process only.

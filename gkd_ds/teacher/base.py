@@ -14,7 +14,6 @@ from torch import Tensor
 
 from gkd_ds.data.lengths import RowLengths
 from gkd_ds.engine import accelerator, adapters, causal_lm, zero
-from gkd_ds.engine.cache_size import largest
 from gkd_ds.engine.causal_lm import LogitTransform
 from gkd_ds.learn.batching import length_groups
 from gkd_ds.learn.head import LossHead, TeacherHead
@@ -23,6 +22,7 @@ from gkd_ds.records import Completions, Rollout, Sample, TeacherTargets, sequenc
 from gkd_ds.rollout.decoder import Decoder, of_student
 from gkd_ds.rollout.sampling import Sampling
 from gkd_ds.runtime import ranks
+from gkd_ds.teacher.chunks import TargetsInOrder, tokens_per_chunk
 
 # As in teacher/streamed.py, but here every chunk fetches the weights anew.
 CHUNK_OVERHEAD_TOKENS = 256
@@ -33,7 +33,6 @@ class BaseTeacher:
 
     def __init__(self, student: Student, pad_id: int):
         self.student, self.pad_id = student, pad_id
-        self.model = student.model
 
     def release(self) -> None:
         """Nothing: the student gives its engine back."""
@@ -48,34 +47,23 @@ class BaseTeacher:
         """
         chunks = self._chunks([len(rollout) for rollout in rollouts])
         (count,) = ranks.all_reduce_max([max(1, len(chunks))])
-        hidden: list[Tensor | None] = [None] * len(rollouts)
+        scored = TargetsInOrder(rollouts)
         with self._base():
             for chunk in chunks + [[]] * (count - len(chunks)):
-                hidden_ND = self._pass([rollouts[i] for i in chunk])
-                lengths = [len(rollouts[i].completion_ids) for i in chunk]
-                for index, part in zip(chunk, hidden_ND.split(lengths) if chunk else ()):
-                    hidden[index] = part
+                scored.add(chunk, self._pass([rollouts[i] for i in chunk]))
                 heartbeat()
-        offsets = [0]
-        for rollout in rollouts:
-            offsets.append(offsets[-1] + len(rollout.completion_ids))
-        return TeacherTargets(torch.cat(hidden) if hidden else hidden_ND[:0], offsets)
+        return scored.targets(self.student.config.targets_memory_mb)
 
     def _chunks(self, lengths: list[int]) -> list[list[int]]:
-        text = self.student.model.config.get_text_config()
-        widest = max(4 * text.hidden_size, largest(text, "intermediate_size"))
-        per_token = 4 * widest * self._head.weight.dtype.itemsize
-        tokens = max(1, self.student.config.score_memory_mb * 2**20 // per_token)
+        itemsize, memory_mb = self._head.weight.dtype.itemsize, self.student.config.score_memory_mb
+        tokens = tokens_per_chunk(self.student.model, itemsize, memory_mb)
         return length_groups(lengths, tokens, CHUNK_OVERHEAD_TOKENS, self.student.switch)
 
     def _pass(self, rollouts: list[Rollout]) -> Tensor:
         student = self.student
         student.counters.teacher_passes += 1
         batch = sequence_batch(rollouts, self.pad_id, student.device)
-        hidden_BTD = student.run_pass(
-            lambda: causal_lm.body_forward(student.model, batch.input_ids_BT)
-        )
-        return hidden_BTD.flatten(0, 1).index_select(0, batch.index_N)
+        return student.run_pass(lambda: causal_lm.completion_hidden(student.model, batch))
 
     def generate(
         self,

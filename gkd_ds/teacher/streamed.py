@@ -27,7 +27,6 @@ from transformers import PreTrainedModel
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.lengths import RowLengths
 from gkd_ds.engine import accelerator, causal_lm, zero
-from gkd_ds.engine.cache_size import largest
 from gkd_ds.engine.causal_lm import LogitTransform
 from gkd_ds.engine.counters import Counters
 from gkd_ds.engine.lending import Loan, guard
@@ -48,6 +47,7 @@ from gkd_ds.rollout.sampling import Sampling
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.teacher import nvme
+from gkd_ds.teacher.chunks import TargetsInOrder, tokens_per_chunk
 from gkd_ds.teacher.suspended import Call, Slot, SuspendedForward
 
 # One more chunk costs about as much as this many tokens: the weights are here already, only the
@@ -138,32 +138,23 @@ class StreamedTeacher:
     def _score(self, rollouts: list[Rollout], heartbeat: Callable[[], None]) -> TeacherTargets:
         passes = self._passes([len(rollout) for rollout in rollouts])
         (count,) = ranks.all_reduce_max([len(passes)])
-        hidden: list[Tensor | None] = [None] * len(rollouts)
-        for number in range(count):
-            chunks = passes[number] if number < len(passes) else []
+        scored = TargetsInOrder(rollouts)
+        for chunks in passes + [[[]]] * (count - len(passes)):
             batches = [
                 sequence_batch([rollouts[i] for i in chunk], self.pad_id, self.device)
                 for chunk in chunks
             ]
-            hidden_of_chunk = self._pass(
-                batches or [sequence_batch([], self.pad_id, self.device)], heartbeat
-            )
-            for chunk, hidden_NE in zip(chunks, hidden_of_chunk):
-                lengths = [len(rollouts[i].completion_ids) for i in chunk]
-                for index, part in zip(chunk, hidden_NE.split(lengths)):
-                    hidden[index] = part
-        return self._targets(rollouts, hidden)
+            for chunk, hidden_NE in zip(chunks, self._pass(batches, heartbeat)):
+                scored.add(chunk, hidden_NE)
+        return scored.targets(self.config.targets_memory_mb)
 
     def _passes(self, lengths: list[int]) -> list[list[list[int]]]:
         """Cut a window into chunks (they bound activations), and chunks into passes (they bound
         hidden states).
         """
-        text = self.model.config.get_text_config()
-        per_token = text.hidden_size * self.head.weight.dtype.itemsize
-        widest = max(4 * text.hidden_size, largest(text, "intermediate_size"))
-        chunk_tokens = max(
-            1, self.config.score_memory_mb * 2**20 // (4 * widest * self.head.weight.dtype.itemsize)
-        )
+        itemsize = self.head.weight.dtype.itemsize
+        chunk_tokens = tokens_per_chunk(self.model, itemsize, self.config.score_memory_mb)
+        per_token = self.model.config.get_text_config().hidden_size * itemsize
         pass_tokens = max(1, self.config.targets_memory_mb * 2**20 // per_token)
         passes: list[list[list[int]]] = []
         room = 0
@@ -189,9 +180,7 @@ class StreamedTeacher:
         positions.
         """
         forwards = [
-            SuspendedForward(
-                partial(causal_lm.body_forward, self.model, batch.input_ids_BT, **batch.extra)
-            )
+            SuspendedForward(partial(causal_lm.completion_hidden, self.model, batch))
             for batch in batches
         ]
         try:
@@ -204,24 +193,7 @@ class StreamedTeacher:
         finally:
             for forward in forwards:
                 forward.abandon()
-        return [
-            last_BTE.flatten(0, 1).index_select(0, batch.index_N)
-            for last_BTE, batch in zip(stops, batches)
-        ]
-
-    def _targets(self, rollouts: list[Rollout], hidden: list[Tensor]) -> TeacherTargets:
-        offsets = [0]
-        for rollout in rollouts:
-            offsets.append(offsets[-1] + len(rollout.completion_ids))
-        width = self.head.weight.shape[-1] if not hidden else hidden[0].shape[-1]
-        if not hidden:
-            return TeacherTargets(
-                torch.zeros(0, width, dtype=self.head.weight.dtype, device=self.device), offsets
-            )
-        hidden_NE = torch.cat(hidden)
-        if hidden_NE.numel() * hidden_NE.element_size() > self.config.targets_memory_mb * 2**20:
-            hidden_NE = hidden_NE.cpu()
-        return TeacherTargets(hidden_NE, offsets)
+        return stops
 
     # -- the head of the learn phase ---------------------------------------------------------------
 
@@ -300,10 +272,9 @@ class StreamedTeacher:
         zero.run_pass(self.engine, lambda: causal_lm.check_head(self.model, "teacher", self.device))
         zero.forget_order(self.engine)
         with causal_lm.refusing(problem, remedy):
-            plain_BTE = zero.run_pass(
-                self.engine, lambda: causal_lm.body_forward(self.model, probe.input_ids_BT)
+            plain_NE = zero.run_pass(
+                self.engine, lambda: causal_lm.completion_hidden(self.model, probe)
             )
-            plain_NE = plain_BTE.flatten(0, 1).index_select(0, probe.index_N)
             (streamed_NE,) = zero.run_pass(self.engine, lambda: self._stream([probe]))
             if (plain_NE - streamed_NE).abs().max() > 0.02 * plain_NE.abs().max().clamp(min=1.0):
                 raise InputError(f"{problem}; {remedy}.")

@@ -21,8 +21,33 @@ def test_compute_metrics_gets_the_same_on_every_rank_and_on_any_number(
     for mine, other in zip(ours, theirs):
         losses = mine.pop("losses"), other.pop("losses")
         if losses[0] is not None:
-            assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 5
+            assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 5
     assert ours == theirs
+
+
+def test_predictions_stand_before_the_tokens_that_they_predict(two_ranks: Results) -> None:
+    """Of five rows, padded on the left, and by one batch after the other."""
+    result = two_ranks["own_metrics"][0]
+    (whole,) = result["whole"]["given"]
+    labels, predictions = whole["labels"], whole["predictions"]
+    assert len(labels) == len(predictions) == 5
+    assert {len(row) for row in labels} == {len(row) for row in predictions}
+    batches = result["by batch"]["given"]
+    assert [len(batch["labels"]) for batch in batches] == [2, 2, 1]
+    assert [batch["last"] for batch in batches] == [False, False, True]
+    completions = [[one for one in row if one != IGNORED] for row in labels]
+    assert completions == [
+        [one for one in row if one != IGNORED] for batch in batches for row in batch["labels"]
+    ]
+    texts = result["texts"]["given"][0]
+    assert [[one for one in row if one != IGNORED] for row in texts["labels"]] == completions
+    assert all(1 <= sum(one != IGNORED for one in row) <= 12 for row in texts["predictions"])
+    (lists,) = result["lists"]["given"]
+    assert [len(batch) for batch in lists["labels"]] == [2, 2, 1]
+    (losses,) = result["losses"]["given"]
+    assert [len(row) for row in losses["inputs"]] == [len(row) for row in labels]
+    for inputs, row in zip(losses["inputs"], labels):
+        assert all(label in (IGNORED, token) for token, label in zip(inputs, row))
 
 
 def test_a_prediction_step_is_a_batch_of_all_ranks(two_ranks: Results) -> None:
@@ -62,6 +87,17 @@ def test_a_partitioned_model_is_not_saved_as_an_empty_one(two_ranks: Results) ->
         for what in ("save_pretrained", "state_dict"):
             assert "call trainer.save_model(directory) on all ranks" in rank["said"][what]
         assert "the student is in the engine of another trainer" in rank["said"]["another trainer"]
+        assert not rank["written"]
+
+
+def test_train_called_twice_goes_on_with_a_schedule_of_its_own(two_ranks: Results) -> None:
+    first, second = two_ranks["models_in_engines"]
+    assert first["losses"] == second["losses"] and len(set(first["losses"])) == 3
+    assert first["rates"] == pytest.approx([5e-3, 2.5e-3])
+    assert first["step"] == 2 and first["loads"] > 10_000
+    for rank in (first, second):
+        said = rank["said"]["a field of the engines"]
+        assert "args.weight_decay was changed after the engines" in said
 
 
 def test_a_field_that_is_assigned_while_training_acts(two_ranks: Results) -> None:
@@ -79,6 +115,7 @@ def test_a_field_that_is_assigned_while_training_acts(two_ranks: Results) -> Non
         ("too late", "args.learning_rate was changed while training"),
         ("out of bounds", "lmbda"),
         ("one rank", "args.lmbda was not changed alike on all ranks"),
+        ("draws on one rank", "trainer.generation_config.top_k was changed"),
     ],
 )
 def test_a_field_that_cannot_act_is_refused_on_all_ranks(

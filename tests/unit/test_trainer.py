@@ -9,6 +9,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd_ds import GKDConfig, GKDTrainer
@@ -38,12 +39,23 @@ def build(models, tmp_path, monkeypatch):
 
     monkeypatch.setattr(process, "start", no_further)
 
-    def build(student=models / "student", teacher=models / "teacher", eval_dataset=None, **fields):
+    def build(
+        student=models / "student",
+        teacher=models / "teacher",
+        eval_dataset=None,
+        given=None,
+        **fields,
+    ):
         config = GKDConfig(output_dir=str(tmp_path / "run"), **fields)
         place = lambda model: model if isinstance(model, loading.PreTrainedModel) else str(model)  # noqa: E731
         with pytest.raises((InputError, AssertionError)) as caught:
             GKDTrainer(
-                place(student), place(teacher), config, None, make_chat_rows(4), eval_dataset
+                place(student),
+                place(teacher),
+                config,
+                train_dataset=make_chat_rows(4),
+                eval_dataset=eval_dataset,
+                **(given or {}),
             )
         message = str(caught.value)
         assert "\n" not in message and not re.search(r"[.] [A-Z]", message), message
@@ -87,6 +99,34 @@ def test_a_damaged_file_is_refused_by_name(build, models, tmp_path, role, file, 
     assert message.startswith(f"{what} '{tmp_path / role}") and re.search(
         r"(be read|damaged) \(.+\)", message
     ), message
+
+
+def test_merge_on_export_without_an_adapter(build):
+    assert "merge_on_export is for a student with an adapter" in build(merge_on_export=True)
+
+
+@pytest.mark.parametrize(
+    "fields, formatting_func, name",
+    [
+        ({}, lambda row: row, "formatting_func"),
+        ({"train_on": "every_turn"}, None, "train_on=every_turn"),
+        ({"assistant_only_loss": True}, None, "train_on=every_turn"),
+        ({"truncation_mode": "keep_end"}, None, "truncation_mode=keep_end"),
+        ({"row_errors": "skip"}, None, "row_errors=skip"),
+    ],
+)
+def test_what_a_data_collator_would_leave_unread(build, fields, formatting_func, name):
+    given = {"data_collator": lambda rows: rows, "formatting_func": formatting_func}
+    assert build(given=given, **fields).startswith(f"{name} has no effect beside a data_collator")
+
+
+def test_a_scheduler_of_another_optimizer(build):
+    optimizers = [torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1) for _ in range(2)]
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizers[0], 1)
+    assert build(given={"optimizers": (optimizers[0], scheduler)}) == "all input was accepted"
+    for other in (None, optimizers[1]):
+        message = build(given={"optimizers": (other, scheduler)})
+        assert message.startswith("the scheduler in optimizers belongs to another optimizer")
 
 
 def test_weights_that_end_too_early_are_refused(build, models, tmp_path):

@@ -164,17 +164,27 @@ def models_in_engines() -> dict:
         except InputError as error:
             said[what] = str(error)
     before = trainer.evaluate()["eval_loss"]
+    trainer.args.weight_decay = 0.5
+    try:
+        trainer.train()
+    except InputError as error:
+        said["a field of the engines"] = str(error)
+    trainer.args.weight_decay, trainer.args.learning_rate = 0.0, 5e-3
+    trainer.args.beta, trainer.args.max_steps = 0.0, 2
+    other_beta = trainer.evaluate()["eval_loss"]
     trainer.train()  # goes on
+    rates = [row["lr"] for row in rows_of("in-engines") if "lr" in row]
     trainer.save_model(str(RESULTS / "in-engines-saved"))
     ranks.barrier()
     return {
         "said": said,
-        "losses": [before, trainer.evaluate()["eval_loss"]],
+        "losses": [before, other_beta, trainer.evaluate()["eval_loss"]],
+        "rates": rates,
         "step": trainer.state.global_step,
         "loads": AutoModelForCausalLM.from_pretrained(
             RESULTS / "in-engines-saved"
         ).num_parameters(),
-        "written": (RESULTS / "never").exists(),
+        "written": [str(path) for path in (RESULTS / "never").glob("*.safetensors")],
     }
 
 
@@ -200,6 +210,11 @@ def changes() -> dict:
         if ranks.rank() == 1:
             trainer.args.lmbda = 1.0
 
+    def draws_on_one_rank(trainer):
+        assert trainer.generation_config.top_k == 0
+        if ranks.rank() == 1:
+            trainer.generation_config.top_k = 5
+
     results = {}
     for name, change in {
         "lmbda": assign(lmbda=1.0, max_new_tokens=3),
@@ -207,6 +222,7 @@ def changes() -> dict:
         "too late": assign(learning_rate=1.0),
         "out of bounds": lambda trainer: setattr(trainer.args, "lmbda", 2.0),
         "one rank": on_one_rank,
+        "draws on one rank": draws_on_one_rank,
     }.items():
         callback, said = Changes(change), ""
         trainer = build(

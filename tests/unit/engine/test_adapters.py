@@ -130,3 +130,13 @@ def test_one_copy_serves_only_a_teacher_that_is_the_base():
     assert not adapters.is_base(config, "a", adapter, "a", adapter)
     other = GKDConfig(teacher_model_init_kwargs={"revision": "main"})
     assert not adapters.is_base(other, "a", adapter, "a", None)
+
+
+def test_a_frozen_adapter_of_the_student_is_refused(tmp_path):
+    _, wrapped = wrapped_model()
+    wrapped.save_pretrained(tmp_path)
+    base = make_model("llama", None, seed=1)
+    frozen = peft.PeftModel.from_pretrained(base, tmp_path)
+    with pytest.raises(InputError, match="the student's adapter is frozen"):
+        adapters.Adapter(model=frozen).attach(base, trainable=True)
+    adapters.Adapter(model=frozen).attach(base, trainable=False)
