@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.engine import accelerator, sources, zero
-from gkd_ds.engine.fingerprint import fingerprints, is_same
+from gkd_ds.engine.fingerprint import fingerprints, forget_pattern, is_same
 from gkd_ds.engine.sources import Model
 from gkd_ds.engine.weights import Checkpoint
 from gkd_ds.runtime import ranks
@@ -41,6 +41,7 @@ def load(
     sources.refuse_incomplete(model, role, loaded, report, checkpoint.is_changed)
     if held:
         _require_same(model, role, fingerprints(loaded), held)
+    forget_pattern()
     return loaded
 
 

@@ -96,9 +96,9 @@ class Student:
             # rank alone.
             self.engine.enable_backward_allreduce = False
         model.eval()
-        self.run_pass(lambda: causal_lm.check_head(model, "student", self.device))
+        self._try_pass(lambda: causal_lm.check_head(model, "student", self.device))
         if config.packs(evaluating=False) or config.packs(evaluating=True):
-            self.run_pass(lambda: causal_lm.check_packing(model, self.device))
+            self._try_pass(lambda: causal_lm.check_packing(model, self.device))
         # Rows up to this length and longer ones must not share a batch; None: all of them may.
         self.switch: int | None = None
         self.to_learn()
@@ -121,7 +121,7 @@ class Student:
                 else:
                     self.model.eval()
                 run_batch = partial(causal_lm.completion_hidden, self.model, batch)
-                hidden.append(self.run_pass(run_batch))
+                hidden.append(self._try_pass(run_batch))
             return hidden
 
         advice = "use another model"
@@ -226,6 +226,15 @@ class Student:
         """One pass over the partitioned parameters, without gradients. Collective."""
         with torch.no_grad():
             return zero.run_pass(self.engine, run)
+
+    def _try_pass(self, run: Callable[[], Any]) -> Any:
+        """The same before training, which ZeRO-3 must not take for what training does: where a
+        forward is all it knows of, it would release every weight that the backward needs again.
+        """
+        try:
+            return self.run_pass(run)
+        finally:
+            zero.forget_order(self.engine)
 
     def show(self) -> None:
         """Let others look at `model`, in one process: its parameters are whole, as views of their

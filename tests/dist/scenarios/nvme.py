@@ -84,7 +84,8 @@ def shards_away(
     def look() -> None:
         seen.append([sum(map(zero.is_only_on_nvme, layer.parameters())) for layer in layers])
 
-    return seen, trainer.teacher.score(rollouts, look).hidden_NE
+    hidden_NE = trainer.teacher.score(rollouts, look).hidden_NE
+    return seen[1:], hidden_NE  # the first look was after the embedding
 
 
 def _rewrite(path: Path) -> None:

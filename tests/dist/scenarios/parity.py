@@ -134,8 +134,8 @@ def hybrid_engine() -> dict:
     said = _Said()
     logging.getLogger("gkd_ds.rollout.choose").addHandler(said)
     auto = build("hybrid-auto", rollout_engine="auto")
-    logging.getLogger("gkd_ds.rollout.choose").removeHandler(said)
     results = {"auto": type(auto.pipeline.rollout_engine).__name__, "said": said.messages}
+    logging.getLogger("gkd_ds.rollout.choose").removeHandler(said)
     try:
         build("hybrid-refused", rollout_engine="hybrid").evaluate()
     except InputError as error:
