@@ -70,7 +70,7 @@ class Student:
         guard(model)
         if adapter is not None:
             guard(adapter)
-        self._whole_norm = 0.0
+        self._whole_norm, self._has_learned = 0.0, False
         if config.use_liger_kernel:
             liger.use(model, config.liger_kernel_config)
         causal_lm.require_plain_head(model, "student")
@@ -96,9 +96,9 @@ class Student:
             # rank alone.
             self.engine.enable_backward_allreduce = False
         model.eval()
-        self._try_pass(lambda: causal_lm.check_head(model, "student", self.device))
+        self.run_pass(lambda: causal_lm.check_head(model, "student", self.device))
         if config.packs(evaluating=False) or config.packs(evaluating=True):
-            self._try_pass(lambda: causal_lm.check_packing(model, self.device))
+            self.run_pass(lambda: causal_lm.check_packing(model, self.device))
         # Rows up to this length and longer ones must not share a batch; None: all of them may.
         self.switch: int | None = None
         self.to_learn()
@@ -121,7 +121,7 @@ class Student:
                 else:
                     self.model.eval()
                 run_batch = partial(causal_lm.completion_hidden, self.model, batch)
-                hidden.append(self._try_pass(run_batch))
+                hidden.append(self.run_pass(run_batch))
             return hidden
 
         advice = "use another model"
@@ -158,13 +158,15 @@ class Student:
             hidden_ND = causal_lm.completion_hidden(self.model, batch)
             return self.model.get_output_embeddings()(hidden_ND, loss=inputs)
 
-        return self.engine(run=run)
+        with self._not_taken_for_learning():
+            return self.engine(run=run)
 
     def logits(self, batch: SequenceBatch) -> Tensor:
         """The model's own logits `[B, T, W]`. Collective."""
-        return self.engine(
-            run=lambda: self.model(input_ids=batch.input_ids_BT, use_cache=False).logits
-        )
+        with self._not_taken_for_learning():
+            return self.engine(
+                run=lambda: self.model(input_ids=batch.input_ids_BT, use_cache=False).logits
+            )
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradient of `loss`; on the window's last micro-batch, make it ready for
@@ -174,6 +176,7 @@ class Student:
         is a sum over the window's tokens, already divided by their number, so the first is undone
         here and the second left out.
         """
+        self._has_learned = True
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss * ranks.world_size(), scale_wrt_gas=False)
 
@@ -224,17 +227,21 @@ class Student:
 
     def run_pass(self, run: Callable[[], Any]) -> Any:
         """One pass over the partitioned parameters, without gradients. Collective."""
-        with torch.no_grad():
+        with torch.no_grad(), self._not_taken_for_learning():
             return zero.run_pass(self.engine, run)
 
-    def _try_pass(self, run: Callable[[], Any]) -> Any:
-        """The same before training, which ZeRO-3 must not take for what training does: where a
-        forward is all it knows of, it would release every weight that the backward needs again.
+    @contextmanager
+    def _not_taken_for_learning(self) -> Iterator[None]:
+        """Around a forward: ZeRO-3 must not take one without a backward for what learning does.
+
+        Where it knows of forwards alone it releases each weight after its use, from then on and for
+        good, and a backward has to gather it again. Once a backward has come it knows better.
         """
         try:
-            return self.run_pass(run)
+            yield
         finally:
-            zero.forget_order(self.engine)
+            if not self._has_learned and not torch.is_grad_enabled():
+                zero.forget_order(self.engine)
 
     def show(self) -> None:
         """Let others look at `model`, in one process: its parameters are whole, as views of their

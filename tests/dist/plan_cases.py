@@ -72,6 +72,8 @@ def config_of(directory: Path, teacher_on: str, optimizer_on: str, prompt_tokens
         lmbda=1.0,
         gradient_checkpointing=False,
         save_strategy="no",
+        eval_on_start=True,  # forwards without a backward, which must not spoil what comes after
+        per_device_eval_batch_size=1,
         disable_tqdm=True,
         log_level="error",
         use_cpu=True,
@@ -264,6 +266,7 @@ def train_and_note(config: GKDConfig, rows: list[dict], note: Path) -> None:
         teacher_model=config.teacher_model_name_or_path,
         args=config,
         train_dataset=datasets.Dataset.from_list(rows),
+        eval_dataset=datasets.Dataset.from_list(rows[:6]),
     )
     with trainer.engines():  # one process gives them back when nobody uses them
         meter.watch(trainer)

@@ -34,8 +34,7 @@ def test_packed_is_padded(family, attention):
     for name, in_one_batch in (("packed", packed_batch), ("padded", sequence_batch)):
         batch = in_one_batch(ROLLOUTS, 0, CPU)
         with torch.no_grad():
-            hidden_BTD = causal_lm.batch_forward(model, batch)
-        hidden[name] = hidden_BTD.flatten(0, 1).index_select(0, batch.index_N)
+            hidden[name] = causal_lm.completion_hidden(model, batch)
         assert batch.tokens_N.tolist() == [9, 10, 11, 13, 14, 26]
     assert (hidden["packed"] - hidden["padded"]).abs().max() < 1e-5
     assert packed_batch(ROLLOUTS, 0, CPU).input_ids_BT.shape == (1, 17)
