@@ -16,10 +16,10 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gkd_ds import GKDConfig, GKDTrainer
-from gkd_ds.engine import accelerator
 from gkd_ds.records import Rollout, Sample, Source
 from tools.bench.workload import END, make_prompts, make_tokenizer
 
+CPU = torch.device("cpu")
 VOCABULARY = 256
 ROWS, WINDOW, NEW_TOKENS = 32, 8, 24
 # DeepSpeed would keep parameters as small as these whole: then ZeRO-3 has nothing to gather.
@@ -49,9 +49,13 @@ def make_model(
     seed: int,
     family: str = "llama",
     dtype: torch.dtype = torch.float32,
+    drawn_on: torch.device = CPU,
     **shape: Any,
 ) -> Path:
-    """A random model of `family` with its tokenizer in `directory`, unless it is there."""
+    """A random model of `family` with its tokenizer in `directory`, unless it is there.
+
+    Its numbers depend on where they are drawn: on the CPU they are the same for every accelerator.
+    """
     if (directory / "config.json").exists():
         return directory
     settings = {
@@ -70,7 +74,7 @@ def make_model(
         **shape,
     }
     torch.manual_seed(seed)
-    with accelerator.device():  # where the numbers of a large one are drawn in no time
+    with drawn_on:
         config = AutoConfig.for_model(family, **settings)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = END

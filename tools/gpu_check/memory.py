@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from transformers import TrainerCallback
 
-from gkd_ds.records import Rollout, Source
+from gkd_ds import GKDTrainer
+from gkd_ds.engine import accelerator
+from gkd_ds.records import Rollout, TeacherTargets
 from tools.gpu_check.materials import (
     given_rollouts,
     make_model,
@@ -45,14 +48,15 @@ def teacher_streaming(directory: Path, shape: dict[str, Any] = LARGE) -> Outcome
     Copying alone is what a window of one short row takes, computing alone what the resident teacher
     takes; what the two together take less than their sum has overlapped.
     """
-    teacher = make_model(directory / "large", seed=3, dtype=torch.bfloat16, **shape)
-    shipped = json.loads(Path("ds_configs/teacher_cpu.json").read_text())
+    teacher = make_model(
+        directory / "large", seed=3, dtype=torch.bfloat16, drawn_on=accelerator.device(), **shape
+    )
     seconds: dict[str, float] = {}
     hidden: dict[str, torch.Tensor] = {}
     for place in ("resident", "pinned", "pageable"):
-        file = json.loads(Path("ds_configs/teacher_resident.json").read_text())
-        if place != "resident":
-            file = shipped
+        name = "resident" if place == "resident" else "cpu"
+        file = json.loads(Path(f"ds_configs/teacher_{name}.json").read_text())
+        if name == "cpu":
             file["zero_optimization"]["offload_param"]["pin_memory"] = place == "pinned"
         trainer = make_trainer(directory, place, teacher=teacher, teacher_deepspeed=file, bf16=True)
         prompts = [sample.prompt_ids for sample in samples_of(trainer, MANY)]
@@ -83,7 +87,9 @@ def teacher_streaming(directory: Path, shape: dict[str, Any] = LARGE) -> Outcome
     )
 
 
-def _score(trainer, window: list[Rollout], times: int = 4):
+def _score(
+    trainer: GKDTrainer, window: list[Rollout], times: int = 4
+) -> tuple[float, TeacherTargets]:
     """The best time of scoring `window`, and its targets; the first pass warms up."""
     seconds = []
     for _ in range(times):
@@ -95,33 +101,51 @@ def _score(trainer, window: list[Rollout], times: int = 4):
 def offload_optimizer_states(directory: Path) -> Outcome:
     """On-policy training with and without it, and the memory that a rollout gains."""
     student = make_model(directory / "wide", seed=1, **STATES)
-    rows, numbers = {}, {}
+    rows = {}
     for offload in (False, True):
         name = "offloaded" if offload else "kept"
         trainer = make_trainer(
             directory, name, student=student, lmbda=1.0, offload_optimizer_states=offload
         )
+        room = _Room(trainer)
+        trainer.add_callback(room)
         trainer.train()
         rows[name] = metrics(directory, name)
     loss = max(
         abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(rows["offloaded"], rows["kept"])
     )
-    pipeline = trainer.pipeline
-    before, moved = get_accelerator().memory_allocated(), pipeline.counters.optimizer_bytes
-    started = time.perf_counter()
-    with pipeline.student.sampling():
-        get_accelerator().synchronize()
-        inside = get_accelerator().memory_allocated()
-    get_accelerator().synchronize()
-    seconds = time.perf_counter() - started
-    moved = pipeline.counters.optimizer_bytes - moved
-    gained = before - inside
-    written = pipeline.rollout(samples_of(trainer), {Source.STUDENT})
-    numbers = {"loss_difference": loss, "moved_bytes": moved, "gained_bytes": gained}
     return judge(
-        loss <= LOSS and gained >= 0.9 * moved > 0 and bool(written),
-        f"a rollout gains {gained / 2**20:.0f} MiB of {moved / 2**20:.0f} MiB of states, which leave "
-        f"and return in {seconds * 1e3:.0f} ms; losses within {loss:.1e} ({LOSS:.0e} allowed).",
-        **numbers,
-        seconds=seconds,
+        loss <= LOSS and room.gained >= 0.9 * room.moved > 0,
+        f"a rollout gains {room.gained / 2**20:.0f} MiB of {room.moved / 2**20:.0f} MiB of states, "
+        f"which leave and return in {room.seconds * 1e3:.0f} ms; losses within {loss:.1e} "
+        f"({LOSS:.0e} allowed).",
+        loss_difference=loss,
+        moved_bytes=room.moved,
+        gained_bytes=room.gained,
+        seconds=room.seconds,
     )
+
+
+class _Room(TrainerCallback):
+    """After each update: enter a rollout's memory and leave it again, and see what that gives. The
+    engines are there during training only.
+    """
+
+    def __init__(self, trainer: GKDTrainer):
+        self.trainer = trainer
+        self.moved, self.gained, self.seconds = 0, 0, 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        student, here = self.trainer.pipeline.student, get_accelerator()
+        here.synchronize()
+        before, counted, started = (
+            here.memory_allocated(),
+            student.counters.optimizer_bytes,
+            time.perf_counter(),
+        )
+        with student.sampling():
+            here.synchronize()
+            self.gained = before - here.memory_allocated()
+        here.synchronize()
+        self.seconds = time.perf_counter() - started
+        self.moved = student.counters.optimizer_bytes - counted

@@ -12,8 +12,9 @@ from gkd_ds.runtime.errors import InputError
 from tools.gpu_check.materials import PARTITIONED, make_trainer, metrics
 from tools.gpu_check.outcome import Outcome, Skip, judge
 
+POWER = 26
 # So high that the first gradients overflow; each overflow halves it.
-SCALE = {"fp16": {"enabled": "auto", "initial_scale_power": 18, "hysteresis": 1}}
+SCALE = {"fp16": {"enabled": "auto", "initial_scale_power": POWER, "hysteresis": 1}}
 LOSS = 2e-2
 
 
@@ -24,7 +25,7 @@ def fp16(directory: Path) -> Outcome:
     except InputError as reason:
         raise Skip(str(reason)) from None
     trainer = make_trainer(
-        directory, "fp16", fp16=True, max_steps=8, deepspeed={**PARTITIONED, **SCALE}
+        directory, "fp16", fp16=True, max_steps=10, deepspeed={**PARTITIONED, **SCALE}
     )
     trainer.train()
     make_trainer(directory, "fp32", max_steps=1).train()
@@ -34,7 +35,7 @@ def fp16(directory: Path) -> Outcome:
     holds = loss <= LOSS and all(math.isfinite(row["loss"]) for row in rows)
     return judge(
         holds and skipped[0] == 1 and skipped[-1] == 0,
-        f"{sum(skipped)} of {len(rows)} updates skipped while the scale fell from 2^18, the first "
+        f"{sum(skipped)} of {len(rows)} updates skipped while the scale fell from 2^{POWER}, the first "
         f"{'and' if skipped[0] else 'but not'} the last applied; the first loss within {loss:.1e} "
         f"of fp32's ({LOSS:.0e} allowed).",
         skipped=skipped,

@@ -28,10 +28,12 @@ from tools.gpu_check.table import markdown
 
 LEAST_SECONDS = 10  # no check is begun for less
 LOG_CHARACTERS = 4000
+RUNNING: set[subprocess.Popen] = set()
 
 
 def main() -> int:
     """Exit code 0: nothing failed; 1: something did; 2: wrongly called."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = parse_arguments()
     started = time.monotonic()
     # Late, since it takes seconds that a wrong call need not wait for.
@@ -42,15 +44,20 @@ def main() -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     deadline = started + 60 * arguments.minutes
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as temporary:
-        at_a_time = (os.cpu_count() or 1) if is_cpu() else 1
-        with ThreadPoolExecutor(at_a_time) as pool:
-            run = partial(run_check, place=Path(temporary), deadline=deadline, on_cpu=is_cpu())
-            report["checks"] = []
+        run = partial(run_check, place=Path(temporary), deadline=deadline, on_cpu=is_cpu())
+        report["checks"] = []
+        pool = ThreadPoolExecutor((os.cpu_count() or 1) if is_cpu() else 1)
+        try:
             for entry in pool.map(run, checks):
                 report["checks"].append(entry)
                 report["seconds"] = time.monotonic() - started
                 print(f"{entry['outcome']:8s}{entry['name']}: {entry['sentence']}", flush=True)
                 write(report, arguments.output)  # what is known so far, should this be cut short
+        finally:  # also when it is interrupted: nothing of it goes on
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in RUNNING.copy():
+                end_session(process)
+            pool.shutdown()
     print(f"{report['seconds']:.0f} s; {arguments.output}/gpu_check.json and gpu_check.md")
     return int(any(entry["outcome"] == FAILED for entry in report["checks"]))
 
@@ -103,12 +110,14 @@ def in_its_own_process(check: Check, directory: Path, log: Path, limit: float) -
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        RUNNING.add(process)
         try:
             code = process.wait(limit)
             became = f"its process ended with {code} and without an answer"
         except subprocess.TimeoutExpired:
             became = f"it had not answered after {limit:.0f} s"
         finally:
+            RUNNING.discard(process)
             end_session(process)
     answer = directory / "outcome.json"
     if answer.exists():
