@@ -8,7 +8,7 @@
 # --wheels DIR   put what is missing beside the packages that PYTHON has, from the wheels in DIR (tools/README.md says how to
 #                fill it); into an environment of its own under TMPDIR, which goes when this script ends
 # --output OUT   where gpu_check.json and gpu_check.md go (default runs/gpu_check)
-# --minutes N    the most that the checks take together (default 9)
+# --minutes N    the most that all of it takes (default 9)
 # --only NAMES   some of the checks
 # PYTHON, in the environment, is the interpreter (default: .venv's where there is one, else python3).
 set -euo pipefail
@@ -50,4 +50,4 @@ fi
     fail "$PYTHON has no DeepSpeed; make .venv (bash tools/setup_env.sh), set PYTHON, or give --wheels"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline
-"$PYTHON" -m tools.gpu_check.run "${arguments[@]}"
+"$PYTHON" -m tools.gpu_check.run --already "$SECONDS" "${arguments[@]}"
