@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from deepspeed.accelerator import get_accelerator
 
 from gkd_ds import GKDConfig, GKDTrainer
 from gkd_ds.data.schedule import SampleOrder
+from gkd_ds.engine import accelerator
 from gkd_ds.pipeline import count_tokens
 from gkd_ds.records import Rollout, Source
 from gkd_ds.rollout.sampling import Sampling
@@ -58,8 +60,8 @@ def run(case: Case, pace: Pace) -> None:
         gradient_checkpointing=case.checkpointing,
         deepspeed=case.deepspeed,
         teacher_deepspeed=case.teacher_deepspeed,
-        ddp_backend="gloo",
-        use_cpu=True,
+        ddp_backend=get_accelerator().communication_backend_name(),
+        use_cpu=accelerator.on_cpu(),
         bf16=False,
         report_to="none",
         save_strategy="no",
@@ -117,7 +119,8 @@ def _parity(trainer: GKDTrainer, case: Case) -> float:
     learned = pipeline.learn(rollouts, pipeline.score(rollouts), total)
     collect_gradients(student.model, case.parity_file, pace_rank=case.rank)
     assert student.update()
-    loss = torch.tensor([sum(learned.divergence)], dtype=torch.float64)
+    total_loss = [sum(learned.divergence)]
+    loss = torch.tensor(total_loss, dtype=torch.float64, device=student.device)
     if torch.distributed.get_world_size() > 1:
         torch.distributed.all_reduce(loss)
     return float(loss) / total

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
 from transformers import TrainerCallback
 
 
@@ -56,7 +57,8 @@ class Pace:
         self._wait()
 
     def step(self) -> None:
-        """An update has ended."""
+        """An update has ended, on the accelerator too."""
+        get_accelerator().synchronize()
         seconds, cpu = time.perf_counter() - self.started, time.process_time() - self.cpu
         report = {
             "seconds": seconds,

@@ -66,6 +66,7 @@ def collect_gradients(model: nn.Module, path: Path, pace_rank: int) -> None:
             (safe_get_full_grad(parameter) if partitioned else parameter.grad)
             .detach()
             .float()
+            .cpu()
             .clone()
         )
     if pace_rank == 0:

@@ -9,7 +9,9 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from gkd_ds.engine import accelerator
 from tools.bench.case import Case
+from tools.bench.forced import force_lengths
 from tools.bench.pace import Pace, peak_mb, reset_peak, resident_mb
 from tools.bench.workload import END, SHAPES, prompt_ids
 
@@ -38,12 +40,11 @@ def generate(case: Case, pace: Pace) -> None:
     """transformers' `generate` on the prompts of a window, all rows in one batch, sampling as TRL's
     trainers do.
     """
-    from tools.bench.peers import _force_lengths  # late: TRL is slow to import
-
     work = case.workload
     prompts, lengths = case.prompts_and_lengths()
     model = AutoModelForCausalLM.from_pretrained(case.models / "student").eval()
-    _force_lengths(model, case)
+    model.to(accelerator.device())
+    force_lengths(model, case)
     config = GenerationConfig(
         max_new_tokens=work.budget,
         do_sample=True,
@@ -56,7 +57,9 @@ def generate(case: Case, pace: Pace) -> None:
     pace.ready()
     for window in range(case.windows):
         here = slice(window * work.samples, (window + 1) * work.samples)
-        prompt_BT = torch.tensor([prompt_ids(prompt) for prompt in prompts[here]])
+        prompt_BT = torch.tensor(
+            [prompt_ids(prompt) for prompt in prompts[here]], device=accelerator.device()
+        )
         with pace.phase("rollout"):
             model.generate(
                 prompt_BT, attention_mask=torch.ones_like(prompt_BT), generation_config=config

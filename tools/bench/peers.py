@@ -17,33 +17,20 @@ import torch
 import trl.experimental.gkd.gkd_trainer
 import trl.trainer.distillation_trainer
 from datasets import Dataset
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.rollout import opsd
 from deepspeed.runtime.rollout.base import RolloutRequest, SamplingConfig
 from deepspeed.runtime.rollout.hybrid_engine_rollout import HybridEngineRollout
-from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+from gkd_ds.engine import accelerator
 from tools.bench.case import Case
+from tools.bench.forced import force_lengths
 from tools.bench.pace import Pace, PaceCallback
 from tools.bench.parity import collect_gradients, given_completions, padded
 from tools.bench.workload import END, PROMPT_TOKENS, prompt_ids
-
-
-class ForcedLengths(StoppingCriteria):
-    """Ends each row one token before its length: `generate` then writes the end token as the last
-    one.
-    """
-
-    def __init__(self, lengths: dict[tuple[int, ...], int]):
-        self.lengths = lengths
-
-    def __call__(self, input_ids, scores, **kwargs):
-        written = input_ids.shape[1] - PROMPT_TOKENS
-        if written == 1:
-            wanted = [self.lengths[tuple(row)] for row in input_ids[:, :PROMPT_TOKENS].tolist()]
-            self.wanted = torch.tensor(wanted, device=input_ids.device)
-        return written >= self.wanted - 1
 
 
 def trl_gkd(case: Case, pace: Pace) -> None:
@@ -68,11 +55,11 @@ def trl_gkd(case: Case, pace: Pace) -> None:
         processing_class=_tokenizer(case),
     )
     _time_phases(trainer, pace, trl.experimental.gkd.gkd_trainer, trainer.teacher_model)
-    _force_lengths(trainer.model, case)
+    force_lengths(trainer.model, case)
 
     def loss(samples, total):
         return trainer.compute_loss(
-            trainer.model_wrapped, padded(samples, END), num_items_in_batch=total
+            trainer.model_wrapped, _on_device(padded(samples, END)), num_items_in_batch=total
         )
 
     trainer.add_callback(PaceCallback(pace, lambda: _parity_of_trainer(trainer, case, loss)))
@@ -96,17 +83,17 @@ def trl_distillation(case: Case, pace: Pace) -> None:
     )
     teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
     _time_phases(trainer, pace, trl.trainer.distillation_trainer, teacher.base_model)
-    _force_lengths(trainer.model, case)
+    force_lengths(trainer.model, case)
 
     def loss(samples, total):
-        batch = padded(samples, END)
+        batch = _on_device(padded(samples, END))
         ids, mask = batch["input_ids"], batch["attention_mask"]
         inputs = {
             "prompt_ids": ids[:, :PROMPT_TOKENS],
             "prompt_mask": mask[:, :PROMPT_TOKENS],
             "completion_ids": ids[:, PROMPT_TOKENS:],
             "completion_mask": mask[:, PROMPT_TOKENS:],
-            "num_items_in_batch": torch.tensor(float(total)) * case.world_size,
+            "num_items_in_batch": total * case.world_size,
         }
         trainer.model.train()
         return trainer.compute_loss(trainer.model_wrapped, inputs)
@@ -141,7 +128,7 @@ def deepspeed_rollout(case: Case, pace: Pace) -> None:
     )
     rollout = HybridEngineRollout(engine, _tokenizer(case))
     sampling = SamplingConfig(max_new_tokens=work.budget, temperature=1.0)
-    _force_lengths(student, case)
+    force_lengths(student, case)
 
     def loss(batch: opsd.ResponseTokenBatch, score: str = "score"):
         with torch.no_grad(), pace.phase(score):
@@ -224,8 +211,10 @@ def _common(case: Case) -> dict[str, Any]:
         "max_steps": case.windows,
         "gradient_checkpointing": case.checkpointing,
         "deepspeed": case.deepspeed,
-        "ddp_backend": "gloo" if case.world_size > 1 or case.deepspeed else None,
-        "use_cpu": True,
+        "ddp_backend": get_accelerator().communication_backend_name()
+        if case.world_size > 1 or case.deepspeed
+        else None,
+        "use_cpu": accelerator.on_cpu(),
         "bf16": False,
         "report_to": "none",
         "save_strategy": "no",
@@ -235,6 +224,10 @@ def _common(case: Case) -> dict[str, Any]:
 
 def _tokenizer(case: Case):
     return AutoTokenizer.from_pretrained(case.models / "student", padding_side="left")
+
+
+def _on_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(accelerator.device()) for name, tensor in batch.items()}
 
 
 def _time_phases(trainer, pace: Pace, module, teacher: torch.nn.Module) -> None:
@@ -262,18 +255,6 @@ def _time_phases(trainer, pace: Pace, module, teacher: torch.nn.Module) -> None:
     trainer.training_step = step
 
 
-def _force_lengths(model, case: Case) -> None:
-    if case.workload.ragged:
-        prompts, lengths = case.prompts_and_lengths()
-        criterion = ForcedLengths(
-            {prompt_ids(prompt): length for prompt, length in zip(prompts, lengths)}
-        )
-        generate = model.generate
-        model.generate = lambda *args, **kwargs: generate(
-            *args, stopping_criteria=[criterion], **kwargs
-        )
-
-
 def _parity_of_trainer(trainer, case: Case, loss) -> dict[str, Any]:
     """Loss and gradients of the parity batch, micro-batch by micro-batch, through `loss(samples,
     total)`.
@@ -284,12 +265,14 @@ def _parity_of_trainer(trainer, case: Case, loss) -> dict[str, Any]:
         return {}
     work, model = case.workload, trainer.model_wrapped
     samples = given_completions(case)
-    total = torch.tensor(float(sum(len(completion) for _, completion in samples)))
+    total = torch.tensor(
+        float(sum(len(completion) for _, completion in samples)), device=accelerator.device()
+    )
     if case.world_size > 1:
         torch.distributed.all_reduce(total)
         total /= case.world_size
     model.train()
-    whole = torch.zeros(())
+    whole = torch.zeros_like(total)
     for start in range(0, work.samples, work.rows):
         of_batch = loss(samples[start : start + work.rows], total)
         whole += of_batch.detach() / case.world_size

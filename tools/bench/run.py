@@ -46,9 +46,7 @@ class Side:
             port = str(probe.getsockname()[1])
         self.processes = []
         for rank in range(case.world_size):
-            environment = dict(
-                os.environ, OMP_NUM_THREADS=str(threads), DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1"
-            )
+            environment = dict(os.environ, OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE="1")
             environment |= {"TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             if (
@@ -244,6 +242,7 @@ def main() -> None:
         "--list", action="store_true", help="print the names of the groups and stop"
     )
     arguments = parser.parse_args()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # tables and floors are of one
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         groups = all_groups(Path(temporary), arguments.quick)
         if arguments.groups:

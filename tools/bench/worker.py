@@ -1,7 +1,7 @@
 """One benchmarked process: `python -m tools.bench.worker SOCKET NAME`, with the case as JSON on
 standard input.
 
-Started by run.py only. Standard output and error belong to the libraries (they end up in a log
+Started by run.py only, which says on which accelerator (DS_ACCELERATOR). Standard output and error belong to the libraries (they end up in a log
 file).
 """
 
@@ -10,14 +10,11 @@ from __future__ import annotations
 import os
 import sys
 
-# Before anything of DeepSpeed is imported.
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed
+import torch
 
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-
-from tools.bench.case import Case  # noqa: E402
-from tools.bench.pace import Pace  # noqa: E402
+from tools.bench.case import Case
+from tools.bench.pace import Pace
 
 # DeepSpeed would compile its shared-memory communication op for three minutes; gloo does without
 # it.

@@ -92,7 +92,7 @@ def make_models(directory: Path, vocabulary: int) -> None:
         place = directory / role
         if not (place / "tokenizer.json").exists():
             _model(role, vocabulary, seed).save_pretrained(place)
-            _tokenizer(vocabulary).save_pretrained(place)
+            make_tokenizer(vocabulary).save_pretrained(place)
 
 
 def make_prompts(vocabulary: int, count: int, seed: int = 0) -> list[str]:
@@ -141,7 +141,7 @@ def _never_end(model: LlamaForCausalLM) -> None:
     model.lm_head.weight[END, 0] = -60.0
 
 
-def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     words = {token: index for index, token in enumerate(SPECIAL)}
     words |= {f"w{index}": index for index in range(len(SPECIAL), vocabulary)}
     raw = Tokenizer(models.WordLevel(words, unk_token=SPECIAL[0]))
