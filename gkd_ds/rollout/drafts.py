@@ -5,7 +5,8 @@ collected, a few megabytes each. Only rank 0 has a file, of slots of one size: w
 cut, and is a shorter draft. The file has no name, so that no run leaves one behind; a checkpoint
 holds what is in it.
 
-A draft changes no token (speculation.py): one that is lost costs time.
+A draft changes no token (speculation.py): one that a broken or full disk loses costs time, and no
+run.
 """
 
 from __future__ import annotations
@@ -31,8 +32,14 @@ ROWS_BETWEEN_HEARTBEATS = 4096
 
 
 def slot_tokens(disk_mb: int, rows: int) -> int:
-    """How many tokens of each row there is room for."""
-    return disk_mb * 2**20 // (TOKEN.itemsize * rows)
+    """How many tokens of each row there is room for. Raises InputError for none."""
+    tokens = disk_mb * 2**20 // (TOKEN.itemsize * rows)
+    if not tokens:
+        raise InputError(
+            f"GKDConfig field 'speculation_disk_mb' is {disk_mb}, which has no room for one token "
+            f"of each of {rows:,} rows; raise it, or set rollout_speculation to none."
+        )
+    return tokens
 
 
 class Drafts:
@@ -41,11 +48,6 @@ class Drafts:
     def __init__(self, directory: Path, rows: int, disk_mb: int):
         """Raises InputError where there is no room, OSError where the disk refuses."""
         self.rows, self.slot = rows, slot_tokens(disk_mb, rows)
-        if not self.slot:
-            raise InputError(
-                f"GKDConfig field 'speculation_disk_mb' is {disk_mb}, which has no room for one "
-                f"token of each of {rows:,} rows; raise it, or set rollout_speculation to none."
-            )
         self._lengths = np.zeros(rows, TOKEN)
         if ranks.rank() == 0:
             self._file = tempfile.TemporaryFile(dir=directory, buffering=0)
@@ -53,12 +55,9 @@ class Drafts:
     def given_to(self, samples: list[Sample]) -> list[Sample]:
         """The samples, with their drafts where they have one."""
         wanted = ranks.gather([sample.sample_id for sample in samples if self._has_slot(sample)])
-        found, *_ = ranks.run_on_all_ranks(
-            lambda: (
-                {row: self._read(row) for rows in wanted for row in rows}
-                if ranks.rank() == 0
-                else None
-            )
+        is_mine = ranks.rank() == 0
+        found = ranks.broadcast(
+            {row: self._found(row) for rows in wanted for row in rows} if is_mine else None
         )
         return [
             replace(sample, draft_ids=found[sample.sample_id].tolist())
@@ -85,19 +84,28 @@ class Drafts:
 
     # -- rank 0's file -----------------------------------------------------------------------------
 
+    def _found(self, row: int) -> np.ndarray:
+        try:
+            return self._read(row)
+        except OSError as error:
+            self._lose(row, error)
+            return self._read(row)  # nothing
+
     def _read(self, row: int) -> np.ndarray:
         length = int(self._lengths[row])
         raw = os.pread(self._file.fileno(), length * TOKEN.itemsize, self._place(row))
         return np.frombuffer(raw, TOKEN)
 
     def _write(self, row: int, tokens: np.ndarray) -> None:
-        """A full disk is no reason to end a run: the row has no draft then."""
         try:
             written = os.pwrite(self._file.fileno(), tokens.tobytes(), self._place(row))
+            self._lengths[row] = written // TOKEN.itemsize
         except OSError as error:
-            logger.warning("A draft of row %d was not kept: %s.", row, error.strerror)
-            written = 0
-        self._lengths[row] = len(tokens) if written == tokens.nbytes else 0
+            self._lose(row, error)
+
+    def _lose(self, row: int, error: OSError) -> None:
+        logger.warning("The draft of row %d is lost: %s.", row, error.strerror)
+        self._lengths[row] = 0
 
     def _place(self, row: int) -> int:
         return row * self.slot * TOKEN.itemsize

@@ -64,16 +64,28 @@ def test_room_is_bounded(tmp_path: Path) -> None:
         Drafts(tmp_path, 2**20 // 4 + 1, 1)
 
 
-def test_a_full_disk_costs_the_draft_alone(store: Drafts, monkeypatch, caplog) -> None:
+def test_a_bad_disk_costs_drafts_alone(store: Drafts, tmp_path: Path, monkeypatch, caplog) -> None:
     def refuse(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(drafts.os, "pwrite", refuse)
-    store.keep(written({0: [1, 1]}))
-    monkeypatch.setattr(drafts.os, "pwrite", lambda *_: 3)  # bytes
-    store.keep(written({3: [1, 1]}))
-    assert drafts_of(store) == {4: WRITTEN[4]}
-    assert "row 0 was not kept: No space left on device" in caplog.text
+    with monkeypatch.context() as full:
+        full.setattr(drafts.os, "pwrite", refuse)
+        store.keep(written({0: [1, 1]}))
+    assert "draft of row 0 is lost: No space left on device" in caplog.text
+    write = os.pwrite
+    with monkeypatch.context() as nearly_full:
+        nearly_full.setattr(drafts.os, "pwrite", lambda file, raw, at: write(file, raw[:6], at))
+        store.keep(written({3: [1, 2]}))
+    assert drafts_of(store) == {3: [1], 4: WRITTEN[4]}
+    read = os.pread
+    with monkeypatch.context() as broken:
+        broken.setattr(
+            drafts.os, "pread", lambda file, n, at: refuse() if n == 200 else read(file, n, at)
+        )
+        with pytest.raises(OSError):
+            store.save(tmp_path)
+        assert drafts_of(store) == {3: [1]}
+    assert "draft of row 4 is lost" in caplog.text
 
 
 def test_a_checkpoint_holds_them(store: Drafts, tmp_path: Path) -> None:
