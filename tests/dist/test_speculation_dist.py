@@ -20,7 +20,7 @@ SETTINGS = {
     "save_steps": CUT,
     "lmbda": 1.0,
     "temperature": 1.0,
-    "learning_rate": 1e-5,
+    "learning_rate": 1e-4,
     "max_new_tokens": 16,
     "log_rollouts": 10,
     "rollout_speculation": "previous_epoch",
