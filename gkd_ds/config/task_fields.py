@@ -207,7 +207,8 @@ class Distillation:
         "previous_epoch: a row is sampled with the same random numbers in every epoch, so that its "
         "last completion holds as far as the student still draws the same tokens: one forward "
         "finds out, and only the rest is decoded. Samples are exactly the student's, but those of "
-        "one row in two epochs are not independent.",
+        "one row in two epochs are not independent. It pays where the student changes little in an "
+        "epoch, and reading is cheaper than decoding: see perf/accepted_share.",
     )
     speculation_share: Share = option(
         1.0,
