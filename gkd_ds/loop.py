@@ -39,7 +39,7 @@ from gkd_ds.monitor.metrics import (
     window_stats,
 )
 from gkd_ds.pipeline import Learned, Pipeline, count_tokens
-from gkd_ds.records import Rollout
+from gkd_ds.records import Rollout, Source
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.exit_codes import FAILED, FINISHED, NOT_SAVED, STOPPED
@@ -218,6 +218,9 @@ class WindowLoop(Logs):
         """
         started, counted = time.perf_counter(), dataclasses.replace(self.pipeline.counters)
         samples, sources = self.windows.samples(step, ranks.rank())
+        drafts = self.session.drafts if Source.STUDENT in sources else None
+        if drafts is not None:
+            samples = drafts.given_to(samples)
         with self._interruptible():
             rollouts = self.pipeline.rollout(samples, sources)
             total_tokens = count_tokens(rollouts)
@@ -225,6 +228,8 @@ class WindowLoop(Logs):
             # Dropout, where it is on, does not depend on what ran before.
             torch.manual_seed(self.args.seed + step)
             learned = self.pipeline.learn(rollouts, targets, total_tokens)
+        if drafts is not None:
+            drafts.keep(rollouts)
         for _ in range(self.windows.scheduler.filled_micro_batches(step) - 1):
             self._event("on_substep_end")  # they were learned together
         rate = self.student.learning_rate

@@ -94,7 +94,7 @@ class Pipeline:
         self.watchdog = Watchdog(self.config.watchdog_timeout, self.config.output_dir)
         self.safe_point: Callable[[], None] = lambda: None
         self.seconds: dict[str, float] = {}
-        self.decoded_sequences = 0
+        self.decoded_sequences = self.drafted_tokens = self.accepted_tokens = 0
         self.read_fields()
 
     @classmethod
@@ -221,7 +221,7 @@ class Pipeline:
         A source that no rank uses costs nothing; one that any rank uses is run by all of them.
         """
         completed: dict[int, Rollout] = {}
-        self.decoded_sequences = 0
+        self.decoded_sequences = self.drafted_tokens = self.accepted_tokens = 0
         with self.phase("rollout") as heartbeat:
             for source, complete in (
                 (Source.STUDENT, self._complete_by_student),
@@ -231,6 +231,8 @@ class Pipeline:
                     indices = [i for i, sample in enumerate(samples) if sample.source is source]
                     completions = complete([samples[i] for i in indices], heartbeat)
                     self.decoded_sequences += completions.decoded_sequences
+                    self.drafted_tokens += completions.drafted_tokens
+                    self.accepted_tokens += completions.accepted_tokens
                     completed.update(_rollouts(indices, samples, completions))
             for index, sample in enumerate(samples):
                 if sample.source is Source.DATA:

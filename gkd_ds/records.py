@@ -27,13 +27,16 @@ class Sample:
     """One prompt of a window, before anybody completed it.
 
     `sample_id` = epoch * len(dataset) + row: it names the sample in the whole run, and with the
-    seed and a position it determines every token that is drawn for it.
+    seed and a position it determines every token that is drawn for it. A row that repeats its draws
+    (rollout_speculation) has the id of the first epoch in every epoch. `draft_ids` may be what it
+    was completed with before: a hint, which changes how fast it is completed and not with what.
     """
 
     sample_id: int
     prompt_ids: list[int]
     data_completion_ids: list[int]
     source: Source
+    draft_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,16 @@ class Completions:
     """What samples were completed with: `token_ids[i]` and whether a stop token ended it.
 
     `decoded_sequences` counts decode steps x sequences that were computed, `prefilled_tokens`
-    padded prompt tokens.
+    padded prompt tokens, `drafted_tokens` those of drafts, of which `accepted_tokens` were drawn
+    again.
     """
 
     token_ids: list[list[int]]
     stopped: list[bool]
     decoded_sequences: int
     prefilled_tokens: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,13 @@ TABLE = {
         trackio_space_id trackio_bucket_id trackio_static_space_id log_level_replica
         log_on_each_node include_num_input_tokens_seen include_tokens_per_second
         skip_memory_metrics eval_do_concat_batches batch_eval_metrics include_for_metrics
-        save_weights_in_checkpoints restore_callback_states_from_checkpoint""",
+        save_weights_in_checkpoints restore_callback_states_from_checkpoint
+        speculation_disk_mb""",
     Change.LOADS: "model_name_or_path model_revision model_init_kwargs dtype torch_dtype",
     Change.ACTS: """
         trust_remote_code attn_implementation disable_dropout dataset_num_proc max_skipped_rows
-        lmbda seq_kd rollout_engine num_train_epochs max_steps max_grad_norm tf32
+        lmbda seq_kd rollout_engine rollout_speculation speculation_share
+        num_train_epochs max_steps max_grad_norm tf32
         gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing
         activation_checkpointing_kwargs packing packing_strategy eval_packing padding_free
         use_liger_kernel liger_kernel_config torch_compile torch_compile_backend

@@ -26,6 +26,7 @@ from gkd_ds.learn.student import Student
 from gkd_ds.monitor.evaluation import best_evaluation
 from gkd_ds.monitor.guards import BadUpdates
 from gkd_ds.monitor.tracker import Tracker
+from gkd_ds.rollout.drafts import Drafts
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
 from gkd_ds.runtime.files import open_anew
@@ -59,6 +60,7 @@ class Session:
         self.run_dir, self.settings = Path(config.output_dir), settings(config)
         self.tracker: Tracker | None = None
         self.progress: Progress | None = None
+        self.drafts: Drafts | None = None  # with rollout_speculation
         self.started = 0.0  # seconds, of time.time: what the run does itself begins here
         self.first_step = 0  # how many updates had been made when it did
         self.saved_step: int | None = None  # of the last checkpoint from which a run can go on
@@ -82,6 +84,8 @@ class Session:
         )
         run_id = found.state["tracker_run_id"] if found else None
         _write_or_refuse(lambda: self._open_tracker(run_id))
+        if config.rollout_speculation != "none":
+            _write_or_refuse(self._open_drafts)
         for _, reason in passed_over:
             self.tracker.say(f"resume: passed over {reason}")
         if found is not None:
@@ -94,6 +98,10 @@ class Session:
         self.tracker = Tracker(
             config, ranks.rank(), config.output_dir, self.state.max_steps, run_id
         )
+
+    def _open_drafts(self) -> None:
+        rows, disk_mb = self.windows.scheduler.num_samples, self.config.speculation_disk_mb
+        self.drafts = Drafts(self.run_dir, rows, disk_mb)
 
     def _prepare_run_dir(self, is_new: bool) -> None:
         """What the directory says is what the run has done."""
@@ -145,6 +153,8 @@ class Session:
             self.windows.scheduler, draw_samples=draw_samples
         )
         self._load_engine(found)
+        if self.drafts is not None:
+            self.drafts.load(found.path, self.student.vocabulary)
         saved = found.state["trainer_state"]
         for name in TRAINER_STATE:
             setattr(self.state, name, saved[name])
@@ -193,10 +203,12 @@ class Session:
         def heartbeat() -> None:
             self.watchdog.beat("save")
 
-        def write_engine(directory: Path) -> None:
+        def write_for_resume(directory: Path) -> None:
             engine_files.save_engine(self.student.engine, directory, heartbeat=heartbeat)
+            if self.drafts is not None:
+                self.drafts.save(directory, heartbeat)
 
-        parts = [] if only_model else [write_engine]
+        parts = [] if only_model else [write_for_resume]
         parts += [write_model] if only_model or self._has_weights() else []
         if self.state.best_global_step == step:
             self.state.best_model_checkpoint = str(self.run_dir / f"checkpoint-{step}")

@@ -45,6 +45,7 @@ BEFORE_TRAINING = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name", "project"),
     *("restore_callback_states_from_checkpoint", "logging_dir", "disable_tqdm"),
     *("trackio_bucket_id", "trackio_space_id", "trackio_static_space_id"),
+    *("rollout_speculation", "speculation_share", "speculation_disk_mb"),
 }
 
 

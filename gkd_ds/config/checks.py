@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd_ds.config.accelerate_launch import take_launch_settings
+from gkd_ds.config.fields import OPTIONS
 from gkd_ds.config.paths import (
     check_dataset,
     check_model,
@@ -68,10 +69,26 @@ def check_combinations(config: Any) -> None:
         config.train_on = "every_turn"
     take_launch_settings(config)
     check_training(config)
+    check_speculation(config)
     check_intervals(config)
     check_best(config)
     check_hub(config)
     check_metrics(config)
+
+
+def check_speculation(config: Any) -> None:
+    """Drafts need an engine that can read them, and their settings need drafts."""
+    if config.rollout_speculation != "none":
+        if config.rollout_engine not in ("auto", "gather"):
+            raise wrong(
+                "rollout_speculation",
+                "needs the whole student on every rank, to read what it wrote before, but "
+                f"rollout_engine is {config.rollout_engine}; set that to gather, or this to none",
+            )
+        return
+    for name in ("speculation_share", "speculation_disk_mb"):
+        if getattr(config, name) != OPTIONS[name].default:
+            raise wrong(name, "is set, but rollout_speculation is none; set that, or remove it")
 
 
 def check_metrics(config: Any) -> None:

@@ -202,3 +202,21 @@ class Distillation:
         "How the student samples: DeepSpeed's hybrid engine, gathered once per window, or "
         "partitioned throughout.",
     )
+    rollout_speculation: Literal["none", "previous_epoch"] = option(
+        "none",
+        "previous_epoch: a row is sampled with the same random numbers in every epoch, so that its "
+        "last completion holds as far as the student still draws the same tokens: one forward "
+        "finds out, and only the rest is decoded. Samples are exactly the student's, but those of "
+        "one row in two epochs are not independent. It pays where the student changes little in an "
+        "epoch, and reading is cheaper than decoding: see perf/accepted_share.",
+    )
+    speculation_share: Share = option(
+        1.0,
+        "With rollout_speculation: share of the rows that do so in an epoch, drawn anew for each; "
+        "the others get fresh random numbers and are decoded whole.",
+    )
+    speculation_disk_mb: AtLeastOne = option(
+        1024,
+        "With rollout_speculation: MiB of the last completions that rank 0 keeps on disk, in "
+        "output_dir and in checkpoints; every row has the same room, and what is longer is cut.",
+    )

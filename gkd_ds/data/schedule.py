@@ -45,6 +45,7 @@ class StepScheduler:
     seq_kd: bool
     drop_last: bool = False
     draw_samples: int = 0  # 0: micro_batch_size x world_size
+    repeating_share: float = 0.0  # of rows, in an epoch
 
     def __post_init__(self) -> None:
         if not self.draw_samples:
@@ -62,6 +63,9 @@ class StepScheduler:
             lmbda=config.lmbda,
             seq_kd=config.seq_kd,
             drop_last=config.dataloader_drop_last,
+            repeating_share=0.0
+            if config.rollout_speculation == "none"
+            else config.speculation_share,
         )
 
     @property
@@ -88,6 +92,16 @@ class StepScheduler:
     def source_at(self, step: int, place: int) -> Source:
         """Who completes the sample at this place in the epoch's order, in the window of `step`."""
         return self.source(step, (place - self._first_of_window(step)) // self.draw_samples)
+
+    def sample_id(self, epoch: int, row: int, source: Source) -> int:
+        """Of a row in an epoch: its own, or, for `repeating_share` of what the student completes,
+        the one of the first epoch, and so the same draws.
+        """
+        if source is Source.STUDENT and (
+            hashed_uniform(self.seed, 0x51, epoch, row) < self.repeating_share
+        ):
+            return row
+        return epoch * self.num_samples + row
 
     def sources(self, step: int) -> set[Source]:
         """Those of the whole window, on all ranks."""

@@ -60,7 +60,7 @@ class Windows:
 
     def _sample(self, epoch: int, row: int, source: Source) -> Sample:
         examples = self.examples
-        sample_id = epoch * self.scheduler.num_samples + row
+        sample_id = self.scheduler.sample_id(epoch, row, source)
         return Sample(sample_id, examples.prompt_ids[row], examples.completion_ids[row], source)
 
     def schedule(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def update_record(
     counters = pipeline.counters
     local = _local_sums(rollouts, learned) | more
     local["decoded_rows"] = pipeline.decoded_sequences
+    local["drafted"], local["accepted"] = pipeline.drafted_tokens, pipeline.accepted_tokens
     sums = dict(zip(local, ranks.all_reduce_sum(list(local.values()))))
     tokens = max(sums["tokens"], 1)
     seconds = pipeline.seconds
@@ -72,6 +73,10 @@ def update_record(
         "perf/teacher_decode_passes": counters.teacher_decode_passes - before.teacher_decode_passes,
         "perf/teacher_bytes": counters.teacher_bytes - before.teacher_bytes,
     }
+    if pipeline.config.rollout_speculation != "none":
+        # Tokens of drafts that were drawn again, of all of them, and how many they were.
+        record["perf/accepted_share"] = sums["accepted"] / max(sums["drafted"], 1)
+        record["perf/tokens_saved"] = int(sums["accepted"])
     return record, sums
 
 

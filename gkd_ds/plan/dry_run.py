@@ -10,6 +10,7 @@ from gkd_ds.config.fields import INACTIVE
 from gkd_ds.engine import accelerator
 from gkd_ds.plan.memory import Memory, count_memory, peak
 from gkd_ds.plan.run import MIB, PHASES, Batches, ModelCounts, count_batches, make_plan
+from gkd_ds.rollout.drafts import slot_tokens
 
 
 def dry_run_report(config: GKDConfig, num_samples: int) -> str:
@@ -45,6 +46,11 @@ def dry_run_report(config: GKDConfig, num_samples: int) -> str:
 def batch_table(config: GKDConfig, batches: Batches) -> str:
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     factors = f"{micro} x {accumulation} x {batches.ranks} ranks"
+    drafts = []
+    if config.rollout_speculation != "none":
+        tokens = slot_tokens(config.speculation_disk_mb, batches.samples)
+        share = f"{config.speculation_share:g} of the rows of an epoch"
+        drafts = [f"drafts             {share}, up to {tokens} tokens of each"]
     return "\n".join(
         [
             f"samples            {batches.samples}",
@@ -52,6 +58,7 @@ def batch_table(config: GKDConfig, batches: Batches) -> str:
             f"windows per epoch  {batches.windows_per_epoch}",
             f"updates            {batches.updates}",
             f"on-policy share    {config.lmbda:g} of the micro-batches",
+            *drafts,
         ]
     )
 

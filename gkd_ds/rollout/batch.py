@@ -23,7 +23,11 @@ PREFILL_TOKENS = 16_384
 
 
 class Batch(ABC):
-    """Tensors `[R]` and `[R, P]` cover all prompts, `[B]` the sequences now in the batch."""
+    """Tensors `[R]` and `[R, P]` cover all prompts, `[B]` the sequences now in the batch.
+
+    `begun[i]` are tokens that completion i has already, fewer than it may get. They are prefilled
+    with its prompt; what is drawn, counted and limited here is the rest.
+    """
 
     def __init__(
         self,
@@ -33,17 +37,21 @@ class Batch(ABC):
         sampling: Sampling,
         device: torch.device,
         max_sequences: int,
+        begun: list[list[int]] | None = None,
     ):
+        self.begun = begun or [[] for _ in prompts]
+        starts = [len(ids) for ids in self.begun]
+        # How many tokens each completion may still get.
+        self.limits = [sampling.limit(ids) - start for ids, start in zip(prompts, starts)]
+        prompts = [prompt + ids for prompt, ids in zip(prompts, self.begun)]
         self.forward, self.prompts, self.sampling, self.device, self.max_sequences = (
             forward, prompts, sampling, device, max_sequences)  # fmt: skip
         # Longest first: neighbours are padded little, and the long ones start early.
         self.waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        limits = [sampling.limit(prompt) for prompt in prompts]
-        self.limit_R = torch.tensor(limits, dtype=torch.long, device=device)
+        self.limit_R = torch.tensor(self.limits, dtype=torch.long, device=device)
         # Positions beyond the limit take what a sequence is given between its end and its leaving.
-        self.uniform_RP = uniforms(
-            sampling.seed, sample_ids, max(limits, default=1) + SYNC_EVERY, device
-        )
+        positions = max(self.limits, default=1) + SYNC_EVERY
+        self.uniform_RP = uniforms(sampling.seed, sample_ids, positions, device, starts)
         self.tokens_RP = torch.zeros_like(self.uniform_RP, dtype=torch.long)
         self.count_R = torch.zeros_like(self.limit_R)
         self.stopped_R = torch.zeros_like(self.limit_R, dtype=torch.bool)
@@ -79,7 +87,7 @@ class Batch(ABC):
     def completions(self) -> Completions:
         counts = self.count_R.tolist()
         tokens = self.tokens_RP.tolist()
-        token_ids = [ids[:count] for ids, count in zip(tokens, counts)]
+        token_ids = [begun + ids[:count] for begun, ids, count in zip(self.begun, tokens, counts)]
         return Completions(
             token_ids, self.stopped_R.tolist(), self.decoded_sequences, self.prefilled_tokens
         )

@@ -102,9 +102,13 @@ class Decoder:
             self.cache_size = measured(self._forward(self.way.sizing), device)
 
     def complete(
-        self, samples: list[Sample], sampling: Sampling, heartbeat: Callable[[], None]
+        self,
+        samples: list[Sample],
+        sampling: Sampling,
+        heartbeat: Callable[[], None],
+        begun: list[list[int]] | None = None,
     ) -> Completions:
-        """Complete `samples`, in their order."""
+        """Complete `samples`, in their order; `begun` as in decode."""
         prompts = [sample.prompt_ids for sample in samples]
         return decode(
             self._forward(self.way.forward_of),
@@ -116,6 +120,7 @@ class Decoder:
             self.agree,
             heartbeat,
             self.way.batch_class,
+            begun,
         )
 
     def _forward(self, forward_of: ForwardOf) -> Callable:

@@ -157,17 +157,18 @@ def decode(
     agree: Callable[[bool], bool] = bool,
     heartbeat: Callable[[], None] = lambda: None,
     batch_class: Callable[..., Batch] = PaddedBatch,
+    begun: list[list[int]] | None = None,
 ) -> Completions:
     """Complete every prompt.
 
     Args: `forward` runs the model on new tokens and extends the cache, as `batch_class` calls it;
     `max_sequences` bounds the sequences decoded at a time (None: all); `agree` is the logical *or*
     over the ranks that must run `forward` in step (parameters that stay partitioned), and the
-    identity where each rank decodes on its own; `heartbeat` is called every few steps.
+    identity where each rank decodes on its own; `heartbeat` is called every few steps; `begun` are
+    the tokens that each completion has already, if any.
     """
-    batch = batch_class(
-        forward, prompts, sample_ids, sampling, device, max_sequences or max(len(prompts), 1)
-    )
+    places = max_sequences or max(len(prompts), 1)
+    batch = batch_class(forward, prompts, sample_ids, sampling, device, places, begun)
     while agree(batch.live > 0 or bool(batch.waiting)):
         if agree(batch.wants_refill()):
             batch.refill()

@@ -45,5 +45,6 @@ class RolloutEngine(ABC):
         also on a rank without samples.
 
         Raises InputError, on all ranks, where the student cannot be sampled from: when there are no
-        samples at all, too, so that it is known before training.
+        samples at all, too, so that it is known before training. What samples have as drafts may
+        be used or not: it makes no difference to a token.
         """

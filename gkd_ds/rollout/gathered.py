@@ -15,6 +15,7 @@ from torch import nn
 from gkd_ds.engine import accelerator, adapters, zero
 from gkd_ds.learn.head import LossHead
 from gkd_ds.records import Completions, Sample
+from gkd_ds.rollout import speculation
 from gkd_ds.rollout.decoder import Decoder, of_student
 from gkd_ds.rollout.engine import RolloutEngine
 from gkd_ds.rollout.sampling import Sampling
@@ -40,8 +41,8 @@ class Gathered(RolloutEngine):
     def generate(
         self, samples: list[Sample], sampling: Sampling, heartbeat: Callable[[], None]
     ) -> Completions:
-        """Decode this rank's samples; ranks end at different times."""
-        return self._decoder.complete(samples, sampling, heartbeat)
+        """Decode this rank's samples, from their drafts on; ranks end at different times."""
+        return speculation.complete(self.student, self._decoder, samples, sampling, heartbeat)
 
     @cached_property
     def _decoder(self) -> Decoder:

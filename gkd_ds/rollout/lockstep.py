@@ -46,12 +46,12 @@ class LockstepBatch(Batch):
             return self._dummy_forward()
         # A shorter prompt walks along the longest one, unless a batch of its own would be shorter.
         longest = len(self.prompts[self.waiting[0]])
-        near = [i for i in self.waiting if longest - len(self.prompts[i]) <= self._limit(i)]
+        near = [i for i in self.waiting if longest - len(self.prompts[i]) <= self.limits[i]]
         room = min(self.max_sequences, max(1, PREFILL_TOKENS // longest), len(near))
         taken, self.waiting = near[:room][::-1], [i for i in self.waiting if i not in near[:room]]
         self.prompt_B = self._tensor(taken)
         self.prompt_lengths = [len(self.prompts[i]) for i in taken]
-        self.end = max(len(self.prompts[i]) + self._limit(i) for i in taken)
+        self.end = max(len(self.prompts[i]) + self.limits[i] for i in taken)
         self.cache, self.length = None, 0
         self._step(self.prompt_RL[self.prompt_B, : self.prompt_lengths[0]])
         self.prefilled_tokens += self.live * self.length
@@ -76,9 +76,6 @@ class LockstepBatch(Batch):
             self.cache.reorder_cache(keep_B)
         else:
             self.cache = None
-
-    def _limit(self, prompt: int) -> int:
-        return self.sampling.limit(self.prompts[prompt])
 
     def _step(self, ids_Bt: Tensor) -> None:
         """Extend every sequence by `ids_Bt`, and say which token comes next: a drawn one, or the

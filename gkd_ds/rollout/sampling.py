@@ -38,18 +38,25 @@ class Sampling:
 
 
 def uniforms(
-    seed: int, sample_ids: list[int], positions: int, device: torch.device | str = "cpu"
+    seed: int,
+    sample_ids: list[int],
+    positions: int,
+    device: torch.device | str = "cpu",
+    starts: list[int] | None = None,
 ) -> Tensor:
-    """One uniform in [0, 1) per (seed, sample id, position): fp32 `[len(sample_ids), positions]`.
+    """One uniform in [0, 1) per (seed, sample id, position): fp32 `[len(sample_ids), positions]`,
+    from the positions `starts` on, or from 0.
 
     Counter-based (splitmix64 over the three integers), so a sample's numbers do not depend on the
     batch it sits in, on which sequences have finished, on the number of ranks, or on a restart.
     """
     sample_B1 = torch.tensor(sample_ids, dtype=torch.int64, device=device)[:, None]
-    position_1P = torch.arange(positions, dtype=torch.int64, device=device)[None]
+    position_BP = torch.arange(positions, dtype=torch.int64, device=device)[None]
+    if starts is not None:
+        position_BP = position_BP + torch.tensor(starts, dtype=torch.int64, device=device)[:, None]
     key = splitmix64_tensor(torch.full((1, 1), seed, dtype=torch.int64, device=device))
     key = splitmix64_tensor(key ^ sample_B1)
-    key = splitmix64_tensor(key ^ position_1P)
+    key = splitmix64_tensor(key ^ position_BP)
     return ((key >> 40) & 0xFFFFFF).to(torch.float32) / (1 << 24)
 
 

@@ -3,6 +3,7 @@ whatever is wrong.
 """
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -421,6 +422,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(material, capsys):
     assert "beta: 0.125" in text and "samples per window 6 (2 x 3 x 1 ranks)" in text
     assert "windows per epoch  4" in text and "updates            12" in text and "KV cache" in text
     assert not (material / "out").exists()
+
+
+def test_dry_run_says_how_much_of_a_completion_is_kept(material, capsys):
+    flags = ["--config", str(material / "recipe.yaml"), "--rollout_speculation", "previous_epoch"]
+    flags += ["--speculation_share", "0.8", "--speculation_disk_mb", "1", "--dry_run"]
+    assert train.main(flags) == 0
+    text = capsys.readouterr().out
+    (samples,) = re.findall(r"samples +(\d+)\n", text)
+    tokens = 2**20 // 4 // int(samples)
+    assert f"0.8 of the rows of an epoch, up to {tokens} tokens" in text
 
 
 def test_dry_run_needs_no_free_output_dir(material, tmp_path, capsys):

@@ -52,6 +52,17 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"fp16": True, "use_cpu": True}, ["'fp16'", "'use_cpu'"]),
         ({"dtype": "int8"}, ["'dtype'", "bfloat16"]),
         ({"rollout_engine": "vllm"}, ["'rollout_engine'", "gather"]),
+        (
+            {"rollout_speculation": "previous_epoch", "rollout_engine": "sharded"},
+            ["'rollout_speculation'", "rollout_engine is sharded", "gather"],
+        ),
+        (
+            {"rollout_speculation": "previous_epoch", "rollout_engine": "hybrid"},
+            ["'rollout_speculation'", "rollout_engine is hybrid", "gather"],
+        ),
+        ({"rollout_speculation": "next_epoch"}, ["'rollout_speculation'", "previous_epoch"]),
+        ({"speculation_share": 0.5}, ["'speculation_share'", "rollout_speculation is none"]),
+        ({"speculation_disk_mb": 5}, ["'speculation_disk_mb'", "rollout_speculation is none"]),
         ({"eval_strategy": "often"}, ["'eval_strategy'", "epoch"]),
         ({"eval_strategy": True}, ["'eval_strategy'"]),
         ({"save_strategy": "steps", "save_steps": 0}, ["'save_steps'"]),

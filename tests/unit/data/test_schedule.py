@@ -182,3 +182,22 @@ def test_every_position_gets_every_sample_equally_often():
     assert len(counts) == 25 and all(
         1050 < count < 1350 for count in counts.values()
     )  # 1200 +- 5 sigma
+
+
+def test_draws_repeat_for_a_share_of_what_the_student_completes() -> None:
+    rows = range(1000)
+    none, all_, some = (
+        replace(SCHEDULER, num_samples=1000, repeating_share=s) for s in (0, 1, 0.3)
+    )
+    ids = lambda scheduler, epoch: [  # noqa: E731
+        scheduler.sample_id(epoch, row, Source.STUDENT) for row in rows
+    ]
+    assert ids(none, 2) == [2000 + row for row in rows]
+    assert ids(all_, 2) == ids(some, 0) == list(rows)
+    one, other = ids(some, 1), ids(some, 2)
+    repeating = [{id for id in epoch if id < 1000} for epoch in (one, other)]
+    assert all(id in (row, 1000 + row) for row, id in enumerate(one))
+    assert all(250 < len(found) < 350 for found in repeating)
+    assert len(repeating[0] & repeating[1]) < 150, "others in every epoch"
+    for source in (Source.TEACHER, Source.DATA):
+        assert all_.sample_id(2, 7, source) == 2007
