@@ -77,13 +77,13 @@ class Logs(Saving):
         metrics |= {
             "total_flos": self.state.total_flos,
             "train_loss": self.progress.train_loss.value,
-            "epoch": self.state.epoch or 0.0,
         }
         if not self._memory_tracker.skip_memory_metrics:
             self._memory_tracker.stop("train")
             self._memory_tracker.update_metrics("train", metrics)
         entries = len(self.state.log_history)
         self._tell(metrics)
+        metrics.setdefault("epoch", self.state.epoch or 0.0)
         if self.stop_reason:  # the history goes on after the checkpoint that is saved next
             del self.state.log_history[entries:]
         return metrics

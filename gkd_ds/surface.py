@@ -71,8 +71,12 @@ class Surface(WindowLoop):
 
     @property
     def data_collator(self) -> Any:
-        """What makes tokens of rows, where it was given."""
-        return self.inputs.data_collator
+        """What makes TRL's batches of rows: the one that was given, or ours for those who look."""
+        return self.inputs.data_collator or self._collate
+
+    def _collate(self, rows: list[Any]) -> dict[str, Any]:
+        (examples,) = self.inputs.tokenize_evaluation({"": rows}).values()
+        return next(iter(batches.loader(examples, [range(len(examples))], self.inputs.pad_id)))
 
     @property
     def label_names(self) -> list[str]:

@@ -32,7 +32,7 @@ from gkd_ds.engine.inputs import Inputs
 from gkd_ds.learn import trl
 from gkd_ds.learn.optim import require_optimizer, require_pair
 from gkd_ds.monitor import evaluation
-from gkd_ds.monitor.callbacks import callbacks_of
+from gkd_ds.monitor.callbacks import callbacks_of, may_add_metrics
 from gkd_ds.monitor.predictions import Wanted
 from gkd_ds.overrides import refuse_overrides
 from gkd_ds.pipeline import Formula
@@ -102,6 +102,7 @@ class GKDTrainer(Surface):
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
         has_own = compute_metrics is not None or type(self).evaluate is not GKDTrainer.evaluate
+        has_own = has_own or may_add_metrics(callbacks)
         evaluation.refuse_impossible_evaluation(config, inputs.evaluation, has_own)
         logger.info("Models, tokenizer and data have been checked.")
         _start(inputs)

@@ -82,7 +82,10 @@ def check_metrics(config: Any) -> None:
 
 
 def check_intervals(config: Any) -> None:
-    """Steps that fit their strategies; `eval_steps` is `logging_steps` by default."""
+    """Steps that fit their strategies; `eval_steps` is `logging_steps` by default, and evaluations
+    while training are evaluations.
+    """
+    config.do_eval = config.do_eval or config.eval_strategy != "no"
     if config.eval_strategy == "steps" and config.eval_steps is None:
         config.eval_steps = config.logging_steps
     for what in ("logging", "eval", "save"):

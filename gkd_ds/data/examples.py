@@ -249,7 +249,7 @@ def tokenize(
     Raises InputError.
     """
     prepare_tokenizer(tokenizer, config)
-    dataset = _without_stream(dataset, where, stream_rows)
+    dataset = without_stream(dataset, where, stream_rows)
     dataset, places, notes = _check_dataset(
         dataset, where, every_column=formatting_func is not None
     )
@@ -315,7 +315,7 @@ def _encode_all(
         yield from zip(*encoded.values(), strict=True)
 
 
-def _without_stream(dataset: Any, where: str, rows: int | None) -> Any:
+def without_stream(dataset: Any, where: str, rows: int | None) -> Any:
     """A stream's first rows in memory. What a step trains on depends on the step alone, also after
     a resume; a stream that came in another order then has another fingerprint, and is refused.
     """
@@ -323,9 +323,9 @@ def _without_stream(dataset: Any, where: str, rows: int | None) -> Any:
         return dataset
     if rows is None:
         raise InputError(
-            f"{where} is a streaming dataset, which has no length; set max_steps (eval_max_samples "
-            "for an evaluation set), so that as many rows are read as that takes, or make a copy "
-            "with datasets.Dataset.from_list(list(stream.take(n)))"
+            f"{where} is a streaming dataset, which has no length; set max_steps, so that as many "
+            "rows are read as that takes, or make a copy with "
+            "datasets.Dataset.from_list(list(stream.take(n)))"
         )
     return list(dataset.take(rows))
 

@@ -77,6 +77,15 @@ class StepScheduler:
     def epoch_of(self, step: int) -> int:
         return step // self.windows_per_epoch
 
+    def epochs_after(self, updates: int) -> float:
+        """How many epochs so many updates are: of an epoch that is not over, the share of its
+        micro-batches, as transformers counts them.
+        """
+        epochs, windows = divmod(updates, self.windows_per_epoch)
+        last = self.windows_per_epoch - 1
+        in_all = last * self.micro_batches + self.filled_micro_batches(last)
+        return epochs + windows * self.micro_batches / in_all
+
     def source(self, step: int, stretch: int) -> Source:
         """Student with probability `lmbda`; otherwise the teacher (`seq_kd`) or the dataset.
         lmbda=0 never samples.

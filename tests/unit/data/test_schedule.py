@@ -182,3 +182,19 @@ def test_every_position_gets_every_sample_equally_often():
     assert len(counts) == 25 and all(
         1050 < count < 1350 for count in counts.values()
     )  # 1200 +- 5 sigma
+
+
+@pytest.mark.parametrize(
+    ("samples", "epochs"),
+    [  # 8 samples are 2 micro-batches of all ranks
+        (8, [1, 2]),
+        (12, [1, 2]),
+        (16, [0.75, 1, 1.75, 2]),
+        (26, [3 / 7, 6 / 7, 1, 10 / 7]),
+    ],
+)
+def test_an_open_epoch_counts_its_micro_batches(samples: int, epochs: list[float]) -> None:
+    """As transformers does: the last window of an epoch may have fewer."""
+    scheduler = replace(SCHEDULER, num_samples=samples)
+    after = [scheduler.epochs_after(step + 1) for step in range(len(epochs))]
+    assert after == pytest.approx(epochs)
