@@ -71,7 +71,11 @@ class Logs(Saving):
     def _log_summary(self) -> dict[str, float]:
         """What transformers tells callbacks about a run when it ends."""
         steps = self.state.global_step - self.session.first_step
-        samples = steps * self.windows.scheduler.window_samples
+        scheduler = self.windows.scheduler
+        samples = steps * scheduler.window_samples
+        if self.args.max_steps <= 0:  # as transformers counts them
+            samples = scheduler.samples_until(self.state.global_step)
+            samples -= scheduler.samples_until(self.session.first_step)
         tokens = self._tokens_learned() if self.args.include_tokens_per_second else None
         metrics = speed_metrics("train", self.session.started, samples, steps, tokens)
         metrics |= {

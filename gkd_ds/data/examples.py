@@ -307,7 +307,7 @@ def _encode_all(
             features=ENCODED_FEATURES,
             desc="tokenizing",
         )
-        for row in dataset:
+        for row in dataset.with_format(None):
             yield tuple(row[name] for name in ENCODED_FEATURES)
         return
     for start in range(0, len(dataset), BATCH_ROWS):
@@ -347,6 +347,8 @@ def _check_dataset(
     if not len(dataset):
         raise InputError(f"{where} has no rows; give at least one")
     if not isinstance(dataset, datasets.Dataset):
+        return dataset, None, set()
+    if dataset.format["type"] == "custom":  # set_transform makes the columns, row by row
         return dataset, None, set()
     dataset = dataset.with_format(None)
     names = dataset.column_names

@@ -86,6 +86,12 @@ class StepScheduler:
         in_all = last * self.micro_batches + self.filled_micro_batches(last)
         return epochs + windows * self.micro_batches / in_all
 
+    def samples_until(self, step: int) -> int:
+        """Samples of all windows before that of `step`; an epoch's last one may be short."""
+        epochs, windows = divmod(step, self.windows_per_epoch)
+        of_epoch = min(self.num_samples, self.windows_per_epoch * self.window_samples)
+        return epochs * of_epoch + windows * self.window_samples
+
     def source(self, step: int, stretch: int) -> Source:
         """Student with probability `lmbda`; otherwise the teacher (`seq_kd`) or the dataset.
         lmbda=0 never samples.

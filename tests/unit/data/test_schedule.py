@@ -198,3 +198,11 @@ def test_an_open_epoch_counts_its_micro_batches(samples: int, epochs: list[float
     scheduler = replace(SCHEDULER, num_samples=samples)
     after = [scheduler.epochs_after(step + 1) for step in range(len(epochs))]
     assert after == pytest.approx(epochs)
+
+
+@settings(deadline=None)
+@given(samples=st.integers(1, 60), step=st.integers(0, 40), drop_last=st.booleans())
+def test_samples_until_a_step_are_those_of_its_windows(samples, step, drop_last) -> None:
+    scheduler = replace(SCHEDULER, num_samples=samples, drop_last=drop_last)
+    seen = [place for one in range(step) for places in window(scheduler, one) for place in places]
+    assert scheduler.samples_until(step) == len(seen)
