@@ -22,6 +22,7 @@ from transformers.trainer_utils import (
     PredictionOutput,
     TrainerMemoryTracker,
     TrainOutput,
+    align_special_tokens,
 )
 
 from gkd_ds.config.config import GKDConfig
@@ -133,6 +134,8 @@ class GKDTrainer(Surface):
             resume_from_checkpoint = self.args.resume_from_checkpoint
         self._memory_tracker.start()
         self._ignore_keys_for_eval = ignore_keys_for_eval
+        # What is saved stops where the tokenizer's turns end, and where the student's did.
+        align_special_tokens(self.model, self.processing_class)
         self.callback_handler.train_dataloader = self.get_train_dataloader()
         return self.run(resume_from_checkpoint)
 
