@@ -12,7 +12,7 @@ from transformers.trainer_utils import TrainerMemoryTracker, speed_metrics
 
 from gkd_ds.checkpoint.progress import Progress
 from gkd_ds.data.windows import Windows
-from gkd_ds.monitor.metrics import rollout_records
+from gkd_ds.monitor.metrics import python_numbers, rollout_records
 from gkd_ds.pipeline import Learned
 from gkd_ds.records import Rollout
 from gkd_ds.saving import Saving
@@ -55,9 +55,9 @@ class Logs(Saving):
                 logs |= speed_metrics("train", start_time, num_tokens=self._tokens_learned())
         more = {name: logs[name] for name in given if name not in {"epoch", *self._recorded}}
         if more and self.tracker is not None:
-            self.tracker.log_eval({"step": step, **_as_integrations_write(more)})
+            self.tracker.log_eval({"step": step, **python_numbers(_as_integrations_write(more))})
             self.progress.evaluations += 1
-        self.state.log_history.append({**logs, "step": step})
+        self.state.log_history.append(python_numbers({**logs, "step": step}))
         self._event("on_log", logs)
 
     def _tell(self, logs: dict[str, float], *start_time: float) -> None:
