@@ -245,6 +245,8 @@ def _check_models(config: GKDConfig, student: Any, teacher: Any, may_share: bool
     """`may_share`: the student's base does not change, so it may be the teacher, too."""
     sources.require_causal_lm(student, "student")
     sources.require_causal_lm(teacher, "teacher")
+    if not may_share:
+        sources.require_trainable(student)
     if not (may_share and student is teacher):
         sources.refuse_shared_weights(student, teacher)
     sources.refuse_ignored(
