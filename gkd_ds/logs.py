@@ -12,7 +12,7 @@ from transformers.trainer_utils import TrainerMemoryTracker, speed_metrics
 
 from gkd_ds.checkpoint.progress import Progress
 from gkd_ds.data.windows import Windows
-from gkd_ds.monitor.metrics import rollout_records
+from gkd_ds.monitor.metrics import python_numbers, rollout_records
 from gkd_ds.pipeline import Learned
 from gkd_ds.records import Rollout
 from gkd_ds.saving import Saving
@@ -55,9 +55,9 @@ class Logs(Saving):
                 logs |= speed_metrics("train", start_time, num_tokens=self._tokens_learned())
         more = {name: logs[name] for name in given if name not in {"epoch", *self._recorded}}
         if more and self.tracker is not None:
-            self.tracker.log_eval({"step": step, **_as_integrations_write(more)})
+            self.tracker.log_eval({"step": step, **python_numbers(_as_integrations_write(more))})
             self.progress.evaluations += 1
-        self.state.log_history.append({**logs, "step": step})
+        self.state.log_history.append(python_numbers({**logs, "step": step}))
         self._event("on_log", logs)
 
     def _tell(self, logs: dict[str, float], *start_time: float) -> None:
@@ -71,19 +71,23 @@ class Logs(Saving):
     def _log_summary(self) -> dict[str, float]:
         """What transformers tells callbacks about a run when it ends."""
         steps = self.state.global_step - self.session.first_step
-        samples = steps * self.windows.scheduler.window_samples
+        scheduler = self.windows.scheduler
+        samples = steps * scheduler.window_samples
+        if self.args.max_steps <= 0:  # as transformers counts them
+            samples = scheduler.samples_until(self.state.global_step)
+            samples -= scheduler.samples_until(self.session.first_step)
         tokens = self._tokens_learned() if self.args.include_tokens_per_second else None
         metrics = speed_metrics("train", self.session.started, samples, steps, tokens)
         metrics |= {
             "total_flos": self.state.total_flos,
             "train_loss": self.progress.train_loss.value,
-            "epoch": self.state.epoch or 0.0,
         }
         if not self._memory_tracker.skip_memory_metrics:
             self._memory_tracker.stop("train")
             self._memory_tracker.update_metrics("train", metrics)
         entries = len(self.state.log_history)
         self._tell(metrics)
+        metrics.setdefault("epoch", self.state.epoch or 0.0)
         if self.stop_reason:  # the history goes on after the checkpoint that is saved next
             del self.state.log_history[entries:]
         return metrics

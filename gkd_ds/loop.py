@@ -96,6 +96,7 @@ class WindowLoop(Logs):
             self._restart()
             self.renew_engines()
         self._rollouts, self._learned = [], None
+        self.state.log_history = []  # a run's own: what was evaluated before it is told already
         self.is_in_train = True
         try:
             with self.engines() as pipeline:
@@ -165,7 +166,7 @@ class WindowLoop(Logs):
             self._read_fields()
             self._window(state.global_step)
             state.global_step += 1
-            state.epoch = state.global_step / windows
+            state.epoch = self.windows.scheduler.epochs_after(state.global_step)
             self._event("on_step_end")
             self._act()
             self.interrupts.raise_if_stop_requested()
@@ -249,7 +250,7 @@ class WindowLoop(Logs):
             sums["padded_tokens" if are_all else "input_tokens"]
         )
         bad = None if applied else what_was_bad(record)
-        epoch = (step + 1) / self.windows.scheduler.windows_per_epoch
+        epoch = self.windows.scheduler.epochs_after(step + 1)
         record |= {"step": step + 1, "epoch": epoch, "lr": rate}
         record |= {"grad_norm": self.student.grad_norm, "skipped": int(not applied)}
         record["perf/step_s"] = time.perf_counter() - started

@@ -145,8 +145,15 @@ ONLY_READ: dict[str, str] = {
 }
 
 
+# What else of TRL's trainer, and of earlier ones of transformers', subclasses may define anew.
+_TRL = {"generalized_jsd_loss", "create_model_card", "lmbda", "beta", "temperature", "seq_kd"}
+_TRL |= {"generation_config", "tokenizer", "hub_model_id"}
+
+
 def refuse_overrides(trainer_class: type, ours: type) -> None:
-    """Raise InputError where a subclass of `ours` overrides what would never be called."""
+    """Raise InputError where a subclass of `ours` overrides what would never be called, or gives a
+    name to something of its own that `ours` has for something else.
+    """
     above = trainer_class.__mro__[: trainer_class.__mro__.index(ours)]
     overridden = {name for one in trainer_class.__mro__ for name in vars(one)}
     for name in INSTEAD:
@@ -163,6 +170,10 @@ def refuse_overrides(trainer_class: type, ours: type) -> None:
         for name in sorted(theirs & overridden):
             if name not in dir(ours):
                 raise refusal(name, trainer_class)
+        known = {*dir(Trainer), *_TRL, *vars(type("Bare", (ours,), {}))}
+        for name in sorted(overridden & {*dir(ours)} - known):
+            if not name.startswith("__"):
+                raise taken(name, trainer_class)
 
 
 def refusal(name: str, trainer_class: type) -> InputError:
@@ -170,6 +181,14 @@ def refusal(name: str, trainer_class: type) -> InputError:
     instead = INSTEAD.get(name) or ONLY_READ.get(name) or "gkd_ds/MIGRATING.md says what is"
     return InputError(
         f"{trainer_class.__name__}.{name} would never be called by gkd_ds, where {instead}."
+    )
+
+
+def taken(name: str, trainer_class: type) -> InputError:
+    """That `name` is one that neither transformers nor TRL has, and something else here."""
+    return InputError(
+        f"{trainer_class.__name__}.{name} would take the place of something that gkd_ds keeps "
+        "under that name; choose another name."
     )
 
 

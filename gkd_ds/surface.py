@@ -13,14 +13,21 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, TrainerCallback, trainer_pt_utils
 
+from gkd_ds.checkpoint.publish import Publisher
+from gkd_ds.checkpoint.session import Session
+from gkd_ds.config.changes import Fields
 from gkd_ds.data import batches
 from gkd_ds.data.examples import Examples
+from gkd_ds.data.windows import Windows
 from gkd_ds.engine import accelerator, zero
+from gkd_ds.engine.inputs import Inputs
 from gkd_ds.learn import trl
 from gkd_ds.loop import WindowLoop
-from gkd_ds.overrides import INSTEAD, ONLY_READ, not_there, refusal
+from gkd_ds.models import Models
+from gkd_ds.overrides import INSTEAD, ONLY_READ, not_there, refusal, taken
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
+from gkd_ds.runtime.interrupts import Interrupts
 
 
 def _field(name: str) -> property:
@@ -32,6 +39,18 @@ def _field(name: str) -> property:
         self.args.validate()
 
     return property(read, assign, doc=f"`args.{name}`; assigned, it acts from the next window on.")
+
+
+# What the loop keeps under names that a subclass might choose for something of its own.
+KINDS = {
+    "inputs": Inputs,
+    "models": Models,
+    "windows": Windows,
+    "fields": Fields,
+    "interrupts": Interrupts,
+    "publisher": Publisher,
+    "session": Session | None,
+}
 
 
 class Surface(WindowLoop):
@@ -71,8 +90,12 @@ class Surface(WindowLoop):
 
     @property
     def data_collator(self) -> Any:
-        """What makes tokens of rows, where it was given."""
-        return self.inputs.data_collator
+        """What makes TRL's batches of rows: the one that was given, or ours for those who look."""
+        return self.inputs.data_collator or self._collate
+
+    def _collate(self, rows: list[Any]) -> dict[str, Any]:
+        (examples,) = self.inputs.tokenize_evaluation({"": rows}).values()
+        return next(iter(batches.loader(examples, [range(len(examples))], self.inputs.pad_id)))
 
     @property
     def label_names(self) -> list[str]:
@@ -261,4 +284,8 @@ class Surface(WindowLoop):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in INSTEAD or name in ONLY_READ:
             raise refusal(name, type(self))
+        there = getattr(type(self), name, None)
+        is_read_only = isinstance(there, property) and there.fset is None
+        if is_read_only or not isinstance(value, KINDS.get(name, object)):
+            raise taken(name, type(self))
         super().__setattr__(name, value)

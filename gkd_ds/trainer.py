@@ -22,6 +22,7 @@ from transformers.trainer_utils import (
     PredictionOutput,
     TrainerMemoryTracker,
     TrainOutput,
+    align_special_tokens,
 )
 
 from gkd_ds.config.config import GKDConfig
@@ -32,7 +33,7 @@ from gkd_ds.engine.inputs import Inputs
 from gkd_ds.learn import trl
 from gkd_ds.learn.optim import require_optimizer, require_pair
 from gkd_ds.monitor import evaluation
-from gkd_ds.monitor.callbacks import callbacks_of
+from gkd_ds.monitor.callbacks import callbacks_of, may_add_metrics
 from gkd_ds.monitor.predictions import Wanted
 from gkd_ds.overrides import refuse_overrides
 from gkd_ds.pipeline import Formula
@@ -102,6 +103,7 @@ class GKDTrainer(Surface):
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
         has_own = compute_metrics is not None or type(self).evaluate is not GKDTrainer.evaluate
+        has_own = has_own or may_add_metrics(callbacks)
         evaluation.refuse_impossible_evaluation(config, inputs.evaluation, has_own)
         logger.info("Models, tokenizer and data have been checked.")
         _start(inputs)
@@ -132,6 +134,8 @@ class GKDTrainer(Surface):
             resume_from_checkpoint = self.args.resume_from_checkpoint
         self._memory_tracker.start()
         self._ignore_keys_for_eval = ignore_keys_for_eval
+        # What is saved stops where the tokenizer's turns end, and where the student's did.
+        align_special_tokens(self.model, self.processing_class)
         self.callback_handler.train_dataloader = self.get_train_dataloader()
         return self.run(resume_from_checkpoint)
 

@@ -40,9 +40,11 @@ class Mean:
 def initial_state(config: GKDConfig, windows_per_epoch: int) -> TrainerState:
     """transformers' TrainerState of a run that begins; `max_steps` is the number of its updates."""
     by_epochs = math.ceil(config.num_train_epochs * windows_per_epoch)
+    has_steps = config.max_steps > 0
+    epochs = config.max_steps / windows_per_epoch if has_steps else config.num_train_epochs
     state = TrainerState(
-        max_steps=config.max_steps if config.max_steps > 0 else by_epochs,
-        num_train_epochs=math.ceil(config.num_train_epochs),
+        max_steps=config.max_steps if has_steps else by_epochs,
+        num_train_epochs=math.ceil(epochs),
         train_batch_size=config.per_device_train_batch_size,
         is_local_process_zero=os.environ.get("LOCAL_RANK", "0") == "0",
         is_world_process_zero=ranks.rank() == 0,
@@ -74,7 +76,6 @@ class Progress:
         self.last_update = {
             "grad_norm": record["grad_norm"],
             "learning_rate": record["lr"],
-            "epoch": record["epoch"],
         }
         if bad is None:
             self.train_loss.add(record["loss"])

@@ -99,7 +99,10 @@ def check_metrics(config: Any) -> None:
 
 
 def check_intervals(config: Any) -> None:
-    """Steps that fit their strategies; `eval_steps` is `logging_steps` by default."""
+    """Steps that fit their strategies; `eval_steps` is `logging_steps` by default, and evaluations
+    while training are evaluations.
+    """
+    config.do_eval = config.do_eval or config.eval_strategy != "no"
     if config.eval_strategy == "steps" and config.eval_steps is None:
         config.eval_steps = config.logging_steps
     for what in ("logging", "eval", "save"):
@@ -116,10 +119,20 @@ def check_intervals(config: Any) -> None:
 
 
 def check_best(config: Any) -> None:
-    """What choosing the best checkpoint needs: evaluations, a checkpoint for each, and a metric."""
+    """What choosing the best checkpoint needs; and which of two metrics is better, which callbacks
+    ask without it.
+    """
     wanted = "load_best_model_at_end" if config.load_best_model_at_end else "save_strategy: best"
-    if not config.load_best_model_at_end and config.save_strategy != "best":
-        return
+    if config.load_best_model_at_end or config.save_strategy == "best":
+        check_best_can_be_had(config, wanted)
+        config.metric_for_best_model = config.metric_for_best_model or "loss"
+    name = config.metric_for_best_model
+    if config.greater_is_better is None and name is not None:
+        config.greater_is_better = not name.endswith(("loss", "divergence"))
+
+
+def check_best_can_be_had(config: Any, wanted: str) -> None:
+    """Evaluations to choose from, and a whole checkpoint for each. `wanted` is what asks for it."""
     if config.eval_strategy == "no":
         raise InputError(
             f"GKDConfig setting '{wanted}' needs evaluations to choose from; set eval_strategy to "
@@ -143,10 +156,6 @@ def check_best(config: Any) -> None:
                 "GKDConfig field 'load_best_model_at_end' needs save_steps to be a multiple of "
                 f"eval_steps, but they are {config.save_steps} and {config.eval_steps}."
             )
-    if config.metric_for_best_model is None:
-        config.metric_for_best_model = "loss"
-    if config.greater_is_better is None:
-        config.greater_is_better = not config.metric_for_best_model.endswith(("loss", "divergence"))
 
 
 def check_hub(config: Any) -> None:

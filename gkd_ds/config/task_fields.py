@@ -21,7 +21,9 @@ class Run:
     )
     do_train: bool = option(False, "For scripts that ask for it; calling train() is what trains.")
     do_eval: bool = option(
-        False, "For scripts that ask for it; the command line reads the evaluation split if set."
+        False,
+        "For scripts that ask for it, and set by eval_strategy; the command line reads the "
+        "evaluation split if set.",
     )
     do_predict: bool = option(
         False, "For scripts that ask for it; calling predict() is what predicts."

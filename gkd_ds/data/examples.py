@@ -249,7 +249,7 @@ def tokenize(
     Raises InputError.
     """
     prepare_tokenizer(tokenizer, config)
-    dataset = _without_stream(dataset, where, stream_rows)
+    dataset = without_stream(dataset, where, stream_rows)
     dataset, places, notes = _check_dataset(
         dataset, where, every_column=formatting_func is not None
     )
@@ -307,7 +307,7 @@ def _encode_all(
             features=ENCODED_FEATURES,
             desc="tokenizing",
         )
-        for row in dataset:
+        for row in dataset.with_format(None):
             yield tuple(row[name] for name in ENCODED_FEATURES)
         return
     for start in range(0, len(dataset), BATCH_ROWS):
@@ -315,7 +315,7 @@ def _encode_all(
         yield from zip(*encoded.values(), strict=True)
 
 
-def _without_stream(dataset: Any, where: str, rows: int | None) -> Any:
+def without_stream(dataset: Any, where: str, rows: int | None) -> Any:
     """A stream's first rows in memory. What a step trains on depends on the step alone, also after
     a resume; a stream that came in another order then has another fingerprint, and is refused.
     """
@@ -323,9 +323,9 @@ def _without_stream(dataset: Any, where: str, rows: int | None) -> Any:
         return dataset
     if rows is None:
         raise InputError(
-            f"{where} is a streaming dataset, which has no length; set max_steps (eval_max_samples "
-            "for an evaluation set), so that as many rows are read as that takes, or make a copy "
-            "with datasets.Dataset.from_list(list(stream.take(n)))"
+            f"{where} is a streaming dataset, which has no length; set max_steps, so that as many "
+            "rows are read as that takes, or make a copy with "
+            "datasets.Dataset.from_list(list(stream.take(n)))"
         )
     return list(dataset.take(rows))
 
@@ -347,6 +347,8 @@ def _check_dataset(
     if not len(dataset):
         raise InputError(f"{where} has no rows; give at least one")
     if not isinstance(dataset, datasets.Dataset):
+        return dataset, None, set()
+    if dataset.format["type"] == "custom":  # set_transform makes the columns, row by row
         return dataset, None, set()
     dataset = dataset.with_format(None)
     names = dataset.column_names

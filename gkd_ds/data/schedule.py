@@ -81,6 +81,21 @@ class StepScheduler:
     def epoch_of(self, step: int) -> int:
         return step // self.windows_per_epoch
 
+    def epochs_after(self, updates: int) -> float:
+        """How many epochs so many updates are: of an epoch that is not over, the share of its
+        micro-batches, as transformers counts them.
+        """
+        epochs, windows = divmod(updates, self.windows_per_epoch)
+        last = self.windows_per_epoch - 1
+        in_all = last * self.micro_batches + self.filled_micro_batches(last)
+        return epochs + windows * self.micro_batches / in_all
+
+    def samples_until(self, step: int) -> int:
+        """Samples of all windows before that of `step`; an epoch's last one may be short."""
+        epochs, windows = divmod(step, self.windows_per_epoch)
+        of_epoch = min(self.num_samples, self.windows_per_epoch * self.window_samples)
+        return epochs * of_epoch + windows * self.window_samples
+
     def source(self, step: int, stretch: int) -> Source:
         """Student with probability `lmbda`; otherwise the teacher (`seq_kd`) or the dataset.
         lmbda=0 never samples.

@@ -6,6 +6,8 @@ both models. Heads may be padded to different sizes (Qwen2.5: 151,936 rows for t
 on the part they share.
 """
 
+from collections.abc import Collection
+
 from transformers import PreTrainedTokenizerBase
 
 from gkd_ds.runtime.errors import InputError
@@ -16,17 +18,21 @@ def shared_vocabulary_size(
     teacher_tokenizer: PreTrainedTokenizerBase,
     student_vocab_size: int,
     teacher_vocab_size: int,
+    new: Collection[int] = (),
 ) -> int:
     """The number V of token ids that both models score: ids 0..V-1 mean the same to both.
 
     `*_vocab_size` is the number of rows of the model's head (config.vocab_size), which may exceed
-    the number of tokens its tokenizer knows. Raises InputError where the tokenizers differ in any
+    the number of tokens its tokenizer knows; the teacher need not know those of `new`, ids that
+    neither model has been trained with. Raises InputError where the tokenizers differ in any other
     token that both models score, special ones included, or a head is smaller than its vocabulary.
     """
     student = _tokens_by_id(student_tokenizer)
     teacher = _tokens_by_id(teacher_tokenizer)
     shared = min(student_vocab_size, teacher_vocab_size)
     for token_id in sorted(student.keys() | teacher.keys()):
+        if token_id in new and token_id not in teacher:
+            continue
         if token_id < shared and student.get(token_id) != teacher.get(token_id):
             raise InputError(
                 f"student and teacher do not share a vocabulary: token id {token_id} is "
@@ -46,6 +52,20 @@ def shared_vocabulary_size(
                 f"use the tokenizer that belongs to the {name} or resize its embeddings"
             )
     return shared
+
+
+def new_tokens(
+    tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase | None
+) -> dict[int, str]:
+    """The tokens that the caller's `tokenizer` has beside those of the student's `own` (None: not
+    known), by id; and the one for padding, which no model ever sees.
+    """
+    tokens = _tokens_by_id(tokenizer)
+    known = tokens if own is None else _tokens_by_id(own)
+    new = {token_id: token for token_id, token in tokens.items() if token_id not in known}
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        new[tokenizer.pad_token_id] = tokenizer.pad_token
+    return new
 
 
 def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.batches import Collator, collated
-from gkd_ds.data.examples import Examples, tokenize
+from gkd_ds.data.examples import Examples, tokenize, without_stream
 from gkd_ds.data.lengths import RowLengths
 from gkd_ds.data.tokenizer import stop_token_ids
 from gkd_ds.engine import adapters, loading, sources
@@ -131,7 +132,8 @@ class Inputs:
         if dataset is None:
             return {}
         is_named = isinstance(dataset, dict) and "messages" not in dataset
-        most = self.config.eval_max_samples
+        # Of a stream all rows are read: an evaluation goes through its whole set anyway.
+        most = self.config.eval_max_samples or sys.maxsize
         return {
             name: self._tokens(rows, f"the evaluation data {name}".rstrip(), most)
             for name, rows in (dataset if is_named else {"": dataset}).items()
@@ -142,6 +144,7 @@ class Inputs:
     ) -> Examples:
         config = self.config
         if self.data_collator is not None:
+            dataset = without_stream(dataset, where, stream_rows)
             return collated(dataset, self.data_collator, where, config.max_length)
         return tokenize(
             dataset,
@@ -242,6 +245,8 @@ def _check_models(config: GKDConfig, student: Any, teacher: Any, may_share: bool
     """`may_share`: the student's base does not change, so it may be the teacher, too."""
     sources.require_causal_lm(student, "student")
     sources.require_causal_lm(teacher, "teacher")
+    if not may_share:
+        sources.require_trainable(student)
     if not (may_share and student is teacher):
         sources.refuse_shared_weights(student, teacher)
     sources.refuse_ignored(

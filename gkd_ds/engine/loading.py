@@ -29,11 +29,11 @@ from gkd_ds.config.deepspeed import resolve_student, resolve_teacher
 from gkd_ds.config.paths import HUB_NAME
 from gkd_ds.data.examples import Examples
 from gkd_ds.data.tokenizer import prepare_tokenizer
-from gkd_ds.data.vocabulary import shared_vocabulary_size
+from gkd_ds.data.vocabulary import new_tokens, shared_vocabulary_size
 from gkd_ds.engine import accelerator, models, sources, zero
 from gkd_ds.engine.sources import Model
 from gkd_ds.runtime import ranks
-from gkd_ds.runtime.errors import InputError, reason
+from gkd_ds.runtime.errors import InputError, name_list, reason
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,8 @@ def shared_vocabulary(
     loaded.
 
     A teacher whose directory or repository has no tokenizer is taken at its word: then only sizes
-    can be checked.
+    can be checked. A token that the caller has added to the tokenizer is new to both of them: a
+    warning names it.
     """
     sizes = [
         sources.model_config(model, config, init_kwargs).get_text_config().vocab_size
@@ -118,8 +119,21 @@ def shared_vocabulary(
     )
     if teacher_tokenizer is None:
         logger.warning("the teacher comes without a tokenizer; it is taken to use the student's.")
-        teacher_tokenizer = tokenizer
-    return shared_vocabulary_size(tokenizer, teacher_tokenizer, *sizes)
+        return shared_vocabulary_size(tokenizer, tokenizer, *sizes)
+    own = _tokenizer_of(sources.name_of(student), config, config.model_init_kwargs)
+    new = new_tokens(tokenizer, own)
+    shared = shared_vocabulary_size(tokenizer, teacher_tokenizer, *sizes, new)
+    known = teacher_tokenizer.get_vocab().values()
+    names = [
+        token for token_id, token in new.items() if token_id < shared and token_id not in known
+    ]
+    if names := [name for name in names if name != tokenizer.pad_token]:
+        logger.warning(
+            "the tokenizer has tokens that neither model comes with (%s): what the teacher says of "
+            "them is as good as its rows for them.",
+            name_list(names),
+        )
+    return shared
 
 
 def require_known_tokens(examples: Examples | None, vocabulary: int) -> None:

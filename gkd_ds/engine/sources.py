@@ -60,6 +60,19 @@ def _check_object(model: PreTrainedModel, role: str) -> None:
             )
 
 
+def require_trainable(student: Model) -> None:
+    """Raise InputError for a model of which nothing would learn: merge_and_unload of an adapter
+    leaves one, since its base was frozen.
+    """
+    if isinstance(student, PreTrainedModel) and not any(
+        parameter.requires_grad for parameter in student.parameters()
+    ):
+        raise InputError(
+            "the student has no weight that learns (requires_grad is false for all of them); call "
+            "its requires_grad_(True), or pass a peft_config."
+        )
+
+
 def refuse_shared_weights(student: Model, teacher: Model) -> None:
     """Raise InputError where student and teacher are one object, or share weights."""
     if not isinstance(student, PreTrainedModel) or not isinstance(teacher, PreTrainedModel):

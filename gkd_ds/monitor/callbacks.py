@@ -33,6 +33,14 @@ def callbacks_of(config: GKDConfig) -> list[TrainerCallback]:
     return callbacks
 
 
+def may_add_metrics(callbacks: list[TrainerCallback | type[TrainerCallback]]) -> bool:
+    """Whether any of them is told of evaluations and is not transformers' own: it may add to the
+    metrics, as `evaluate` of a subclass may.
+    """
+    kinds = [one if isinstance(one, type) else type(one) for one in callbacks]
+    return any(not kind.on_evaluate.__module__.startswith("transformers.") for kind in kinds)
+
+
 def _missing(name: str, reason: str) -> InputError:
     reason = reason.split(". ")[0]
     return InputError(

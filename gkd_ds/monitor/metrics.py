@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gkd_ds.engine.counters import Counters
@@ -168,3 +171,14 @@ def rollout_records(
             }
         )
     return records
+
+
+def python_numbers(value: Any) -> Any:
+    """`value` with numbers and lists in place of what NumPy and torch have for them, as files take
+    it.
+    """
+    if isinstance(value, dict):
+        return {key: python_numbers(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [python_numbers(item) for item in value]
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray, Tensor)) else value

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.trainer_pt_utils import EvalLoopContainer, nested_concat
-from transformers.trainer_utils import EvalPrediction, denumpify_detensorize
+from transformers.trainer_utils import EvalPrediction
 
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.data.examples import Examples
+from gkd_ds.monitor.metrics import python_numbers
 from gkd_ds.pipeline import Pipeline
 from gkd_ds.records import Rollout, Source, sequence_batch
 from gkd_ds.runtime import ranks
@@ -98,7 +99,7 @@ def predict(
     whole = tuple(container.get_arrays() for container in kept)
     if wanted.compute is not None and not config.batch_eval_metrics:
         metrics = compute(whole, slice(None))
-    metrics = denumpify_detensorize(metrics or {})
+    metrics = python_numbers(metrics or {})
     return Predicted(metrics, *(whole[:2] if wanted.returned else ()))
 
 

@@ -82,7 +82,7 @@ class Tracker:
         if "wandb" in names:
             wandb_sink = WandbSink(config, run_dir, self.run_id, self._console.say)
             self._sinks.append(wandb_sink)
-            self.where = wandb_sink.where
+            self.run_id, self.where = wandb_sink.run_id, wandb_sink.where
 
     def log_update(self, record: Record) -> None:
         """Record one optimizer update: `step` (1 for the first), `loss` and other plain numbers,

@@ -1,6 +1,9 @@
 """A run on W&B: online where there is a server and a key, else offline, to be uploaded later.
 
-W&B is a courtesy. When it fails, one sentence says so and training goes on.
+A script may have begun a run of its own, which is used then, and may go on logging after training:
+as with transformers, a run that has not failed stays open until the script, the next run or the end
+of the program finishes it. W&B is a courtesy. When it fails, one sentence says so and training goes
+on.
 """
 
 import math
@@ -15,9 +18,12 @@ from gkd_ds.monitor.sinks import Record, flat
 from gkd_ds.runtime.provenance import provenance
 from gkd_ds.runtime.redaction import redact, redact_argv
 
+_left_open: Any = None  # the last run that a sink has begun and not finished
+
 
 class WandbSink:
-    """Records what is due in the W&B run `run_id`, which may exist already.
+    """Records what is due in the W&B run that this process is in, or else in `run_id`, which may
+    exist already.
 
     `config` is a GKDConfig; read are project, run_name and to_dict(). `run_dir` gets W&B's own
     folder. `say` prints one sentence. `where` says where to look at the run: an address or a local
@@ -27,7 +33,7 @@ class WandbSink:
     def __init__(self, config: Any, run_dir: Path, run_id: str, say: Callable[[str], None]):
         self._config = config
         self._run_dir = run_dir
-        self._run_id = run_id
+        self.run_id = run_id
         self._say = say
         self._run = None
         self.where: str | None = None
@@ -44,10 +50,10 @@ class WandbSink:
             self._log({"step": step, "rollouts": _table(step, rollouts)})
 
     def close(self, exit_code: int) -> None:
-        """Finish the run, as failed unless `exit_code` is 0."""
-        if self._run is not None:
+        """Finish a run that has failed, `exit_code` being none of 0; leave any other one open."""
+        if self._run is not None and self._run is _left_open and exit_code:
             self._guard(lambda: self._run.finish(exit_code=exit_code), "was not closed properly")
-            self._run = None
+        self._run = None
 
     def _log(self, values: dict[str, Any]) -> None:
         if self._run is None:
@@ -61,7 +67,11 @@ class WandbSink:
         except ImportError:
             self._say("W&B is not used: the package 'wandb' is not installed.")
             return
-        if os.environ.get("WANDB_MODE", "online") != "online" or self._has_credentials(wandb):
+        if wandb.run is not None and wandb.run is _left_open:
+            self._guard(wandb.finish, "did not finish the run before")
+        if wandb.run is not None:
+            self._guard(lambda: self._join(wandb.run), "does not take this run's metrics")
+        elif os.environ.get("WANDB_MODE", "online") != "online" or self._has_credentials(wandb):
             if not self._guard(lambda: self._open(wandb), "did not start and records offline"):
                 # The failed attempt still owns the run id.
                 self._guard(wandb.teardown, "did not stop")
@@ -71,12 +81,12 @@ class WandbSink:
         if run is not None and run.offline:
             self.where = str(Path(run.dir).parent)
             self._say(
-                f"W&B run {self._run_id} is recorded offline; upload it with: wandb sync "
+                f"W&B run {self.run_id} is recorded offline; upload it with: wandb sync "
                 f"{self.where}"
             )
         elif run is not None and not run.disabled:
             self.where = run.url
-            self._say(f"W&B run {self._run_id}: {self.where}")
+            self._say(f"W&B run {self.run_id}: {self.where}")
 
     def _has_credentials(self, wandb) -> bool:
         """Asked before wandb.init, which would ask for a key on a terminal and so block every
@@ -112,14 +122,27 @@ class WandbSink:
             run = wandb.init(
                 project=redact(environment("WANDB_PROJECT") or self._config.project),
                 name=redact(self._config.run_name),
-                id=self._run_id,
+                id=self.run_id,
                 resume="allow",
                 dir=str(self._run_dir),
-                config=redact({**self._config.to_dict(), **provenance()}),
+                config=self._settings(),
                 settings=settings,
             )
         finally:
             sys.argv = argv
+        global _left_open
+        _left_open = run
+        self._record_in(run)
+
+    def _join(self, run: Any) -> None:
+        run.config.update(self._settings(), allow_val_change=True)
+        self.run_id = run.id
+        self._record_in(run)
+
+    def _settings(self) -> dict[str, Any]:
+        return redact({**self._config.to_dict(), **provenance()})
+
+    def _record_in(self, run: Any) -> None:
         # Our own step instead of W&B's: W&B would refuse the smaller steps that follow a resume
         # from an older checkpoint.
         run.define_metric("step")

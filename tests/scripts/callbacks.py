@@ -214,3 +214,21 @@ def change_the_rate(home: Path) -> None:
             assert len({group["lr"] for group in optimizer.param_groups}) == 1
 
     quick(home, callbacks=[Halves()]).train()
+
+
+def a_metric_of_a_callback(home: Path) -> None:
+    """on_evaluate adds to the metrics, and the best model is chosen by what it adds."""
+
+    class Judges(TrainerCallback):
+        scores = iter([3.0, 1.0, 2.0])
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_judged"] = next(self.scores)
+
+    trainer = quick(
+        home, callbacks=[Judges()], eval_dataset=chats(2, seed=1), max_steps=3,
+        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="judged", greater_is_better=False,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_metric == 1.0 and trainer.state.best_global_step == 2

@@ -118,3 +118,34 @@ def the_generation_config(home: Path) -> None:
 def long_rows(home: Path) -> None:
     """max_length cuts completions."""
     quick(home, max_length=120).train()
+
+
+def rows_made_on_the_fly(home: Path) -> None:
+    """set_transform, from other columns and over the same."""
+    from datasets import Dataset
+
+    def answered(batch):
+        return {
+            "messages": [
+                [{"role": "user", "content": question}, {"role": "assistant", "content": "Yes."}]
+                for question in batch["question"]
+            ]
+        }
+
+    data = Dataset.from_dict({"question": ["Red?", "Blue?"] * 2})
+    data.set_transform(answered)
+    trainer = quick(home, train_dataset=data)
+    trainer.train()
+    data = chats(4).with_transform(lambda batch: answered({"question": ["Red?"] * 4}))
+    trainer = quick(home, train_dataset=data, output_dir="other", per_device_train_batch_size=4)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert len({tuple(row) for row in batch["input_ids"].tolist()}) == 1
+
+
+def the_collator_itself(home: Path) -> None:
+    """trainer.data_collator, called on rows."""
+    trainer = quick(home)
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in (0, 3)])
+    assert len(batch["input_ids"]) == len(batch["prompts"]) == 2
+    shown = trainer.processing_class.decode(batch["input_ids"][1])
+    assert trainer.train_dataset[3]["messages"][-1]["content"] in shown

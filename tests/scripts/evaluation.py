@@ -234,3 +234,37 @@ def start_with_an_evaluation(home: Path) -> None:
     trainer.train()
     steps = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert steps == [0, 2]
+
+
+def before_and_after_training(home: Path) -> None:
+    """The history is the run's."""
+    trainer = quick(home, eval_dataset=chats(2, seed=1))
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.state.log_history[0].keys() >= {"loss", "learning_rate"}
+    assert trainer.evaluate()["eval_loss"] != before
+    assert "eval_loss" in trainer.state.log_history[-1]
+
+
+def a_stream_to_evaluate_on(home: Path) -> None:
+    """An IterableDataset, read to its end."""
+    rows = chats(4, seed=1)
+    trainer = quick(home, train_dataset=chats().to_iterable_dataset(), eval_dataset=rows)
+    whole = trainer.evaluate()["eval_loss"]
+    streamed = trainer.evaluate(rows.to_iterable_dataset())["eval_loss"]
+    assert abs(streamed - whole) < 1e-6
+    trainer.train()
+
+
+def patience_alone(home: Path) -> None:
+    """Early stopping by a metric that should rise; no best model is kept."""
+    values = iter([3.0, 2.0, 1.0, 0.0])
+    trainer = quick(
+        home, eval_dataset=chats(2, seed=1), eval_strategy="steps", eval_steps=1, max_steps=6,
+        compute_metrics=lambda prediction: {"score": next(values)},
+        preprocess_logits_for_metrics=_argmax, metric_for_best_model="score",
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_metric == 3.0 and trainer.state.global_step == 3
+    assert trainer.args.do_eval and trainer.args.greater_is_better

@@ -7,7 +7,7 @@ import gc
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from tests.scripts.library import GKDTrainer, arguments, chats, load, quick
 
@@ -174,3 +174,35 @@ def optimizer_s_state(home: Path) -> None:
     trainer.train()
     assert trainer.optimizer.param_groups[0]["lr"] == trainer.lr_scheduler.get_last_lr()[0] == 0
     assert trainer.optimizer.state_dict()["param_groups"]
+
+
+def tokens_of_my_own(home: Path) -> None:
+    """Added to the tokenizer, and to both models."""
+    student, teacher, tokenizer = load(home)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_tokens(["<tool>"])
+    for model in (student, teacher):
+        model.resize_token_embeddings(len(tokenizer))
+    trainer = GKDTrainer(
+        model=student, teacher_model=teacher, processing_class=tokenizer, args=arguments(),
+        train_dataset=chats(),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model("saved")
+    saved = AutoModelForCausalLM.from_pretrained("saved")
+    assert saved.config.vocab_size == len(AutoTokenizer.from_pretrained("saved")) == len(tokenizer)
+    assert saved.config.pad_token_id == tokenizer.pad_token_id
+
+
+def where_it_stops(home: Path) -> None:
+    """A base model learns to end turns as the tokenizer does, and its files say so."""
+    student, teacher, tokenizer = load(home)
+    student.config.eos_token_id, student.config.pad_token_id = 5, None
+    student.generation_config = GenerationConfig(eos_token_id=5)
+    trainer = quick(home, student, teacher)
+    trainer.train()
+    trainer.save_model("saved")
+    for place in (trainer.model, AutoModelForCausalLM.from_pretrained("saved")):
+        assert place.generation_config.eos_token_id == [tokenizer.eos_token_id, 5]
+        assert place.config.eos_token_id == tokenizer.eos_token_id
+        assert place.config.pad_token_id == tokenizer.pad_token_id

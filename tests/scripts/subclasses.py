@@ -237,3 +237,17 @@ def a_card_of_my_own(home: Path) -> None:
     trainer.create_model_card(model_name="my-student", dataset_name="org/chats", tags=["mine"])
     text = Path("out/README.md").read_text()
     assert "my-student" in text and "mine" in text
+
+
+def names_of_my_own_in_the_log(home: Path) -> None:
+    """log gets what it is to log, and its super adds where in the run that was."""
+
+    class Trainer(GKDTrainer):
+        def log(self, logs, *args, **kwargs):
+            super().log({f"student/{name}": value for name, value in logs.items()}, *args, **kwargs)
+
+    trainer = quick(home, trainer_class=Trainer)
+    trainer.train()
+    names = {name for entry in trainer.state.log_history for name in entry}
+    assert "student/loss" in names and "student/train_loss" in names
+    assert {name for name in names if "/" not in name} == {"epoch", "step"}

@@ -225,3 +225,18 @@ def who_am_i(home: Path) -> None:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained("final")
     assert trainer.is_local_process_zero()
     AutoModelForCausalLM.from_pretrained("final")
+
+
+def how_many_epochs(home: Path) -> None:
+    """Where max_steps decides, and where a window is left over."""
+    trainer = quick(home, train_dataset=chats(4), max_steps=7)
+    trainer.train()
+    assert trainer.state.num_train_epochs == 4 and trainer.state.epoch == 3.5
+    trainer = quick(
+        home, train_dataset=chats(7), max_steps=-1, num_train_epochs=2, output_dir="other",
+        gradient_accumulation_steps=3,
+    )  # fmt: skip
+    metrics = trainer.train().metrics
+    epochs = [entry["epoch"] for entry in trainer.state.log_history if "loss" in entry]
+    assert epochs == [0.75, 1, 1.75, 2] and trainer.state.max_steps == 4
+    assert round(metrics["train_samples_per_second"] * metrics["train_runtime"]) == 14

@@ -70,6 +70,26 @@ def test_what_is_the_subclass_s_own_is_left_alone() -> None:
     assert refusal(type("Mine", (GKDTrainer,), own)).startswith("no student is given")
 
 
+@pytest.mark.parametrize("name", ["run", "engines", "student", "tracker", "_log", "_window"])
+def test_a_name_of_ours_is_no_name_for_the_subclass_s_own(name: str) -> None:
+    """It would take the place of something that neither transformers nor TRL has."""
+    said = refusal(subclass(name))
+    assert said.startswith(f"Mine.{name} would take the place of") and "another name" in said
+
+
+def test_what_trl_has_may_be_defined_anew() -> None:
+    for name in ("generalized_jsd_loss", "lmbda", "generation_config", "create_model_card"):
+        assert refusal(subclass(name)).startswith("no student is given")
+
+
+@pytest.mark.parametrize("name", ["inputs", "models", "windows", "session", "student", "progress"])
+def test_so_is_an_attribute(name: str) -> None:
+    trainer = GKDTrainer.__new__(GKDTrainer)
+    with pytest.raises(InputError, match=f"GKDTrainer.{name} would take the place of"):
+        setattr(trainer, name, [])
+    trainer.my_inputs = []
+
+
 def test_an_override_in_a_mixin_or_a_parent_is_seen() -> None:
     class Mixin:
         def training_step(self, model, inputs):

@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd_ds import GKDConfig, GKDTrainer
@@ -18,6 +19,7 @@ from gkd_ds.runtime.errors import InputError
 from tests.tiny import make_chat_rows, make_model, make_tokenizer
 
 ROLES = ["student", "teacher"]
+TWO_TOKENS = {"input_ids": [[5, 6]], "labels": [[-100, 6]]}
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +233,28 @@ def test_the_tokenizer_is_read_where_the_init_kwargs_say(models, tmp_path):
         loading.shared_vocabulary(student, teacher, tokenizer, config)
 
 
+def test_a_token_that_the_caller_adds_is_new_to_both(build, models, caplog):
+    def resized(role):
+        model = AutoModelForCausalLM.from_pretrained(models / role)
+        model.resize_token_embeddings(386)
+        return model
+
+    tokenizer = AutoTokenizer.from_pretrained(models / "student")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_tokens(["<tool>"])
+    objects = {role: resized(role) for role in ROLES}
+    given = {"processing_class": tokenizer}
+    assert build(**objects, given=given) == "all input was accepted"
+    assert "tokens that neither model comes with ('<tool>')" in caplog.text
+
+
+def test_a_student_of_which_nothing_learns_is_refused(build, models):
+    student = AutoModelForCausalLM.from_pretrained(models / "student").requires_grad_(False)
+    assert build(student=student).startswith("the student has no weight that learns")
+    student.model.norm.weight.requires_grad_(True)
+    assert build(student=student) == "all input was accepted"
+
+
 # ---- evaluation
 
 
@@ -242,6 +266,13 @@ def test_the_tokenizer_is_read_where_the_init_kwargs_say(models, tmp_path):
 def test_an_evaluation_without_data_is_refused(build, fields, asked):
     assert f"{asked} but no eval_dataset is given" in build(**fields)
     assert build(eval_dataset=make_chat_rows(2), **fields) == "all input was accepted"
+
+
+@pytest.mark.parametrize("given", [{}, {"data_collator": lambda rows: TWO_TOKENS}])
+def test_an_evaluation_set_may_be_a_stream(build, given):
+    """It is read whole; a training set has to say how much of it is needed."""
+    stream = Dataset.from_list(make_chat_rows(3)).to_iterable_dataset()
+    assert build(eval_dataset=stream, given=given) == "all input was accepted"
 
 
 @pytest.mark.parametrize("metric, sets, accepted", [

@@ -22,6 +22,7 @@ from gkd_ds.checkpoint.progress import (
     Progress,
     check_state,
     differences,
+    initial_state,
 )
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.monitor.guards import BadUpdates, RateLimit, WindowStats
@@ -144,3 +145,19 @@ def test_differences_that_matter_are_said(
         sentence
         == f"differs from the checkpoint: torch was {before.versions['torch']} and is now 0.1"
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs", "updates"),
+    [
+        ({"num_train_epochs": 1.5}, 2, 5),
+        ({"max_steps": 3, "num_train_epochs": 9}, 1, 3),
+        ({"max_steps": 7}, 3, 7),
+    ],
+)
+def test_the_state_says_how_many_epochs_there_will_be(
+    settings: dict[str, Any], epochs: int, updates: int
+) -> None:
+    """As transformers says it, where max_steps decides."""
+    state = initial_state(GKDConfig(**settings), windows_per_epoch=3)
+    assert (state.num_train_epochs, state.max_steps) == (epochs, updates)

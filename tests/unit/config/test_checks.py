@@ -270,3 +270,11 @@ def test_output_dir_may_not_be_a_model(model_dir):
         model_name_or_path=str(model_dir),
         overwrite_output_dir=True,
     )
+
+
+@pytest.mark.parametrize(
+    "metric, greater", [("accuracy", True), ("eval_loss", False), (None, None)]
+)
+def test_which_of_two_metrics_is_better(metric, greater):
+    """Callbacks such as EarlyStoppingCallback ask, also where no best model is kept."""
+    assert GKDConfig(metric_for_best_model=metric).greater_is_better is greater

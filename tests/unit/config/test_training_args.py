@@ -95,3 +95,8 @@ def test_sanitized_dict_holds_what_trackers_can_write():
     assert {type(value) for value in sanitized.values()} <= {bool, int, float, str}
     assert (sanitized["train_batch_size"], sanitized["eval_batch_size"]) == (3, 8)
     assert "hub_token" not in sanitized
+
+
+def test_evaluations_while_training_are_evaluations():
+    """Scripts ask for do_eval after training, as transformers sets it."""
+    assert GKDConfig(eval_strategy="epoch").do_eval and not GKDConfig().do_eval

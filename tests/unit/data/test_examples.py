@@ -449,6 +449,29 @@ def test_formatting_func_makes_rows_of_any_columns(chat_tokenizer, config):
         tokenize(rows, chat_tokenizer, config, "a", [0, 2], lambda row: row["answer"])
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_transform_makes_the_columns(chat_tokenizer, config, workers, monkeypatch):
+    """set_transform: other columns, or other contents of the same; also in worker processes."""
+
+    def answered(batch):
+        questions = batch["question"]
+        return {"messages": [chat(f"{question}!") for question in questions]}
+
+    def chat(question):
+        answer = {"role": "assistant", "content": "fox"}
+        return [{"role": "user", "content": question}, answer]
+
+    questions = [f"{row}?" for row in range(9)]
+    expected = tokenize(
+        [{"messages": chat(f"{q}!")} for q in questions], chat_tokenizer, config, "a", [0, 2]
+    )
+    dataset = datasets.Dataset.from_dict({"question": questions}).with_transform(answered)
+    config.dataset_num_proc = workers
+    monkeypatch.setattr("gkd_ds.data.examples.PARALLEL_ROWS", 5)
+    examples = tokenize(dataset, chat_tokenizer, config, "a", [0, 2])
+    assert examples.fingerprint == expected.fingerprint
+
+
 def test_of_a_stream_the_first_rows_are_taken(chat_tokenizer, config):
     rows = rows_of(9)
     stream = datasets.Dataset.from_list(rows).to_iterable_dataset()

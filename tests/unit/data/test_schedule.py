@@ -201,3 +201,27 @@ def test_draws_repeat_for_a_share_of_what_the_student_completes() -> None:
     assert len(repeating[0] & repeating[1]) < 150, "others in every epoch"
     for source in (Source.TEACHER, Source.DATA):
         assert all_.sample_id(2, 7, source) == 2007
+
+
+@pytest.mark.parametrize(
+    ("samples", "epochs"),
+    [  # 8 samples are 2 micro-batches of all ranks
+        (8, [1, 2]),
+        (12, [1, 2]),
+        (16, [0.75, 1, 1.75, 2]),
+        (26, [3 / 7, 6 / 7, 1, 10 / 7]),
+    ],
+)
+def test_an_open_epoch_counts_its_micro_batches(samples: int, epochs: list[float]) -> None:
+    """As transformers does: the last window of an epoch may have fewer."""
+    scheduler = replace(SCHEDULER, num_samples=samples)
+    after = [scheduler.epochs_after(step + 1) for step in range(len(epochs))]
+    assert after == pytest.approx(epochs)
+
+
+@settings(deadline=None)
+@given(samples=st.integers(1, 60), step=st.integers(0, 40), drop_last=st.booleans())
+def test_samples_until_a_step_are_those_of_its_windows(samples, step, drop_last) -> None:
+    scheduler = replace(SCHEDULER, num_samples=samples, drop_last=drop_last)
+    seen = [place for one in range(step) for places in window(scheduler, one) for place in places]
+    assert scheduler.samples_until(step) == len(seen)

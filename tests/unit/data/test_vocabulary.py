@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import transformers
 
-from gkd_ds.data.vocabulary import shared_vocabulary_size
+from gkd_ds.data.vocabulary import new_tokens, shared_vocabulary_size
 from gkd_ds.runtime.errors import InputError
 from tests import ROOT
 from tests.unit.data.chats import CORPUS
@@ -86,6 +86,22 @@ def test_a_token_that_loading_added_and_no_head_scores_is_no_difference(
     assert len(qwen) == 341
     assert shared_vocabulary_size(sentencepiece_tokenizer, qwen, 340, 340) == 340
     assert shared_vocabulary_size(qwen, sentencepiece_tokenizer, 340, 352) == 340
+
+
+def test_a_token_that_is_new_to_both_is_no_difference(
+    sentencepiece_tokenizer, sentencepiece_directory
+):
+    """The caller's own, and the one for padding, whosever it is; not one of the teacher's."""
+    more = transformers.AutoTokenizer.from_pretrained(sentencepiece_directory)
+    more.add_tokens(["<tool_call>"])
+    new = new_tokens(more, sentencepiece_tokenizer)
+    assert new == {340: "<tool_call>"}
+    assert shared_vocabulary_size(more, sentencepiece_tokenizer, 384, 384, new) == 384
+    assert new_tokens(more, own=more) == new_tokens(more, own=None) == {}
+    more.add_special_tokens({"pad_token": "<pad>"})
+    assert new_tokens(more, own=more) == {341: "<pad>"}
+    with pytest.raises(InputError, match="no token to the student and '<tool_call>' to the teach"):
+        shared_vocabulary_size(sentencepiece_tokenizer, more, 384, 384, new)
 
 
 def test_a_renamed_special_token_is_refused(tmp_path, sentencepiece_tokenizer):

@@ -4,11 +4,11 @@ import sys
 import types
 
 import pytest
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 
 from gkd_ds.config.checks import INTEGRATIONS
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.monitor.callbacks import callbacks_of
+from gkd_ds.monitor.callbacks import callbacks_of, may_add_metrics
 from gkd_ds.monitor.tracker import SINKS, reported_to
 from gkd_ds.runtime.errors import InputError
 from tests.refusals import assert_one_sentence
@@ -90,3 +90,15 @@ def test_an_integration_gets_its_fields(monkeypatch):
 def test_sinks_of_our_own_are_no_callbacks(monkeypatch):
     monkeypatch.setattr("gkd_ds.monitor.callbacks.is_tensorboard_available", lambda: True)
     assert callbacks_of(GKDConfig(report_to=list(SINKS))) == []
+
+
+def test_which_callbacks_may_add_a_metric():
+    class Adds(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_mine"] = 1.0
+
+    class Patient(EarlyStoppingCallback):
+        pass
+
+    assert may_add_metrics([Adds()]) and may_add_metrics([TrainerCallback(), Adds])
+    assert not may_add_metrics([TrainerCallback, EarlyStoppingCallback(), Patient()])

@@ -136,6 +136,39 @@ def test_a_canary_secret_is_in_no_produced_file(offline_run):
         assert CANARY not in session.stdout + session.stderr
 
 
+def test_the_script_s_own_run_is_used_and_every_run_may_be_logged_to_afterwards(tmp_path):
+    """As with transformers' callback: wandb.log after training, and a sweep of several runs."""
+    done = run_python(
+        f"""
+        import wandb
+        from gkd_ds.config.config import GKDConfig
+        from gkd_ds.monitor.tracker import Tracker
+
+        def train(name, exit_code=0):
+            config = GKDConfig(output_dir={str(tmp_path)!r}, report_to="wandb", logging_steps=1)
+            tracker = Tracker(config, 0, {str(tmp_path)!r} + "/" + name, 1)
+            tracker.log_update({{"step": 1, "loss": 0.5}})
+            tracker.close(exit_code)
+            return tracker.run_id
+
+        own = wandb.init(project="mine", dir={str(tmp_path)!r}, mode="offline")
+        assert train("a") == own.id and wandb.run is own and own.config["logging_steps"] == 1
+        wandb.log({{"after": 1}})
+        wandb.finish()
+        second = train("b")
+        assert wandb.run.id == second != own.id
+        wandb.log({{"after": 2}})
+        assert train("c") == wandb.run.id != second
+        train("d", exit_code=1)
+        assert wandb.run is None, "a run that has failed is over"
+    """,
+        env={"WANDB_MODE": "offline"},
+    )
+    runs = sorted(tmp_path.glob("**/*.wandb"))
+    losses = [[row.get("loss") for row in history(records(run)) if "loss" in row] for run in runs]
+    assert losses == [[0.5]] * 4, done
+
+
 def test_wandb_service_dying_costs_one_sentence(tmp_path):
     done = run_python(f"""
         import signal, time
