@@ -176,7 +176,8 @@ def _keep_shapes(take: Callable[[nn.Parameter], Any]) -> Iterator[None]:
     """
 
     def replace(module: nn.Module, name: str, weight: nn.Parameter) -> nn.Parameter | None:
-        if weight.is_meta:
+        # What a constructor fills by itself, in spite of the meta device, is of no file.
+        if weight.is_meta or torch.get_default_device().type == "meta":
             return None
         shape = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
         shape._is_hf_initialized = True  # transformers shall not fill it

@@ -166,6 +166,15 @@ def test_tokens_that_see_what_comes_after_them_are_refused() -> None:
         trial(model, 100)
 
 
+def test_a_choice_between_equal_tokens_that_falls_otherwise_beside_others_is_refused() -> None:
+    """Doge attends to the best positions by a score that knows no positions: a word that stands in
+    a row twice is as good in either place, and which of both is taken depends on the padding.
+    """
+    assert trial(make("doge", keep_window_size=160), 100) is None
+    with pytest.raises(InputError, match="student .DogeForCausalLM. computes a row differently"):
+        trial(make("doge", keep_window_size=8), 100)
+
+
 # -- noise ---------------------------------------------------------------------------------------
 
 NOISY = {
