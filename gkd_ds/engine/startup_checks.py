@@ -17,7 +17,10 @@ Shapes: B rows, T tokens, N positions that are compared, D width.
 from __future__ import annotations
 
 import inspect
+import json
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -25,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_ds.data.lengths import RowLengths
-from gkd_ds.engine import causal_lm
+from gkd_ds.engine import causal_lm, zero
 from gkd_ds.records import SequenceBatch, Source
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
@@ -90,12 +93,63 @@ def refuse_both_sides(
             )
 
 
+def require_same_order(model: PreTrainedModel, run_pass: Callable[[Callable], object]) -> None:
+    """Raise InputError where the modules of a student that run, or how often, depend on its tokens:
+    ranks with different rows could not gather their parameters together.
+    """
+    few, many = (_calls(model, partial(run_pass, run)) for run in _few_and_many_tokens(model))
+    varying = [name for name in few | many if few[name] != many[name]]
+    callers = {_caller(model, name) for name in varying}
+    outermost = {name for name in callers if callers.isdisjoint(_above(name))}
+    if outermost:
+        kinds = sorted({type(model.get_submodule(name)).__name__ for name in outermost})
+        raise InputError(
+            f"which parts of the student ({type(model).__name__}) run depends on the tokens (in "
+            f"{min(outermost)}), and ranks with different rows could not gather them together; "
+            f'add "leaf_module": {json.dumps({"classes": kinds})} to zero_optimization of the '
+            "student's DeepSpeed file, or use ZeRO stage 2."
+        )
+
+
+def _few_and_many_tokens(model: PreTrainedModel) -> list[Callable[[], Tensor]]:
+    """Forwards of one token, twice (a single one may go the way of decoding), and of many."""
+    many_T = torch.arange(BESIDE, device=get_accelerator().current_device_name())
+    many_T = many_T.remainder(_vocabulary(model))
+    batches = many_T[:1].expand(1, 2), many_T.view(2, -1)
+    return [partial(causal_lm.body_forward, model, ids_BT) for ids_BT in batches]
+
+
+def _calls(model: nn.Module, run: Callable[[], object]) -> Counter[str]:
+    """How often `run` calls each module that ZeRO-3 notes."""
+    calls: Counter[str] = Counter()
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: calls.update([name]))
+        for name, module in zero.fetched_modules(model)
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def _above(name: str) -> list[str]:
+    """The names of what a module is part of, the nearest first."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)]
+
+
+def _caller(model: nn.Module, name: str) -> str:
+    """The nearest module above that has a forward of its own."""
+    lists = nn.ModuleList | nn.ModuleDict
+    return next(a for a in _above(name) if not isinstance(model.get_submodule(a), lists))
+
+
 class _Rows:
     """A short row, in batches that differ in what else they hold."""
 
     def __init__(self, model: PreTrainedModel, shortest: int):
         self.short = min(max(shortest, FEWEST), MOST)
-        self.vocabulary = model.config.get_text_config().vocab_size
+        self.vocabulary = _vocabulary(model)
         parameters = inspect.signature(causal_lm.body(model).forward).parameters
         self.takes_positions = "position_ids" in parameters
         self.device = get_accelerator().current_device_name()
@@ -165,6 +219,10 @@ class _Rows:
 
     def _ids(self, count: int, stride: int) -> Tensor:
         return torch.arange(1, count + 1, device=self.device).mul(stride).remainder(self.vocabulary)
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().vocab_size
 
 
 # -- the same beside a longer one ----------------------------------------------------------------

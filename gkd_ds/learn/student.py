@@ -23,7 +23,7 @@ from gkd_ds.engine import accelerator, causal_lm, liger, zero
 from gkd_ds.engine.causal_lm import LogitTransform
 from gkd_ds.engine.counters import Counters
 from gkd_ds.engine.lending import Loan, guard
-from gkd_ds.engine.startup_checks import refuse_both_sides, try_rows
+from gkd_ds.engine.startup_checks import refuse_both_sides, require_same_order, try_rows
 from gkd_ds.learn.head import LossHead, LossInputs
 from gkd_ds.records import SequenceBatch, Source
 from gkd_ds.runtime import ranks
@@ -99,6 +99,9 @@ class Student:
         self.run_pass(lambda: causal_lm.check_head(model, "student", self.device))
         if config.packs(evaluating=False) or config.packs(evaluating=True):
             self.run_pass(lambda: causal_lm.check_packing(model, self.device))
+        if zero.stage(self.engine) == 3 and ranks.world_size() > 1:
+            require_same_order(model, self.run_pass)
+            zero.forget_order(self.engine)
         # Rows up to this length and longer ones must not share a batch; None: all of them may.
         self.switch: int | None = None
         self.to_learn()

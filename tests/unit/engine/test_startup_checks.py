@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gkd_ds.data.lengths import RowLengths, Span
 from gkd_ds.engine import causal_lm
-from gkd_ds.engine.startup_checks import refuse_both_sides, try_rows
+from gkd_ds.engine.startup_checks import refuse_both_sides, require_same_order, try_rows
 from gkd_ds.records import SequenceBatch, Source
 from gkd_ds.runtime.errors import InputError
+from tests.architectures import make_model
 
 WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "n_layer": 2}
 WIDTHS |= {"num_attention_heads": 4, "n_head": 4, "n_embd": 32, "d_model": 32, "n_heads": 4}
@@ -173,6 +175,35 @@ def test_a_choice_between_equal_tokens_that_falls_otherwise_beside_others_is_ref
     assert trial(make("doge", keep_window_size=160), 100) is None
     with pytest.raises(InputError, match="student .DogeForCausalLM. computes a row differently"):
         trial(make("doge", keep_window_size=8), 100)
+
+
+# -- parts that do not run for every row ---------------------------------------------------------
+
+
+def order(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        require_same_order(model.eval(), lambda run: run())
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "mixtral", "qwen3_moe", "phimoe", "mamba", "bloom", "jamba", "falcon_h1"]
+)
+def test_parts_that_run_for_every_row_are_no_problem(kind: str) -> None:
+    order(make_model(kind, 0))
+
+
+@pytest.mark.parametrize("kind, parts", [
+    ("dbrx", "DbrxExperts"), ("longcat_flash", "LongcatFlashExperts"),
+    ("qwen4_exp_text", "Qwen4ExpTextQSAIndexer"),
+])  # fmt: skip
+def test_parts_that_run_by_the_tokens_are_refused_until_they_are_fetched_together(
+    kind: str, parts: str
+) -> None:
+    model = make_model(kind, 0)
+    with pytest.raises(InputError, match=f'"leaf_module": {{"classes": ."{parts}".}} to zero_opt'):
+        order(model)
+    set_z3_leaf_modules(model, [parts])
+    order(model)
 
 
 # -- noise ---------------------------------------------------------------------------------------
