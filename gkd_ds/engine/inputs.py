@@ -239,7 +239,9 @@ def _refuse_unread(
 
 
 def _check_models(config: GKDConfig, student: Any, teacher: Any, may_share: bool) -> None:
-    """`may_share`: the student's base does not change, so it may be the teacher, too."""
+    """`may_share`: the student's base does not change, because an adapter does, so it may be the
+    teacher, too.
+    """
     sources.require_causal_lm(student, "student")
     sources.require_causal_lm(teacher, "teacher")
     if not (may_share and student is teacher):
@@ -251,6 +253,8 @@ def _check_models(config: GKDConfig, student: Any, teacher: Any, may_share: bool
         teacher, "teacher", teacher_model_init_kwargs=config.teacher_model_init_kwargs
     )
     config.validate_files()
+    if not may_share:
+        sources.require_trainable(student)
     for model, role, given in (
         (student, "student", config.model_init_kwargs),
         (teacher, "teacher", config.teacher_model_init_kwargs),

@@ -19,16 +19,17 @@ from __future__ import annotations
 import inspect
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_ds.data.lengths import RowLengths
-from gkd_ds.engine import causal_lm, zero
+from gkd_ds.engine import causal_lm
 from gkd_ds.records import SequenceBatch, Source
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError
@@ -124,12 +125,22 @@ def _calls(model: nn.Module, run: Callable[[], object]) -> Counter[str]:
     calls: Counter[str] = Counter()
     hooks = [
         module.register_forward_pre_hook(lambda _, args, name=name: calls.update([name]))
-        for name, module in zero.fetched_modules(model)
+        for name, module in _noted_modules(model)
     ]
     run()
     for hook in hooks:
         hook.remove()
     return calls
+
+
+def _noted_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules, by name, that ZeRO-3 notes when they run: all but what is inside of one that is
+    fetched as a whole.
+    """
+    yield name, model
+    if not z3_leaf_module(model):
+        for child_name, child in model.named_children():
+            yield from _noted_modules(child, f"{name}.{child_name}".lstrip("."))
 
 
 def _above(name: str) -> list[str]:

@@ -19,7 +19,6 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
-from deepspeed.utils import z3_leaf_module
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -115,16 +114,6 @@ def keep_together(model: nn.Module, kinds: set[type[nn.Module]]) -> None:
     """Let ZeRO-3 fetch and release modules of these kinds as one. Before the engine is built."""
     if kinds:
         deepspeed.utils.set_z3_leaf_modules(model, list(kinds))
-
-
-def fetched_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules, by name, that ZeRO-3 notes when they run: all but what is inside of one that is
-    fetched as a whole.
-    """
-    yield name, model
-    if not z3_leaf_module(model):
-        for child_name, child in model.named_children():
-            yield from fetched_modules(child, f"{name}.{child_name}".lstrip("."))
 
 
 class EngineRoot(nn.Module):

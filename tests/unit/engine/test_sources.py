@@ -88,6 +88,39 @@ def test_an_object_on_the_meta_device(read, models, role):
     assert "'lm_head.weight' is on the meta device" in read(**{role: partly})
 
 
+def test_a_student_whose_weights_are_all_frozen(read, models):
+    model = load(models).requires_grad_(False)
+    assert read(teacher=model) == ACCEPTED
+    assert "all weights of the student are frozen" in read(student=model)
+    model.lm_head.requires_grad_(True)
+    assert read(student=model) == ACCEPTED
+
+
+def test_a_student_with_two_weights_that_its_configuration_ties(read, models):
+    """It would train, and could not be saved."""
+    model = AutoModelForCausalLM.from_pretrained(models / "tied")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    assert "ties 'lm_head.weight' to 'model.embed_tokens.weight'" in read(student=model)
+    assert read(teacher=model) == ACCEPTED
+    model.tie_weights()
+    assert read(student=model) == ACCEPTED
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_a_student_whose_configuration_could_not_be_saved(read, models, changed, as_object):
+    """Its weights would be trained, and lost at the end."""
+    place = changed(settings={"output_attentions": True})
+    student = AutoModelForCausalLM.from_pretrained(place) if as_object else place
+    message = read(student=student)
+    assert "could not be saved with what is trained" in message and "output_attentions" in message
+
+
+def test_stop_tokens_that_are_none(read, changed):
+    place = changed()
+    (place / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    assert "sets eos_token_id to ['</s>']; write a token id" in read(student=place)
+
+
 def bodies_are_one(model):
     other = copy.deepcopy(model)
     other.model = model.model
