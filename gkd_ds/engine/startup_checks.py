@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import numpy
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import z3_leaf_module
@@ -342,9 +344,10 @@ def first_noisy_module(model: nn.Module, run: Callable[[], object]) -> str:
     return type(model).__name__
 
 
-def _random_states() -> list[list[int]]:
-    """Of the host's generator and the accelerator's."""
-    return [torch.get_rng_state().tolist(), get_accelerator().get_rng_state().tolist()]
+def _random_states() -> list[object]:
+    """Of torch's generators, the host's and the accelerator's, of Python's and of NumPy's."""
+    torch_s = [torch.get_rng_state().tolist(), get_accelerator().get_rng_state().tolist()]
+    return [*torch_s, random.getstate(), repr(numpy.random.get_state())]
 
 
 def _is_equal(one: Tensor, other: Tensor) -> bool:
