@@ -114,6 +114,40 @@ def require_same_order(model: PreTrainedModel, run_pass: Callable[[Callable], ob
         )
 
 
+def require_gradients(model: PreTrainedModel, run_pass: Callable[[Callable], object]) -> None:
+    """Raise InputError where a student, in the mode in which it learns, cannot be gone through
+    backwards: some architectures ask for another mode, or compute without gradients. `run_pass`
+    leaves gradients on.
+
+    No weight gets a gradient: it ends at what the embedding gives.
+    """
+    who = f"the student ({type(model).__name__})"
+    problem, remedy = f"{who} cannot learn", "use another model"
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    device = get_accelerator().current_device_name()
+    ids_BT = torch.arange(1, FEWEST + 1, device=device).remainder(_vocabulary(model))[None]
+    ends: list[Tensor] = []
+
+    def end_here(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        ends.append(output.detach().requires_grad_())
+        return ends[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(end_here)
+    for weight in trained:
+        weight.requires_grad_(False)
+    try:
+        with torch.enable_grad(), causal_lm.refusing(problem, remedy):
+            hidden_BTD = run_pass(lambda: causal_lm.body_forward(model, ids_BT))
+            if hidden_BTD.requires_grad:
+                hidden_BTD.float().square().mean().backward()
+    finally:
+        hook.remove()
+        for weight in trained:
+            weight.requires_grad_(True)
+    if ends[0].grad is None:
+        raise InputError(f"{problem}, because no gradient comes back to its embedding; {remedy}.")
+
+
 def _few_and_many_tokens(model: PreTrainedModel) -> list[Callable[[], Tensor]]:
     """Forwards of one token, twice (a single one may go the way of decoding), and of many."""
     many_T = torch.arange(BESIDE, device=get_accelerator().current_device_name())
