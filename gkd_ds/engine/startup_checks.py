@@ -130,7 +130,7 @@ def require_gradients(model: PreTrainedModel, run_pass: Callable[[Callable], obj
 
     def end_here(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         ends.append(output.detach().requires_grad_())
-        return ends[-1]
+        return ends[-1].clone()  # it may be changed in place
 
     hook = model.get_input_embeddings().register_forward_hook(end_here)
     for weight in trained:

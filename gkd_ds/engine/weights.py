@@ -52,6 +52,7 @@ class Checkpoint:
             )
         self.source, self.dtype, self.init_kwargs = source, dtype, rest
         self.model_class, self.config = type(shapes), shapes.config
+        self.weights = {name for name, _ in shapes.named_parameters(remove_duplicate=False)}
         self.tied: dict[str, str] = dict(shapes.all_tied_weights_keys)
         self.is_changed = not config.to_dict().keys().isdisjoint(given)
         self.files = [] if is_gguf else _files(source, given)

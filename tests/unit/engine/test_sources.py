@@ -115,10 +115,17 @@ def test_a_student_whose_configuration_could_not_be_saved(read, models, changed,
     assert "could not be saved with what is trained" in message and "output_attentions" in message
 
 
-def test_stop_tokens_that_are_none(read, changed):
+@pytest.mark.parametrize("given", ['["</s>"]', '"</s>"', "2.5", "[[2]]"])
+def test_stop_tokens_that_are_none(read, changed, given):
     place = changed()
-    (place / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
-    assert "sets eos_token_id to ['</s>']; write a token id" in read(student=place)
+    (place / "generation_config.json").write_text(f'{{"eos_token_id": {given}}}')
+    assert "the student's generation config sets eos_token_id to" in read(student=place)
+
+
+def test_a_stop_token_of_less_than_none_is_none(read, changed):
+    place = changed()
+    (place / "generation_config.json").write_text('{"eos_token_id": -1}')
+    assert read(student=place) == ACCEPTED
 
 
 def bodies_are_one(model):
@@ -153,6 +160,13 @@ def test_an_adapter_beside_a_whole_model(read, changed, role, by_field):
     field = {"student": "model_name_or_path", "teacher": "teacher_model_name_or_path"}[role]
     message = read(**({field: str(place)} if by_field else {role: place}))
     assert "holds an adapter (adapter_config.json) beside a whole model; merge it in" in message
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_an_adapter_whose_configuration_cannot_be_read(read, tmp_path, role):
+    add_adapter(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{")
+    assert "the configuration of the adapter" in read(**{role: tmp_path / "adapter"})
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -217,7 +217,7 @@ def test_parts_that_run_by_the_tokens_are_refused_until_they_are_fetched_togethe
 
 
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": True}, {"use_reentrant": False}])
-@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2", "mamba", "qwen3_next"])
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2", "mamba", "qwen3_next", "git"])
 def test_a_student_is_gone_through_backwards_and_no_weight_gets_a_gradient(
     kind: str, checkpointing: dict | None
 ) -> None:
