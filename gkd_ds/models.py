@@ -46,6 +46,8 @@ class Models:
             torch.manual_seed(config.seed)
             self.adapter = inputs.student_adapter.attach(self.student, trainable=True)
         self.teacher: PreTrainedModel = self.student if inputs.teacher_is_base else teacher
+        if self.teacher is not self.student:
+            lending.separate(self.student, self.teacher)
 
     @property
     def are_lendable(self) -> bool:

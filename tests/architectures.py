@@ -202,10 +202,11 @@ NAMES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - LEFT_OUT.keys())
 # Those that the test suite tries: every kind of layer, cache, head and refusal that is known. All of
 # NAMES take ten minutes (python -m tests.dist.architecture_outcomes --all).
 SUITE = """
-    apertus bamba bart bert blenderbot bloom blt codegen cohere2 ctrl deepseek_v3 dory ernie4_5_moe
-    exaone4 falcon falcon_h1 falcon_mamba fuyu gemma2 gemma3n_text gemma4_text glm4_moe gpt2
-    gpt_bigcode gpt_neo gpt_neox granite jamba lfm2 llama llama4_text mamba mamba2 minimax mixtral
-    mpt nemotron olmo2 opt phi3 phimoe qwen2 qwen3_next recurrent_gemma smollm3 starcoder2 zamba2
+    apertus bamba bart bert blenderbot bloom blt codegen cohere2 ctrl dbrx deepseek_v3 diffllama
+    doge dory ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba fuyu gemma2 gemma3n_text
+    gemma4_text git glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox granite jamba lfm2 llama llama4_text
+    mamba mamba2 minimax mixtral mpt nemotron olmo2 openai-gpt opt phi3 phimoe qwen2 qwen3_next
+    recurrent_gemma sarvam_moe smollm3 starcoder2 zamba2
 """.split()
 
 

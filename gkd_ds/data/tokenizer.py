@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from gkd_ds.runtime.errors import InputError, first_line, quote
+from gkd_ds.runtime.errors import InputError, first_line, quote, show
 
 # For a tokenizer that has no chat template of its own. The space before the answer belongs to the
 # completion, because " word" is one natural token for byte-level and SentencePiece tokenizers
@@ -100,7 +100,13 @@ def stop_token_ids(
     at <|im_end|> while eos is another).
     """
     configured = None if generation_config is None else generation_config.eos_token_id
-    ids = {configured} if isinstance(configured, int) else set(configured or ())
+    listed = configured if isinstance(configured, list) else [configured] * (configured is not None)
+    if not all(isinstance(token_id, int) for token_id in listed):
+        raise InputError(
+            f"the student's generation config sets eos_token_id to {show(configured)}; write a "
+            "token id, or a list of them."
+        )
+    ids = {token_id for token_id in listed if token_id >= 0}  # -1 says that there is none
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     end_of_turn = end_of_turn_token(tokenizer)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.engine import sources, zero
-from gkd_ds.runtime.errors import InputError, first_line
+from gkd_ds.runtime.errors import InputError, reason
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -61,14 +61,17 @@ class Adapter:
             with zero.partitioning_known(base):
                 if self.directory is None:
                     return peft.get_peft_model(base, self.config, autocast_adapter_dtype=False)
-                return peft.PeftModel.from_pretrained(
+                wrapped = peft.PeftModel.from_pretrained(
                     base, self.directory, is_trainable=trainable, autocast_adapter_dtype=False
                 )
+                held = peft.utils.load_peft_weights(self.directory, device="cpu").keys()
         except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
             raise InputError(
-                f"the adapter does not fit {type(base).__name__} ({first_line(error)}); check its "
+                f"the adapter does not fit {type(base).__name__} ({reason(error)}); check its "
                 "target_modules, or train the adapter on this model."
             ) from error
+        _require_complete(wrapped, held, self.directory)
+        return wrapped
 
 
 def of_fields(config: GKDConfig) -> PeftConfig | None:
@@ -106,7 +109,7 @@ def split(
     adapter = None
     if isinstance(model, str):
         if found := sources.adapter_config(model, role, given):
-            _require_lora(_peft().PeftConfig.from_pretrained(os.path.dirname(found)), role)
+            _require_lora(_config_in(os.path.dirname(found)), role)
             model, adapter = _base_of(model, found), Adapter(directory=model)
     elif type(model).__module__.partition(".")[0] == "peft":
         _require_lora(model.active_peft_config, role)
@@ -120,6 +123,16 @@ def split(
         )
     _require_lora(peft_config, role)
     return model, Adapter(config=peft_config)
+
+
+def _config_in(directory: str) -> PeftConfig:
+    try:
+        return _peft().PeftConfig.from_pretrained(directory)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise InputError(
+            f"the configuration of the adapter {directory!r} cannot be read ({reason(error)}); "
+            "mend it."
+        ) from error
 
 
 def is_base(
@@ -161,6 +174,23 @@ def _require_lora(config: PeftConfig, role: str) -> None:
             f"the {role}'s adapter is {config.peft_type.value}, and only LoRA (with its forms DoRA "
             "and rsLoRA) is supported; use peft.LoraConfig."
         )
+
+
+def _require_complete(wrapped: PeftModel, held: Collection[str], directory: str) -> None:
+    """Raise InputError unless an adapter's files hold all that its configuration puts into its
+    base, and nothing else: peft fills what is missing with random numbers.
+    """
+    expected = _peft().get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    missing = sorted(expected.keys() - held)
+    beyond = sorted(name for name in held - expected.keys() if ".lora_" in name)
+    for names, fault in ((missing, "missing"), (beyond, "without a place")):
+        if names:
+            raise InputError(
+                f"the weights of the adapter {directory!r} are not those that its configuration "
+                f"puts into {type(wrapped.get_base_model()).__name__}: {len(names)} "
+                f"{'is' if len(names) == 1 else 'are'} {fault} ({names[0]!r}); mend the one or the "
+                "other, or give it the base that it was trained on."
+            )
 
 
 def _check(wrapped: PeftModel, base: PreTrainedModel) -> None:

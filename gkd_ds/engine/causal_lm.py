@@ -293,6 +293,12 @@ def check_head(model: PreTrainedModel, role: str, device: torch.device) -> None:
         # The same products in both: what differs is a transform, but for half precision's rounding.
         tolerance = 2e-4 if theirs_dtype == torch.float32 else 0.02
         if theirs.shape != ours.shape or (theirs - ours).abs().max() > tolerance * scale:
+            again = model(input_ids=ids_BT, use_cache=False).logits.float()
+            if (again - theirs).abs().max() > tolerance * scale:
+                raise InputError(
+                    f"the {role} ({type(model).__name__}) computes other logits each time, with "
+                    "random numbers that are no dropout known by its name; use another model."
+                )
             raise InputError(f"{problem}; {remedy}.")
 
 

@@ -242,7 +242,9 @@ def _refuse_unread(
 
 
 def _check_models(config: GKDConfig, student: Any, teacher: Any, may_share: bool) -> None:
-    """`may_share`: the student's base does not change, so it may be the teacher, too."""
+    """`may_share`: the student's base does not change, because an adapter does, so it may be the
+    teacher, too.
+    """
     sources.require_causal_lm(student, "student")
     sources.require_causal_lm(teacher, "teacher")
     if not may_share:

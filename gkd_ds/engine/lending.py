@@ -11,6 +11,7 @@ For one process: on several ranks nobody has room for a whole model. `guard` is 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -60,6 +61,17 @@ def make_whole(model: PreTrainedModel) -> None:
             whole = _values(parameter)
             parameter.__dict__.clear()
             parameter.data = whole
+
+
+def separate(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Give `model` copies of those modules that `other` has, too: an activation that all models of
+    an architecture share. Engines put hooks on modules.
+    """
+    theirs = set(other.modules())
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if child in theirs:
+                module.add_module(name, copy.deepcopy(child))
 
 
 def refuse_lent(model: PreTrainedModel | str, role: str) -> None:

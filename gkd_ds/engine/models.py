@@ -29,10 +29,15 @@ def load(
     """
     dtype = accelerator.precision(config)
     if isinstance(model, PreTrainedModel):
-        return _in_precision(model, dtype)
+        loaded = _in_precision(model, dtype)
+        weights = {name for name, _ in loaded.named_parameters()}
+        _require_finite(type(model).__name__, role, dtype, fingerprints(loaded), weights)
+        forget_pattern()
+        return loaded
     kwargs = sources.init_kwargs(config, given)
     checkpoint = Checkpoint(model, dtype, kwargs)
     held = _fingerprints_of(checkpoint, ds_config) if checkpoint.is_comparable else {}
+    _require_finite(repr(model), role, dtype, held, checkpoint.weights)
     if untied := checkpoint.untied(held):
         # transformers' plain path then loads both weights, but ZeRO-3's would drop one of them.
         _require_all_untied(model, role, checkpoint, untied)
@@ -88,6 +93,22 @@ def _fingerprints_of(checkpoint: Checkpoint, ds_config: dict[str, Any]) -> dict[
     for share in ranks.run_on_all_ranks(read, failure):
         held |= share
     return held
+
+
+def _require_finite(
+    what: str, role: str, dtype: torch.dtype, prints: dict[str, Tensor], weights: set[str]
+) -> None:
+    """Raise InputError where weights are no numbers, or too large for the run's precision. (A
+    buffer may hold -inf, as a mask.) A collective.
+    """
+    broken = sorted(name for name in weights & prints.keys() if not prints[name].isfinite().all())
+    for names in ranks.gather(broken):
+        if names:
+            raise InputError(
+                f"the {role} {what} has weights that are not finite numbers in "
+                f"{str(dtype).removeprefix('torch.')} ({name_list(names, 3)}); get it again, or "
+                "train in another precision (bf16, fp16)."
+            )
 
 
 def _require_all_untied(model: str, role: str, checkpoint: Checkpoint, untied: list[str]) -> None:

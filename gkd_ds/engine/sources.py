@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,22 @@ def _check_object(model: PreTrainedModel, role: str) -> None:
 
 
 def require_trainable(student: Model) -> None:
-    """Raise InputError for a model of which nothing would learn: merge_and_unload of an adapter
-    leaves one, since its base was frozen.
-    """
-    if isinstance(student, PreTrainedModel) and not any(
-        parameter.requires_grad for parameter in student.parameters()
-    ):
+    """Raise InputError for an object that could not be trained, or not be saved afterwards."""
+    if not isinstance(student, PreTrainedModel):
+        return
+    if not any(weight.requires_grad for weight in student.parameters()):
         raise InputError(
-            "the student has no weight that learns (requires_grad is false for all of them); call "
-            "its requires_grad_(True), or pass a peft_config."
+            "all weights of the student are frozen, so there is nothing to train (as after "
+            "merge_and_unload of an adapter); call requires_grad_(True) on it, or pass its name."
         )
+    weights = dict(student.named_parameters(remove_duplicate=False))
+    for name, source in student.all_tied_weights_keys.items():
+        if weights[name] is not weights[source]:
+            raise InputError(
+                f"the configuration of the student ties {name!r} to {source!r}, but they are two "
+                "weights, which cannot be saved as one; call tie_weights(), or set "
+                "tie_word_embeddings to false in its configuration, save it and load it again."
+            )
 
 
 def refuse_shared_weights(student: Model, teacher: Model) -> None:
@@ -190,6 +197,8 @@ def require_whole(model: Model, role: str, config: GKDConfig, given: dict | None
     Of an object nobody knows any more whether all of its weights came from a file.
     """
     if isinstance(model, PreTrainedModel):
+        if role == "student":
+            _require_savable(model)
         return
     _check_dtype(role, config, given)
     _refuse_encoder(model_config(model, config, given), f"the {role} {model!r}")
@@ -202,6 +211,22 @@ def require_whole(model: Model, role: str, config: GKDConfig, given: dict | None
             "mend that, or choose another model."
         ) from error
     refuse_incomplete(model, role, shapes, report, checkpoint.is_changed)
+    if role == "student":
+        _require_savable(shapes)
+
+
+def _require_savable(student: PreTrainedModel) -> None:
+    """Raise InputError where the student's configuration cannot be written: transformers would say
+    so when the finished student is saved.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            student.config.save_pretrained(directory)
+    except Exception as error:  # its own checks, and those of an architecture's code
+        raise InputError(
+            f"the configuration of the student ({type(student).__name__}) could not be saved with "
+            f"what is trained ({reason(error)}); mend it."
+        ) from error
 
 
 def refuse_incomplete(

@@ -4,10 +4,11 @@ beside it.
     switch = try_rows("teacher", model, run, lengths)
 
 Some models draw random numbers where they learn, and not for dropout (a router's jitter). Some
-choose their tables of rotations by the longest row of a batch (longrope, dynamic NTK), or let the
-tokens of a batch compete. Here only results are compared, so that no list of names is needed: a
-short row is computed twice, in a batch that reaches as far as the longest row of the run, and
-beside another row. That takes four forwards of few tokens, and more only where something is found.
+choose their tables of rotations by the longest row of a batch (longrope, dynamic NTK), let the
+tokens of a batch compete, or choose between equal tokens by how many there are. Here only results
+are compared, so that no list of names is needed: a short row is computed twice, in a batch that
+reaches as far as the longest row of the run, and padded, beside others, of which one is computed
+alone, too. That takes five forwards of few tokens, and more only where something is found.
 All of it is collective.
 
 Shapes: B rows, T tokens, N positions that are compared, D width.
@@ -16,10 +17,16 @@ Shapes: B rows, T tokens, N positions that are compared, D width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 
+import numpy
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -35,8 +42,9 @@ Run = Callable[[list[SequenceBatch]], list[Tensor]]
 
 # Tokens of the row that is compared: a few at least, since the first ones are hardly rotated.
 FEWEST, MOST = 8, 32
-# Tokens of the row that is put beside it.
-BESIDE = 64
+# Tokens of the row that is put beside it, and how many different ones a row of medium length has:
+# some models cannot decide between tokens that are the same.
+BESIDE, DIFFERENT = 64, 12
 
 
 def try_rows(
@@ -51,19 +59,21 @@ def try_rows(
     """
     rows, who = _Rows(model, lengths.shortest), f"the {role} ({type(model).__name__})"
     longest = max(lengths.longest, rows.short)
-    batches = [rows.near(), rows.near(), rows.reaching(longest), rows.beside(longest)]
+    batches = [rows.near(), rows.near(), rows.reaching(longest)]
+    batches += [rows.medium(longest), rows.beside(longest)]
     before = _random_states()
     problem = f"{who} cannot compute a row of {longest} tokens"
     with causal_lm.refusing(problem, "set max_length lower"):
-        near, again, far, beside = run(batches)
+        near, again, far, medium, beside = run(batches)
     if ranks.any_rank(_random_states() != before or not _is_equal(near, again)):
         _refuse_noise(who, model, run, rows, against_noise)
     switch = None
     if _differ(near, far, rows.rounding(near)):
         switch = _switch_below(longest, who, run, rows)
     if switch is not None:
-        near, beside = run([rows.near(), rows.beside(switch)])
-    if _differ(near, beside, _rough(near)):
+        near, medium, beside = run([rows.near(), rows.medium(switch), rows.beside(switch)])
+    beside_medium, beside_near = beside.split([len(medium), len(near)])
+    if _differ(medium, beside_medium, _rough(near)) or _differ(near, beside_near, _rough(near)):
         raise InputError(
             f"{who} computes a row differently when another is beside it in a batch; use another "
             "model."
@@ -86,16 +96,110 @@ def refuse_both_sides(
             )
 
 
+def require_same_order(model: PreTrainedModel, run_pass: Callable[[Callable], object]) -> None:
+    """Raise InputError where the modules of a student that run, or how often, depend on its tokens:
+    ranks with different rows could not gather their parameters together.
+    """
+    few, many = (_calls(model, partial(run_pass, run)) for run in _few_and_many_tokens(model))
+    varying = [name for name in few | many if few[name] != many[name]]
+    callers = {_caller(model, name) for name in varying}
+    outermost = {name for name in callers if callers.isdisjoint(_above(name))}
+    if outermost:
+        kinds = sorted({type(model.get_submodule(name)).__name__ for name in outermost})
+        raise InputError(
+            f"which parts of the student ({type(model).__name__}) run depends on the tokens (in "
+            f"{min(outermost)}), and ranks with different rows could not gather them together; "
+            f'add "leaf_module": {json.dumps({"classes": kinds})} to zero_optimization of the '
+            "student's DeepSpeed file, or use ZeRO stage 2."
+        )
+
+
+def require_gradients(model: PreTrainedModel, run_pass: Callable[[Callable], object]) -> None:
+    """Raise InputError where a student, in the mode in which it learns, cannot be gone through
+    backwards: some architectures ask for another mode, or compute without gradients. `run_pass`
+    leaves gradients on.
+
+    No weight gets a gradient: it ends at what the embedding gives.
+    """
+    who = f"the student ({type(model).__name__})"
+    problem, remedy = f"{who} cannot learn", "use another model"
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    device = get_accelerator().current_device_name()
+    ids_BT = torch.arange(1, FEWEST + 1, device=device).remainder(_vocabulary(model))[None]
+    ends: list[Tensor] = []
+
+    def end_here(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        ends.append(output.detach().requires_grad_())
+        return ends[-1].clone()  # it may be changed in place
+
+    hook = model.get_input_embeddings().register_forward_hook(end_here)
+    for weight in trained:
+        weight.requires_grad_(False)
+    try:
+        with torch.enable_grad(), causal_lm.refusing(problem, remedy):
+            hidden_BTD = run_pass(lambda: causal_lm.body_forward(model, ids_BT))
+            if hidden_BTD.requires_grad:
+                hidden_BTD.float().square().mean().backward()
+    finally:
+        hook.remove()
+        for weight in trained:
+            weight.requires_grad_(True)
+    if ends[0].grad is None:
+        raise InputError(f"{problem}, because no gradient comes back to its embedding; {remedy}.")
+
+
+def _few_and_many_tokens(model: PreTrainedModel) -> list[Callable[[], Tensor]]:
+    """Forwards of one token, twice (a single one may go the way of decoding), and of many."""
+    many_T = torch.arange(BESIDE, device=get_accelerator().current_device_name())
+    many_T = many_T.remainder(_vocabulary(model))
+    batches = many_T[:1].expand(1, 2), many_T.view(2, -1)
+    return [partial(causal_lm.body_forward, model, ids_BT) for ids_BT in batches]
+
+
+def _calls(model: nn.Module, run: Callable[[], object]) -> Counter[str]:
+    """How often `run` calls each module that ZeRO-3 notes."""
+    calls: Counter[str] = Counter()
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: calls.update([name]))
+        for name, module in _noted_modules(model)
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def _noted_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules, by name, that ZeRO-3 notes when they run: all but what is inside of one that is
+    fetched as a whole.
+    """
+    yield name, model
+    if not z3_leaf_module(model):
+        for child_name, child in model.named_children():
+            yield from _noted_modules(child, f"{name}.{child_name}".lstrip("."))
+
+
+def _above(name: str) -> list[str]:
+    """The names of what a module is part of, the nearest first."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)]
+
+
+def _caller(model: nn.Module, name: str) -> str:
+    """The nearest module above that has a forward of its own."""
+    lists = nn.ModuleList | nn.ModuleDict
+    return next(a for a in _above(name) if not isinstance(model.get_submodule(a), lists))
+
+
 class _Rows:
     """A short row, in batches that differ in what else they hold."""
 
     def __init__(self, model: PreTrainedModel, shortest: int):
         self.short = min(max(shortest, FEWEST), MOST)
-        self.vocabulary = model.config.get_text_config().vocab_size
+        self.vocabulary = _vocabulary(model)
         parameters = inspect.signature(causal_lm.body(model).forward).parameters
         self.takes_positions = "position_ids" in parameters
         self.device = get_accelerator().current_device_name()
-        self.ids_T = self._ids(self.short - 1, 7)
 
     def near(self, token: int = 5) -> SequenceBatch:
         """Nothing in the batch is longer than the run's shortest row."""
@@ -110,31 +214,62 @@ class _Rows:
         row of that length.
         """
         if not self.takes_positions:
-            return self.beside(length)
-        ids_T = torch.cat([self.ids_T[:-1], self._ids(1, token)])
-        position_T = torch.arange(len(ids_T), device=self.device)
+            ids_BT = self._ids(length, 11).repeat(2, 1)
+            ids_BT[1] = 0
+            ids_BT[1, : self.short] = self._row(token)
+            return self._batch(ids_BT, [self.short - 1])
+        position_T = torch.arange(self.short, device=self.device)
         position_T[-1] = length - 1
-        return self._batch(ids_T[None], position_ids=position_T[None])
+        return self._batch(self._row(token)[None], [self.short - 1], position_ids=position_T[None])
 
-    def beside(self, length: int) -> SequenceBatch:
-        """The row, padded, behind one of `length` tokens, or fewer where `reaching` does better."""
-        longer_T = self._ids(min(length, BESIDE) if self.takes_positions else length, 11)
-        padded_T = torch.zeros_like(longer_T)
-        padded_T[: len(self.ids_T)] = self.ids_T
-        return self._batch(torch.stack([longer_T, padded_T]))
+    def beside(self, length: int, token: int = 5) -> SequenceBatch:
+        """The row, padded, behind one of `length` tokens and one of medium length, padded, which is
+        compared, too; fewer where `reaching` does better.
+        """
+        longer_T, medium_T = self._ids(self._longer(length), 11), self._medium(length)
+        ids_BT = longer_T.new_zeros(3, len(longer_T))
+        ids_BT[0] = longer_T
+        ids_BT[1, : len(medium_T)] = medium_T
+        ids_BT[2, : self.short] = self._row(token)
+        return self._batch(ids_BT, [len(medium_T) - 1, self.short - 1])
+
+    def medium(self, length: int) -> SequenceBatch:
+        """The row of medium length in `beside`, alone."""
+        ids_T = self._medium(length)
+        return self._batch(ids_T[None], [len(ids_T) - 1])
 
     def rounding(self, hidden_ND: Tensor) -> float:
         """What rounding may change from one `reaching` to the other."""
         return _fine(hidden_ND) if self.takes_positions else _rough(hidden_ND)
 
-    def _batch(self, ids_BT: Tensor, **extra: Tensor) -> SequenceBatch:
-        """The row is the last one. All its tokens but the last are compared."""
-        first = ids_BT.numel() - ids_BT.shape[1]
-        index_N = torch.arange(first, first + len(self.ids_T) - 1, device=self.device)
+    def _batch(self, ids_BT: Tensor, counts: list[int], **extra: Tensor) -> SequenceBatch:
+        """The last rows are compared, as many tokens at their beginning as `counts` says."""
+        first_B = torch.arange(len(ids_BT), device=self.device)[-len(counts) :] * ids_BT.shape[1]
+        index_N = torch.cat(
+            [
+                first + torch.arange(count, device=self.device)
+                for first, count in zip(first_B, counts)
+            ]
+        )
         return SequenceBatch(ids_BT, index_N, ids_BT.flatten()[index_N + 1], extra)
+
+    def _longer(self, length: int) -> int:
+        return min(length, BESIDE) if self.takes_positions else length
+
+    def _medium(self, length: int) -> Tensor:
+        length = max(self.short, self._longer(length) * 3 // 4)
+        return self._ids(length, 1).remainder(DIFFERENT)
+
+    def _row(self, token: int) -> Tensor:
+        """The short row; all of it but `token`, the last one, is compared."""
+        return torch.cat([self._ids(self.short - 1, 7), self._ids(1, token)])
 
     def _ids(self, count: int, stride: int) -> Tensor:
         return torch.arange(1, count + 1, device=self.device).mul(stride).remainder(self.vocabulary)
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().vocab_size
 
 
 # -- the same beside a longer one ----------------------------------------------------------------
@@ -243,9 +378,10 @@ def first_noisy_module(model: nn.Module, run: Callable[[], object]) -> str:
     return type(model).__name__
 
 
-def _random_states() -> list[list[int]]:
-    """Of the host's generator and the accelerator's."""
-    return [torch.get_rng_state().tolist(), get_accelerator().get_rng_state().tolist()]
+def _random_states() -> list[object]:
+    """Of torch's generators, the host's and the accelerator's, of Python's and of NumPy's."""
+    torch_s = [torch.get_rng_state().tolist(), get_accelerator().get_rng_state().tolist()]
+    return [*torch_s, random.getstate(), repr(numpy.random.get_state())]
 
 
 def _is_equal(one: Tensor, other: Tensor) -> bool:

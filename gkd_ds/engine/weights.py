@@ -52,6 +52,7 @@ class Checkpoint:
             )
         self.source, self.dtype, self.init_kwargs = source, dtype, rest
         self.model_class, self.config = type(shapes), shapes.config
+        self.weights = {name for name, _ in shapes.named_parameters(remove_duplicate=False)}
         self.tied: dict[str, str] = dict(shapes.all_tied_weights_keys)
         self.is_changed = not config.to_dict().keys().isdisjoint(given)
         self.files = [] if is_gguf else _files(source, given)
@@ -176,7 +177,8 @@ def _keep_shapes(take: Callable[[nn.Parameter], Any]) -> Iterator[None]:
     """
 
     def replace(module: nn.Module, name: str, weight: nn.Parameter) -> nn.Parameter | None:
-        if weight.is_meta:
+        # What a constructor fills by itself, in spite of the meta device, is of no file.
+        if weight.is_meta or torch.get_default_device().type == "meta":
             return None
         shape = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
         shape._is_hf_initialized = True  # transformers shall not fill it

@@ -44,8 +44,9 @@ def claim_swap_folders(ds_config: dict[str, Any]) -> None:
 
 
 # What transformers raises of weights that engine/sources.py has found to be loadable: they are
-# GGUF, or the architecture looks into weights that are partitioned.
-_NOT_BY_THIS_WAY = (AttributeError, ImportError, LookupError, TypeError, ValueError)
+# GGUF, or the architecture, or the way in which its files become its weights, looks into weights
+# that are partitioned.
+_NOT_BY_THIS_WAY = (AttributeError, ImportError, LookupError, TypeError, ValueError, RuntimeError)
 
 
 class _Zero3Loading:
@@ -78,6 +79,8 @@ def load(
         raise InputError(
             f"the weights of {source!r} cannot be read ({reason(error)}); get them again."
         ) from error
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise  # no fault of the files
     except _NOT_BY_THIS_WAY as error:
         way = "under ZeRO stage 3" if loading.is_zero3() else "as they are"
         raise InputError(

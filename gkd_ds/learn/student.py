@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from deepspeed.utils import z3_leaf_module
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -23,7 +24,12 @@ from gkd_ds.engine import accelerator, causal_lm, liger, zero
 from gkd_ds.engine.causal_lm import LogitTransform
 from gkd_ds.engine.counters import Counters
 from gkd_ds.engine.lending import Loan, guard
-from gkd_ds.engine.startup_checks import refuse_both_sides, try_rows
+from gkd_ds.engine.startup_checks import (
+    refuse_both_sides,
+    require_gradients,
+    require_same_order,
+    try_rows,
+)
 from gkd_ds.learn.head import LossHead, LossInputs
 from gkd_ds.records import SequenceBatch, Source
 from gkd_ds.runtime import ranks
@@ -99,9 +105,12 @@ class Student:
         self.run_pass(lambda: causal_lm.check_head(model, "student", self.device))
         if config.packs(evaluating=False) or config.packs(evaluating=True):
             self.run_pass(lambda: causal_lm.check_packing(model, self.device))
+        if zero.stage(self.engine) == 3 and ranks.world_size() > 1:
+            require_same_order(model, self.run_pass)
         # Rows up to this length and longer ones must not share a batch; None: all of them may.
         self.switch: int | None = None
         self.to_learn()
+        self._try_learning()
 
     def to_learn(self) -> None:
         """Put the model into the mode of the learn phase, in which it always is between phases."""
@@ -133,6 +142,14 @@ class Student:
             self.switch = try_rows("student", self.model, run, lengths, advice)
         advice = "lmbda to 0 and eval_on_policy to false"
         refuse_both_sides("student", Source.STUDENT, self.switch, lengths, advice)
+
+    def _try_learning(self) -> None:
+        """Try to go backwards, before training; not where modules are fetched as a whole, since
+        DeepSpeed would then average the gradients of weights that have none.
+        """
+        if zero.stage(self.engine) < 3 or not any(map(z3_leaf_module, self.model.modules())):
+            require_gradients(self.model, lambda run: self.engine.module(run=run))
+            zero.forget_order(self.engine)
 
     @contextmanager
     def sampling(self) -> Iterator[None]:

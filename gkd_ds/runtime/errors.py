@@ -29,7 +29,10 @@ def name_list(names: Sequence[object], limit: int = 20) -> str:
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The next line, too, where the first one announces it with a colon."""
+    text, *more = (str(error).strip() or type(error).__name__).splitlines()
+    if more and text.endswith(":"):
+        text += f" {more[0].strip()}"
     return text if len(text) <= limit else text[:limit] + "..."
 
 

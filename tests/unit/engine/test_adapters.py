@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.engine import adapters
@@ -82,6 +83,27 @@ def test_an_adapter_that_does_not_fit_is_named():
     with pytest.raises(InputError, match="does not fit LlamaForCausalLM .*no_such_layer"):
         config = lora(target_modules=["no_such_layer"])
         adapters.Adapter(config=config).attach(make_model("llama", None, seed=1), trainable=True)
+
+
+def test_an_adapter_that_is_not_whole_is_refused(tmp_path):
+    """peft would make up what is missing, and leave out what has no place."""
+    _, wrapped = wrapped_model()
+    wrapped.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    held = load_file(file)
+    first = next(iter(held))
+
+    def attach() -> None:
+        base = make_model("llama", None, seed=1)
+        adapters.Adapter(directory=str(tmp_path)).attach(base, trainable=True)
+
+    attach()
+    save_file({name: held[name] for name in held if name != first}, file)
+    with pytest.raises(InputError, match=f"1 is missing .'{first}'"):
+        attach()
+    save_file({**held, first.replace("layers.0", "layers.7"): held[first].clone()}, file)
+    with pytest.raises(InputError, match="1 is without a place .*layers.7"):
+        attach()
 
 
 @pytest.mark.parametrize(

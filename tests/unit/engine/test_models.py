@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from gkd_ds import GKDConfig
 from gkd_ds.engine import models as engine_models
+from gkd_ds.runtime.errors import InputError
 from tests.tiny import FAMILIES, MIXTURES, make_model
 
 IDS = torch.arange(3, 40)[None]
@@ -55,3 +56,19 @@ def test_tied_weights_stay_tied(models):
     model = AutoModelForCausalLM.from_pretrained(models / "tied", dtype=torch.bfloat16)
     tied = in_run_of(torch.float32, model)
     assert tied is model and tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e6])
+@pytest.mark.parametrize("as_object", [True, False])
+def test_weights_that_are_no_numbers_in_the_run_s_precision_are_refused(
+    tmp_path, tokenizer, number: float, as_object: bool
+) -> None:
+    model = make_model("llama", seed=1, hidden=32, tokenizer=tokenizer)
+    model.model.norm.weight.data[3] = number
+    if not as_object:
+        model.save_pretrained(tmp_path / "model")
+        model = str(tmp_path / "model")
+    dtype = torch.float16 if number == 1e6 else torch.float32
+    config = GKDConfig(output_dir="unused", **NAMES[dtype])
+    with pytest.raises(InputError, match="the teacher .* not finite numbers in .*'model.norm"):
+        engine_models.load(model, "teacher", config, None, {"zero_optimization": {"stage": 0}})

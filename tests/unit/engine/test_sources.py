@@ -88,6 +88,46 @@ def test_an_object_on_the_meta_device(read, models, role):
     assert "'lm_head.weight' is on the meta device" in read(**{role: partly})
 
 
+def test_a_student_whose_weights_are_all_frozen(read, models):
+    model = load(models).requires_grad_(False)
+    assert read(teacher=model) == ACCEPTED
+    assert "all weights of the student are frozen" in read(student=model)
+    model.lm_head.requires_grad_(True)
+    assert read(student=model) == ACCEPTED
+
+
+def test_a_student_with_two_weights_that_its_configuration_ties(read, models):
+    """It would train, and could not be saved."""
+    model = AutoModelForCausalLM.from_pretrained(models / "tied")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    assert "ties 'lm_head.weight' to 'model.embed_tokens.weight'" in read(student=model)
+    assert read(teacher=model) == ACCEPTED
+    model.tie_weights()
+    assert read(student=model) == ACCEPTED
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_a_student_whose_configuration_could_not_be_saved(read, models, changed, as_object):
+    """Its weights would be trained, and lost at the end."""
+    place = changed(settings={"output_attentions": True})
+    student = AutoModelForCausalLM.from_pretrained(place) if as_object else place
+    message = read(student=student)
+    assert "could not be saved with what is trained" in message and "output_attentions" in message
+
+
+@pytest.mark.parametrize("given", ['["</s>"]', '"</s>"', "2.5", "[[2]]"])
+def test_stop_tokens_that_are_none(read, changed, given):
+    place = changed()
+    (place / "generation_config.json").write_text(f'{{"eos_token_id": {given}}}')
+    assert "the student's generation config sets eos_token_id to" in read(student=place)
+
+
+def test_a_stop_token_of_less_than_none_is_none(read, changed):
+    place = changed()
+    (place / "generation_config.json").write_text('{"eos_token_id": -1}')
+    assert read(student=place) == ACCEPTED
+
+
 def bodies_are_one(model):
     other = copy.deepcopy(model)
     other.model = model.model
@@ -120,6 +160,13 @@ def test_an_adapter_beside_a_whole_model(read, changed, role, by_field):
     field = {"student": "model_name_or_path", "teacher": "teacher_model_name_or_path"}[role]
     message = read(**({field: str(place)} if by_field else {role: place}))
     assert "holds an adapter (adapter_config.json) beside a whole model; merge it in" in message
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_an_adapter_whose_configuration_cannot_be_read(read, tmp_path, role):
+    add_adapter(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{")
+    assert "the configuration of the adapter" in read(**{role: tmp_path / "adapter"})
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -5,18 +5,27 @@ each fault, and those without.
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
+import numpy
 import pytest
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gkd_ds.data.lengths import RowLengths, Span
 from gkd_ds.engine import causal_lm
-from gkd_ds.engine.startup_checks import refuse_both_sides, try_rows
+from gkd_ds.engine.startup_checks import (
+    refuse_both_sides,
+    require_gradients,
+    require_same_order,
+    try_rows,
+)
 from gkd_ds.records import SequenceBatch, Source
 from gkd_ds.runtime.errors import InputError
+from tests.architectures import make_model
 
 WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "n_layer": 2}
 WIDTHS |= {"num_attention_heads": 4, "n_head": 4, "n_embd": 32, "d_model": 32, "n_heads": 4}
@@ -166,6 +175,74 @@ def test_tokens_that_see_what_comes_after_them_are_refused() -> None:
         trial(model, 100)
 
 
+def test_a_choice_between_equal_tokens_that_falls_otherwise_beside_others_is_refused() -> None:
+    """Doge attends to the best positions by a score that knows no positions: a word that stands in
+    a row twice is as good in either place, and which of both is taken depends on the padding.
+    """
+    assert trial(make("doge", keep_window_size=160), 100) is None
+    with pytest.raises(InputError, match="student .DogeForCausalLM. computes a row differently"):
+        trial(make("doge", keep_window_size=8), 100)
+
+
+# -- parts that do not run for every row ---------------------------------------------------------
+
+
+def order(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        require_same_order(model.eval(), lambda run: run())
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "mixtral", "qwen3_moe", "phimoe", "mamba", "bloom", "jamba", "falcon_h1"]
+)
+def test_parts_that_run_for_every_row_are_no_problem(kind: str) -> None:
+    order(make_model(kind, 0))
+
+
+@pytest.mark.parametrize("kind, parts", [
+    ("dbrx", "DbrxExperts"), ("longcat_flash", "LongcatFlashExperts"),
+    ("qwen4_exp_text", "Qwen4ExpTextQSAIndexer"),
+])  # fmt: skip
+def test_parts_that_run_by_the_tokens_are_refused_until_they_are_fetched_together(
+    kind: str, parts: str
+) -> None:
+    model = make_model(kind, 0)
+    with pytest.raises(InputError, match=f'"leaf_module": {{"classes": ."{parts}".}} to zero_opt'):
+        order(model)
+    set_z3_leaf_modules(model, [parts])
+    order(model)
+
+
+# -- gradients -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": True}, {"use_reentrant": False}])
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2", "mamba", "qwen3_next", "git"])
+def test_a_student_is_gone_through_backwards_and_no_weight_gets_a_gradient(
+    kind: str, checkpointing: dict | None
+) -> None:
+    model = make_model(kind, 0)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(checkpointing)
+    causal_lm.set_learning_mode(model, dropout=False)
+    require_gradients(model, lambda run: run())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_a_student_that_cannot_be_gone_through_backwards_is_refused() -> None:
+    """Reformer's backward asks for training mode, in which its attention is random."""
+    with pytest.raises(InputError, match="the student .Reformer.* cannot learn .AssertionError"):
+        require_gradients(make_model("reformer", 0), lambda run: run())
+    model = make("llama")
+    model.model.layers[0].register_forward_hook(lambda _, args, output: output.detach())
+    with pytest.raises(InputError, match="no gradient comes back to its embedding"):
+        require_gradients(model, lambda run: run())
+    model = make("llama")
+    model.model.forward = torch.no_grad()(model.model.forward)
+    with pytest.raises(InputError, match="no gradient comes back to its embedding"):
+        require_gradients(model, lambda run: run())
+
+
 # -- noise ---------------------------------------------------------------------------------------
 
 NOISY = {
@@ -253,6 +330,16 @@ def test_noise_that_happened_to_change_nothing_is_refused() -> None:
     model = make("qwen2")
     model.model.layers[1].register_forward_hook(
         lambda _, args, output: output if torch.rand(()) > 1e-6 else args[0]
+    )
+    with pytest.raises(InputError, match=r"random numbers in model\.layers\.1,"):
+        trial(model, 40)
+
+
+@pytest.mark.parametrize("draw", [random.random, numpy.random.rand])
+def test_noise_that_is_not_torch_s_is_refused(draw) -> None:
+    model = make("qwen2")
+    model.model.layers[1].register_forward_hook(
+        lambda _, args, output: output if draw() > 1e-9 else args[0]
     )
     with pytest.raises(InputError, match=r"random numbers in model\.layers\.1,"):
         trial(model, 40)
