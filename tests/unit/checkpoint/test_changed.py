@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gkd_ds.checkpoint.changed import CHANGES, TABLE, Change, changes, settings
+from gkd_ds.checkpoint.changed import changes, settings
+from gkd_ds.config.changes import CHANGES, TABLE, Change
 from gkd_ds.config.config import GKDConfig
 from gkd_ds.config.fields import GROUPS
 
