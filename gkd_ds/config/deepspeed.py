@@ -31,8 +31,7 @@ monitor_config sparse_gradients disable_allgather compile tensor_parallel elasti
 autotuning nebula weight_quantization sequence_parallel_size ulysses data_efficiency
 curriculum_learning compression_training pipeline moe log_level""".split()
 
-# What the engines are where no file is given.
-BUILT_IN_STUDENT = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}
+# What the teacher's engine is where no file is given.
 BUILT_IN_TEACHER = {"zero_optimization": {"stage": 3}}
 
 
@@ -105,6 +104,15 @@ def refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # ---- Resolving ----
 
 
+def built_in_student(config: Any, world_size: int, precision: Precision) -> dict[str, Any]:
+    """What the student's engine is where no file is given: ZeRO-3, but in one process where
+    `config.optim` needs whole parameters.
+    """
+    if world_size == 1 and config.optim in NEED_WHOLE_PARAMETERS and precision == "float32":
+        return {"zero_optimization": {"stage": 0}}
+    return {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}
+
+
 def resolve_student(
     config: Any, *, world_size: int, hidden_size: int, precision: Precision
 ) -> dict[str, Any]:
@@ -112,7 +120,10 @@ def resolve_student(
 
     `hidden_size` is the width of the student's model, `precision` what it is trained in.
     """
-    resolved = copy.deepcopy(read_deepspeed("deepspeed", config.deepspeed) or BUILT_IN_STUDENT)
+    resolved = copy.deepcopy(
+        read_deepspeed("deepspeed", config.deepspeed)
+        or built_in_student(config, world_size, precision)
+    )
     refuse_flat_parameters(config, resolved, precision)
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     resolved |= {

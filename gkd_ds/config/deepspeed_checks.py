@@ -8,8 +8,8 @@ import os
 from typing import Any
 
 from gkd_ds.config.deepspeed import (
-    BUILT_IN_STUDENT,
     block_of,
+    built_in_student,
     conflict,
     is_number,
     read_deepspeed,
@@ -41,7 +41,8 @@ def read_student_file(config: Any) -> dict | None:
     if file is not None:
         check_student_file(file, config)
     precision = "float16" if config.fp16 else "bfloat16" if config.bf16 else "float32"
-    refuse_flat_parameters(config, file or BUILT_IN_STUDENT, precision)
+    used = file or built_in_student(config, config.world_size, precision)
+    refuse_flat_parameters(config, used, precision)
     return file
 
 

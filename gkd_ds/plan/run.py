@@ -17,7 +17,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gkd_ds.config.config import GKDConfig
-from gkd_ds.config.deepspeed import BUILT_IN_TEACHER, is_number, resolve_auto
+from gkd_ds.config.deepspeed import (
+    BUILT_IN_TEACHER,
+    built_in_student,
+    is_number,
+    resolve_auto,
+)
 from gkd_ds.data.schedule import StepScheduler
 from gkd_ds.engine import adapters
 from gkd_ds.engine.adapters import Adapter
@@ -197,7 +202,7 @@ class Engine:
 
     @classmethod
     def of(cls, file: dict | None, hidden: int) -> "Engine":
-        """`file` as it is resolved for a model of width `hidden`; None is the built-in stage 3.
+        """`file` as it is resolved for a model of width `hidden`; None is the built-in teacher's.
 
         Raises:
             InputError: a size that is no number.
@@ -309,6 +314,8 @@ def make_plan(config: GKDConfig, ranks: int, weight_bytes: int, on_cpu: bool = F
             teacher, config.teacher_model_init_kwargs, config.trust_remote_code, teacher_adapter
         ),
     }
+    precision = "float16" if config.fp16 else "bfloat16" if config.bf16 else "float32"
+    student_file = student_file or built_in_student(config, ranks, precision)
     engines = {
         "student_engine": Engine.of(student_file, counts["student"].hidden),
         "teacher_engine": Engine.of(teacher_file, counts["teacher"].hidden),

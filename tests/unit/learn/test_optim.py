@@ -6,6 +6,7 @@ from transformers.optimization import Adafactor
 from transformers.training_args import OptimizerNames
 
 from gkd_ds.config.config import GKDConfig
+from gkd_ds.config.deepspeed import resolve_student
 from gkd_ds.config.training_fields import NEED_WHOLE_PARAMETERS, OPTIMIZERS
 from gkd_ds.learn.optim import optimizer_class, require_optimizer
 from gkd_ds.runtime.errors import InputError
@@ -93,8 +94,9 @@ def test_those_with_other_weights_for_evaluation_are_refused(optim):
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        {"deepspeed": {"zero_optimization": {"stage": 3}}},
         {"deepspeed": {"zero_optimization": {"stage": 2}}},
+        {"bf16": True},
         {"deepspeed": PLAIN, "bf16": True},
     ],
 )
@@ -103,6 +105,17 @@ def test_those_that_need_whole_parameters_are_refused_where_these_are_flat(optim
         GKDConfig(optim=optim, **settings).validate_files()
     assert_one_sentence(str(caught.value), f"'optim' is {optim}", "whole parameters", "stage 0")
     GKDConfig(optim=optim, deepspeed=PLAIN).validate_files()
+
+
+@pytest.mark.parametrize("optim", NEED_WHOLE_PARAMETERS)
+def test_those_that_need_whole_parameters_have_them_in_one_process(optim, monkeypatch):
+    config = GKDConfig(optim=optim)
+    config.validate_files()
+    resolved = resolve_student(config, world_size=1, hidden_size=8, precision="float32")
+    assert resolved["zero_optimization"]["stage"] == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="needs whole parameters"):
+        config.validate_files()
 
 
 def test_target_modules_go_with_low_rank_optimizers():

@@ -456,7 +456,9 @@ def test_tool_reports(recipe_file, tmp_path, capsys):
         "device fits",
     ):
         assert part in text
-    assert tool.main(["--config", str(recipe_file), "--gpus", "1", "--gpu_memory_gb", "0.5"]) == 1
+    assert (
+        tool.main(["--config", str(recipe_file), "--gpus", "1", "--gpu_memory_gb", "0.0001"]) == 1
+    )
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
