@@ -12,7 +12,7 @@ from gkd_ds.config.config import GKDConfig
 from gkd_ds.engine import accelerator, sources, zero
 from gkd_ds.engine.fingerprint import fingerprints, forget_pattern, is_same
 from gkd_ds.engine.sources import Model
-from gkd_ds.engine.weights import Checkpoint
+from gkd_ds.engine.weights import Checkpoint, for_all_tokens
 from gkd_ds.runtime import ranks
 from gkd_ds.runtime.errors import InputError, name_list, reason
 
@@ -30,14 +30,14 @@ def load(
     dtype = accelerator.precision(config)
     if isinstance(model, PreTrainedModel):
         loaded = _in_precision(model, dtype)
-        weights = {name for name, _ in loaded.named_parameters()}
-        _require_finite(type(model).__name__, role, dtype, fingerprints(loaded), weights)
+        prints = fingerprints(loaded)
+        _require_finite(type(model).__name__, role, dtype, prints, for_all_tokens(loaded))
         forget_pattern()
         return loaded
     kwargs = sources.init_kwargs(config, given)
     checkpoint = Checkpoint(model, dtype, kwargs)
     held = _fingerprints_of(checkpoint, ds_config) if checkpoint.is_comparable else {}
-    _require_finite(repr(model), role, dtype, held, checkpoint.weights)
+    _require_finite(repr(model), role, dtype, held, checkpoint.for_all_tokens)
     if untied := checkpoint.untied(held):
         # transformers' plain path then loads both weights, but ZeRO-3's would drop one of them.
         _require_all_untied(model, role, checkpoint, untied)
@@ -98,8 +98,9 @@ def _fingerprints_of(checkpoint: Checkpoint, ds_config: dict[str, Any]) -> dict[
 def _require_finite(
     what: str, role: str, dtype: torch.dtype, prints: dict[str, Tensor], weights: set[str]
 ) -> None:
-    """Raise InputError where weights are no numbers, or too large for the run's precision. (A
-    buffer may hold -inf, as a mask.) A collective.
+    """Raise InputError where `weights`, which have a part in every result, are no numbers, or too
+    large for the run's precision. (What a single token's row makes of an update is seen, and the
+    update skipped.) A collective.
     """
     broken = sorted(name for name in weights & prints.keys() if not prints[name].isfinite().all())
     for names in ranks.gather(broken):

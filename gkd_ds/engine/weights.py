@@ -52,7 +52,7 @@ class Checkpoint:
             )
         self.source, self.dtype, self.init_kwargs = source, dtype, rest
         self.model_class, self.config = type(shapes), shapes.config
-        self.weights = {name for name, _ in shapes.named_parameters(remove_duplicate=False)}
+        self.for_all_tokens = for_all_tokens(shapes)
         self.tied: dict[str, str] = dict(shapes.all_tied_weights_keys)
         self.is_changed = not config.to_dict().keys().isdisjoint(given)
         self.files = [] if is_gguf else _files(source, given)
@@ -126,6 +126,19 @@ class Checkpoint:
                 output_loading_info=True,
                 **given,
             )
+
+
+def for_all_tokens(model: PreTrainedModel) -> set[str]:
+    """The names of the weights that have a part in every result: all but an embedding that is no
+    output layer, of which a forward reads the rows of its tokens, and the output layer's bias,
+    which may be -inf for tokens that are ruled out.
+    """
+    head = model.get_output_embeddings()
+    single = {id(weight) for weight in model.get_input_embeddings().parameters()}
+    for name, weight in head.named_parameters() if head is not None else ():
+        single = single | {id(weight)} if name == "bias" else single - {id(weight)}
+    weights = model.named_parameters(remove_duplicate=False)
+    return {name for name, weight in weights if id(weight) not in single}
 
 
 class _Header:

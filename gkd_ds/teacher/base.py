@@ -46,8 +46,8 @@ class BaseTeacher:
         One pass over the weights per chunk of `score_memory_mb`: the same number on every rank.
         """
         chunks = self._chunks([len(rollout) for rollout in rollouts])
-        (count,) = ranks.all_reduce_max([max(1, len(chunks))])
-        scored = TargetsInOrder(rollouts)
+        (count,) = ranks.all_reduce_max([len(chunks)])
+        scored = TargetsInOrder(rollouts, self._head.weight)
         with self._base():
             for chunk in chunks + [[]] * (count - len(chunks)):
                 scored.add(chunk, self._pass([rollouts[i] for i in chunk]))

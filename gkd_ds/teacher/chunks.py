@@ -6,12 +6,11 @@ Shapes: E the teacher's width, N completion tokens of the window.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gkd_ds.engine import accelerator, zero
 from gkd_ds.engine.cache_size import largest
 from gkd_ds.records import Rollout, TeacherTargets
 
@@ -27,19 +26,21 @@ def tokens_per_chunk(model: PreTrainedModel, itemsize: int, memory_mb: int) -> i
 
 
 class TargetsInOrder:
-    """Collects the hidden states of chunks, and gives them back in the order of `rollouts`."""
+    """Collects the hidden states of chunks, and gives them back in the order of `rollouts`.
 
-    def __init__(self, rollouts: list[Rollout]):
+    Those of no token at all have the width and dtype of the output layer's weight `head_VE`.
+    """
+
+    def __init__(self, rollouts: list[Rollout], head_VE: nn.Parameter):
         self._lengths = [len(rollout.completion_ids) for rollout in rollouts]
         self._hidden: list[Tensor | None] = [None] * len(rollouts)
-        self._none_NE: Tensor | None = None
+        width = zero.full_shape(head_VE)[-1]
+        self._none_NE = torch.zeros(0, width, dtype=head_VE.dtype, device=accelerator.device())
 
-    def add(self, chunk: Iterable[int], hidden_NE: Tensor) -> None:
-        """`hidden_NE` of the rollouts that `chunk` names; of an empty chunk, only the width."""
-        chunk = list(chunk)
+    def add(self, chunk: list[int], hidden_NE: Tensor) -> None:
+        """`hidden_NE` of the rollouts that `chunk` names."""
         for index, part in zip(chunk, hidden_NE.split([self._lengths[i] for i in chunk])):
             self._hidden[index] = part
-        self._none_NE = hidden_NE[:0]
 
     def targets(self, memory_mb: int) -> TeacherTargets:
         """All of them, on the host where they take more than `memory_mb` MiB."""

@@ -138,7 +138,7 @@ class StreamedTeacher:
     def _score(self, rollouts: list[Rollout], heartbeat: Callable[[], None]) -> TeacherTargets:
         passes = self._passes([len(rollout) for rollout in rollouts])
         (count,) = ranks.all_reduce_max([len(passes)])
-        scored = TargetsInOrder(rollouts)
+        scored = TargetsInOrder(rollouts, self.head.weight)
         for chunks in passes + [[[]]] * (count - len(passes)):
             batches = [
                 sequence_batch([rollouts[i] for i in chunk], self.pad_id, self.device)

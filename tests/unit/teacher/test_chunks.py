@@ -13,10 +13,12 @@ ROLLOUTS = [
     for index, length in enumerate((2, 1, 3))
 ]
 
+HEAD_VE = torch.nn.Parameter(torch.zeros(9, 4))
+
 
 def test_targets_are_in_the_rollouts_order():
     hidden = [torch.full((len(r.completion_ids), 4), float(r.sample_id)) for r in ROLLOUTS]
-    scored = TargetsInOrder(ROLLOUTS)
+    scored = TargetsInOrder(ROLLOUTS, HEAD_VE)
     scored.add([2, 0], torch.cat([hidden[2], hidden[0]]))
     scored.add([], hidden[0][:0])
     scored.add([1], hidden[1])
@@ -25,8 +27,7 @@ def test_targets_are_in_the_rollouts_order():
 
 
 def test_no_rollouts_have_targets_of_the_right_width():
-    scored = TargetsInOrder([])
-    scored.add([], torch.zeros(0, 4))
+    scored = TargetsInOrder([], HEAD_VE)
     targets = scored.targets(memory_mb=1)
     assert targets.hidden_NE.shape == (0, 4) and targets.offsets == [0]
 
