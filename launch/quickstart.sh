@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything from a fresh clone to a distilled model, on two CPU cores in about 12 minutes:
+# Everything from a fresh clone to a distilled model, on two CPU cores in about ten minutes:
 #
 #   bash launch/quickstart.sh
 #
