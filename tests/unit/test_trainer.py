@@ -317,7 +317,7 @@ def test_settings_of_loading_are_refused_beside_an_object(build, models, role, f
     [
         ("beta", 7),
         ("fsdp", "full_shard"),
-        ("optim", "adafactor"),
+        ("optim", "lomo"),
         ("optim_args", "momentum=0.9"),
         ("torch_compile_backend", "inductr"),
         ("report_to", ["clearml"]),
