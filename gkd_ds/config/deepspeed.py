@@ -104,6 +104,13 @@ def refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # ---- Resolving ----
 
 
+def precision_of_fields(config: Any) -> Precision:
+    """What a GKDConfig says of the precision. Where it leaves it open, a GPU takes bf16
+    (engine/accelerator.py).
+    """
+    return "float16" if config.fp16 else "bfloat16" if config.bf16 else "float32"
+
+
 def built_in_student(config: Any, world_size: int, precision: Precision) -> dict[str, Any]:
     """What the student's engine is where no file is given: ZeRO-3, but in one process where
     `config.optim` needs whole parameters.

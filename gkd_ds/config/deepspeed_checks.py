@@ -12,6 +12,7 @@ from gkd_ds.config.deepspeed import (
     built_in_student,
     conflict,
     is_number,
+    precision_of_fields,
     read_deepspeed,
     refuse_flat_parameters,
 )
@@ -40,7 +41,7 @@ def read_student_file(config: Any) -> dict | None:
     file = read_deepspeed("deepspeed", config.deepspeed)
     if file is not None:
         check_student_file(file, config)
-    precision = "float16" if config.fp16 else "bfloat16" if config.bf16 else "float32"
+    precision = precision_of_fields(config)
     used = file or built_in_student(config, config.world_size, precision)
     refuse_flat_parameters(config, used, precision)
     return file

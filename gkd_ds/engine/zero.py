@@ -150,6 +150,10 @@ def initialize(model: nn.Module, ds_config: dict[str, Any], **kwargs: Any):
     engine, *_ = deepspeed.initialize(
         model=model, config=ds_config, dist_init_required=False, **kwargs
     )
+    if stage(engine) == 0 and engine.optimizer is not engine.basic_optimizer:
+        # Making its 16-bit optimizer, DeepSpeed has stepped the inner one once, with gradients of
+        # zero: Adam would take the first update for its second, and make it a quarter too small.
+        engine.basic_optimizer.state.clear()
     return engine
 
 

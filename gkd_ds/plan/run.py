@@ -21,6 +21,7 @@ from gkd_ds.config.deepspeed import (
     BUILT_IN_TEACHER,
     built_in_student,
     is_number,
+    precision_of_fields,
     resolve_auto,
 )
 from gkd_ds.data.schedule import StepScheduler
@@ -314,8 +315,7 @@ def make_plan(config: GKDConfig, ranks: int, weight_bytes: int, on_cpu: bool = F
             teacher, config.teacher_model_init_kwargs, config.trust_remote_code, teacher_adapter
         ),
     }
-    precision = "float16" if config.fp16 else "bfloat16" if config.bf16 else "float32"
-    student_file = student_file or built_in_student(config, ranks, precision)
+    student_file = student_file or built_in_student(config, ranks, precision_of_fields(config))
     engines = {
         "student_engine": Engine.of(student_file, counts["student"].hidden),
         "teacher_engine": Engine.of(teacher_file, counts["teacher"].hidden),

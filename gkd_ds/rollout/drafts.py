@@ -125,14 +125,14 @@ class Drafts:
 
     def load(self, directory: Path, vocabulary: int) -> None:
         """Take over what a checkpoint holds; nothing where it was written without drafts. Raises
-        InputError, on all ranks, for anything but drafts of this data set.
+        InputError for anything but drafts of this data set, and OSError, on all ranks.
         """
 
         def work() -> None:
             if ranks.rank() == 0 and (directory / FILE).exists():
                 self._load(directory / FILE, vocabulary)
 
-        ranks.run_on_all_ranks(work, catch=InputError)
+        ranks.run_on_all_ranks(work)
 
     def _load(self, path: Path, vocabulary: int) -> None:
         with open(path, "rb") as file:

@@ -12,6 +12,7 @@ vocabulary.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -128,5 +129,4 @@ def _is_stopped(ids: list[int], sampling: Sampling) -> bool:
 
 def _common(one: list[int], other: list[int]) -> int:
     """How many leading tokens are the same."""
-    pairs = enumerate(zip(one, other))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+    return len(os.path.commonprefix([one, other]))

@@ -312,6 +312,14 @@ def test_bf16_stays_close_to_fp32(two_ranks: Results) -> None:
     assert bf16 != pytest.approx(fp32, rel=1e-5), "it did compute in another precision"
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_bf16_learns_the_same_at_every_stage(two_ranks: Results, stage: int) -> None:
+    """At stage 0 DeepSpeed makes a step with gradients of zero before the first update."""
+    result = two_ranks["precision"][0]
+    ours, stage_3 = (losses(result[name]["rows"]) for name in (f"bf16, stage {stage}", "bf16"))
+    assert ours == pytest.approx(stage_3, rel=1e-5)
+
+
 # ---------------------------------------------------------------------------------------- callbacks
 
 

@@ -146,5 +146,4 @@ def _gaps(here: dict[str, Any], cpu: dict[str, Any], student: Path) -> list[floa
 
 def _same(ours: list[int], theirs: list[int]) -> int:
     """The number of tokens before the first that differs."""
-    pairs = enumerate(zip(ours, theirs))
-    return next((place for place, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+    return len(os.path.commonprefix([ours, theirs]))

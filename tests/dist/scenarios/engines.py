@@ -70,4 +70,10 @@ def counts() -> dict:
 
 def precision() -> dict:
     fields = {"lmbda": 0.0, "max_steps": 3, "learning_rate": 1e-3}
-    return {"fp32": train("fp32", **fields), "bf16": train("bf16", bf16=True, **fields)}
+    zero_0, zero_2 = ({"zero_optimization": {"stage": stage}} for stage in (0, 2))
+    return {
+        "fp32": train("fp32", **fields),
+        "bf16": train("bf16", bf16=True, **fields),
+        "bf16, stage 0": train("bf16-0", bf16=True, deepspeed=zero_0, **fields),
+        "bf16, stage 2": train("bf16-2", bf16=True, deepspeed=zero_2, **fields),
+    }
